@@ -1,0 +1,3 @@
+"""MindOmni: think, then paint."""
+
+__version__ = "0.1.0.dev0"

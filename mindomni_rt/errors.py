@@ -1,0 +1,32 @@
+"""The error family. A message says what was wrong, what was expected, and what to do."""
+
+
+class MindOmniError(Exception):
+    """Base of every error that a caller can act on."""
+
+
+class BadRequestError(MindOmniError, ValueError):
+    """A prompt, size, image or option that cannot be served."""
+
+
+class BadCheckpointError(MindOmniError, ValueError):
+    """A checkpoint folder or file that is missing, truncated or of another shape."""
+
+
+class BadBundleError(MindOmniError, ValueError):
+    """A bundle whose manifest, hash, version or files do not hold."""
+
+
+class UnsupportedDeviceError(MindOmniError, RuntimeError):
+    """A device, architecture or precision that this backend cannot use."""
+
+
+class OutOfMemoryError(MindOmniError, MemoryError):
+    """A request that does not fit the memory of the device or the given budget."""
+
+
+class MissingExtraError(MindOmniError, ImportError):
+    """An optional dependency that is not installed. The message names the extra."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'mindomni-rt[{extra}]'")
