@@ -123,6 +123,7 @@ class DecoderConfig:
     position_grid: int = 192  # patches a side of the position table: the largest image is 16 * 192 pixels
     position_base: int = 64
     time_frequencies: int = 256
+    text_vocab_size: int = 0  # OmniGen's own text embedding: optional, used as a teacher in training
 
 
 @dataclass(frozen=True, kw_only=True)
