@@ -1,0 +1,34 @@
+"""Fixtures: the parity checkpoint (tiny, random, in the published layout) with cases of the released code's outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+PARITY = Path(__file__).parent / "fixtures" / "parity"
+CASES = sorted(p.stem for p in (PARITY / "cases").glob("*.json"))
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """The folder of the parity checkpoint."""
+    return PARITY
+
+
+def load_case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A request and the arrays that the released code produced for it."""
+    from safetensors.numpy import load_file
+
+    request = json.loads((PARITY / "cases" / f"{name}.json").read_text(encoding="utf-8"))
+    return request, load_file(PARITY / "cases" / f"{name}.safetensors")
+
+
+def relative(a: Any, b: Any) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
