@@ -1,0 +1,213 @@
+"""Stage `vae`: diffusers' AutoencoderKL as SDXL uses it, under diffusers' tensor names.
+
+Large images are decoded in overlapping tiles whose seams are blended linearly. GroupNorm then sees a tile instead of
+the image, so tiles differ slightly from the whole; images up to `tile` latents a side are never tiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import VAEConfig
+
+TILE = 128  # latents a side: a 1024-pixel image is decoded whole
+_OVERLAP = 0.25
+
+
+class _Resnet(nn.Module):
+    def __init__(self, channels_in: int, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        if channels_in != channels:
+            self.conv_shortcut = nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class _Attention(nn.Module):
+    """One head over all places, as wide as the channels."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, places, C)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
+
+
+class _MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(_Resnet(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([_Attention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class _Sampler(nn.Module):
+    """Halves or doubles the sides; the convolution is called `conv` in the file."""
+
+    def __init__(self, channels: int, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Downwards, SDXL pads right and bottom only.
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class _Level(nn.Module):
+    def __init__(self, channels_in: int, channels: int, layers: int, groups: int, sampler: str | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            _Resnet(channels_in if i == 0 else channels, channels, groups) for i in range(layers)
+        )
+        self.sampler = sampler
+        if sampler:
+            setattr(self, sampler, nn.ModuleList([_Sampler(channels, up=sampler == "upsamplers")]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return getattr(self, self.sampler)[0](x) if self.sampler else x
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            _Level(before, width, config.layers_per_block, groups, None if width_is_last else "downsamplers")
+            for before, width, width_is_last in zip(
+                (widths[0], *widths[:-1]), widths, [False] * (len(widths) - 1) + [True], strict=True
+            )
+        )
+        self.mid_block = _MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = _MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            _Level(before, width, config.layers_per_block + 1, groups, None if width_is_last else "upsamplers")
+            for before, width, width_is_last in zip(
+                (widths[0], *widths[:-1]), widths, [False] * (len(widths) - 1) + [True], strict=True
+            )
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder; `encoder` and `quant_conv` are None when a checkpoint has only the decoder."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder: _Encoder | None = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.quant_conv: nn.Conv2d | None = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def decode(self, latents: Tensor, tile: int | None = TILE) -> Tensor:
+        """Latents (B, 4, h, w), already divided by the scaling factor -> pixels (B, 3, 8h, 8w), about [-1, 1].
+
+        tile: the largest side in latents that is decoded whole; None never tiles.
+        """
+        if tile is None or max(latents.shape[-2:]) <= tile:
+            return self._decode(latents)
+        return _tiled(self._decode, latents, tile, self.config.downscale, self.config.out_channels)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+    def encode(self, pixels: Tensor, tile: int | None = TILE) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 8 -> mean and log-variance (B, 4, H/8, W/8), unscaled."""
+        factor = self.config.downscale
+        if tile is None or max(pixels.shape[-2:]) <= tile * factor:
+            moments = self._encode(pixels)
+        else:
+            moments = _tiled(self._encode, pixels, tile, 1 / factor, 2 * self.config.latent_channels, unit=factor)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        assert self.encoder is not None and self.quant_conv is not None, "this checkpoint has no VAE encoder"
+        return self.quant_conv(self.encoder(pixels))
+
+
+def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float, channels: int, unit: int = 1) -> Tensor:
+    """Runs overlapping tiles of `tile` units a side and blends them with linear ramps into one output.
+
+    Only the output and one tile live at a time. scale: output over input size; unit: input pixels a unit of `tile`.
+    """
+    height, width = x.shape[-2] // unit, x.shape[-1] // unit
+    overlap = max(1, int(tile * _OVERLAP))
+    step = round(unit * scale)
+    out = x.new_zeros(x.shape[0], channels, height * step, width * step)
+    weight = x.new_zeros(1, 1, height * step, width * step)
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            bottom, right = min(top + tile, height), min(left + tile, width)
+            part = run(x[..., top * unit : bottom * unit, left * unit : right * unit])
+            ramp = _ramp(top, bottom, height, overlap, step, x)[:, None] * _ramp(left, right, width, overlap, step, x)
+            rows, columns = slice(top * step, bottom * step), slice(left * step, right * step)
+            out[..., rows, columns] += part * ramp
+            weight[..., rows, columns] += ramp
+    return out / weight
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin: evenly spread, so that none is a sliver."""
+    if size <= tile:
+        return [0]
+    count = -(-(size - overlap) // (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(start: int, end: int, size: int, overlap: int, step: int, like: Tensor) -> Tensor:
+    """Weights along one side of a tile: rising and falling over the overlap, but not at the image's own edges."""
+    length, slope = (end - start) * step, overlap * step
+    place = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
+    ramp = torch.ones_like(place)
+    if start > 0:
+        ramp = torch.minimum(ramp, place / slope)
+    if end < size:
+        ramp = torch.minimum(ramp, (length - place) / slope)
+    return ramp
