@@ -1,0 +1,68 @@
+"""What a running request tells its caller: one stream of typed events, which every interface consumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class TextEvent:
+    """A piece of generated text. kind: "thinking", "answer" or "text" (outside tags); round 1 is a cascade's second."""
+
+    text: str
+    kind: str = "text"
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A denoising step that is done (1 … total), with a preview of the image so far when one was asked for."""
+
+    step: int
+    total: int
+    preview: list[Image] | None = None
+
+
+@dataclass(frozen=True)
+class ImageEvent:
+    """The end of a request that paints: its result."""
+
+    result: GenerationResult
+
+
+@dataclass(frozen=True)
+class AnswerEvent:
+    """The end of a request that only writes: its result."""
+
+    result: GenerationResult
+
+
+Event = TextEvent | StepEvent | ImageEvent | AnswerEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What a request made.
+
+    images: PIL images, or float32 (n, H, W, 3) in [0, 1] with output="numpy". text: all that was written (the prompt
+    itself without thinking). thinking, answer: the parts between tags. seed: image i was painted from seed + i, or
+    None where latents were given. timings: seconds by stage, with "total". token_ids: the generated ones, all rounds.
+    latents: the final ones, float32 (n, 4, H/8, W/8). settings: what made it, as stored in a PNG.
+    """
+
+    images: list[Image] | NDArray[np.float32] = field(default_factory=list)
+    text: str = ""
+    thinking: str = ""
+    answer: str = ""
+    seed: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)
+    latents: NDArray[np.float32] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)

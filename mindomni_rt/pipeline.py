@@ -1,0 +1,413 @@
+"""Think, connect, paint, decode: the one place where the six stages meet.
+
+| stage       | in → out                                                          |
+| `vision`    | image patches → image embeddings                                  |
+| `language`  | tokens (+ image embeddings) → next tokens, pre-norm hidden states |
+| `connector` | hidden states → condition                                         |
+| `prefix`    | condition + the time tokens of all steps → K/V of both            |
+| `denoiser`  | latents, K/V → velocity                                           |
+| `vae`       | latents → pixels                                                  |
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
+from .errors import BadRequestError, MindOmniError
+from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
+from .images import DEFAULT_IMAGE_TOKENS, ImagePatches, prepare_image, to_pil, vae_pixels
+from .positions import mrope_positions
+from .prompts import (
+    CASCADE_SEPARATOR,
+    LATENT_TOKEN,
+    Chat,
+    Message,
+    TextStream,
+    ThoughtParser,
+    cascade_prompt,
+    generate_messages,
+    split_thought,
+    understand_messages,
+)
+from .request import Request
+from .sampling import batch_noise, uniforms
+from .schedule import timesteps
+
+logger = logging.getLogger(__name__)
+NEGATIVE_CACHE = 2  # prefixes kept; one is 0.4 MB a token at full size in 16 bits
+
+
+class GenerationCancelled(MindOmniError):
+    """The caller asked a running request to stop."""
+
+
+@dataclass
+class Thought:
+    """Where thinking led: text, token ids, and the hidden states that the connector takes."""
+
+    text: str
+    hidden: Array
+    token_ids: list[int] = field(default_factory=list)
+    image_latents: list[tuple[int, Array]] = field(default_factory=list)
+
+
+class Pipeline:
+    """A loaded model. `mindomni_rt.load` makes one; `generate`, `understand` and `stream` use it.
+
+    The steps `think`, `connect`, `paint` and `decode` are public and usable alone. A pipeline serves one request at a
+    time: its buffers are shared.
+    """
+
+    def __init__(self, backend: Backend, folder: Path) -> None:
+        self.backend = backend
+        self.config = backend.config
+        self.chat = Chat(folder / "mllm" if (folder / "mllm").is_dir() else folder)
+        self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
+
+    def generate(
+        self, prompt: str, *, callback: Callable[[Event], bool | None] | None = None, **options: Any
+    ) -> GenerationResult:
+        """Thinks about the prompt and paints what came of it.
+
+        Options and their defaults are those of `request.Request`:
+        image: a reference image (path, bytes, PIL, uint8 array). think: reason in words first. cascade: a second round
+        on the first one's answer. height, width: pixels, multiples of 16. num_inference_steps, guidance_scale (1 runs
+        one branch only), negative_prompt. seed: image i of num_images is painted from seed + i; None draws one.
+        latents: float32 (n, 4, H/8, W/8) noise instead. max_new_tokens, temperature (0 is greedy). first_step: "full",
+        the model as trained, or "condition_only", what the released code does with its cache on. edit_features:
+        "vit", or "vit+vae" on checkpoints trained with it; None is the checkpoint's own. max_image_tokens: cap on the
+        reference image, None for none. preview_every: a preview each so many steps. output: "pil" or "numpy".
+
+        callback sees every event and returns False to cancel. Raises BadRequestError, GenerationCancelled.
+        """
+        return self._last(self.stream(prompt, **options), callback)
+
+    def understand(
+        self,
+        prompt: str,
+        image: Any = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS,
+        callback: Callable[[Event], bool | None] | None = None,
+    ) -> GenerationResult:
+        """Answers in words, about an image if one is given. Raises BadRequestError."""
+        events = self.stream_understand(
+            prompt,
+            image,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            max_image_tokens=max_image_tokens,
+        )
+        return self._last(events, callback)
+
+    @staticmethod
+    def _last(events: Iterator[Event], callback: Callable[[Event], bool | None] | None) -> GenerationResult:
+        result: GenerationResult | None = None
+        for event in events:
+            if callback is not None and callback(event) is False:
+                raise GenerationCancelled("cancelled by the callback")
+            if isinstance(event, (ImageEvent, AnswerEvent)):
+                result = event.result
+        assert result is not None
+        return result
+
+    def stream(
+        self, prompt: str, *, cancel: threading.Event | None = None, **options: Any
+    ) -> Generator[Event, None, None]:
+        """The same request as events: text as it is written, each step, then the image.
+
+        Setting `cancel` from another thread ends the request at the next token or step with GenerationCancelled;
+        closing the generator ends it too. Unknown options raise BadRequestError, at the call.
+        """
+        try:
+            request = Request(prompt=prompt, **options)
+        except TypeError as error:
+            raise BadRequestError(f"generate: {error}".replace("Request.__init__() got", "got")) from error
+        return self._generate(request, cancel or threading.Event())
+
+    def _generate(self, request: Request, cancel: threading.Event) -> Generator[Event, None, None]:
+        clock = _Clock(self.backend)
+        seed = request.seed if request.seed is not None else secrets.randbits(32)
+        latents = request.latents
+        if latents is None:
+            latents = batch_noise(seed, request.num_images, request.latent_shape[1:])
+        thought = yield from self.think(request, seed=seed, cancel=cancel, clock=clock)
+        guided = self.connect(thought, request, clock)
+        unguided = self.connect_negative(request, clock) if request.guidance_scale != 1 else None
+        final = yield from self.paint(request, latents, guided, unguided, cancel=cancel, clock=clock)
+        pixels = self.decode(final, clock)
+        thinking, answer = split_thought(thought.text) if request.think else ("", request.prompt)
+        yield ImageEvent(
+            GenerationResult(
+                images=to_pil(pixels) if request.output == "pil" else pixels,
+                text=thought.text,
+                thinking=thinking,
+                answer=answer,
+                seed=None if request.latents is not None else seed,
+                timings=clock.report(),
+                token_ids=thought.token_ids,
+                latents=self.backend.numpy(final),
+                settings={**request.settings(), "seed": seed, "backend": self.backend.name, "dtype": self.backend.dtype},
+            )
+        )
+
+    def think(
+        self, request: Request, *, seed: int = 0, cancel: threading.Event | None = None, clock: _Clock | None = None
+    ) -> Generator[Event, None, Thought]:
+        """Prompt (and image) → text and hidden states. Without thinking, one prefill and no text."""
+        cancel, clock = cancel or threading.Event(), clock or _Clock(self.backend)
+        patches = embeds = latents = None
+        latent_tokens = 0
+        if request.image is not None:
+            with clock("vision"):
+                patches = prepare_image(request.image, self.config, request.max_image_tokens)
+                embeds = self.backend.vision(patches)
+            if (request.edit_features or self.config.edit_features) == "vit+vae":
+                if self.chat.token_id(LATENT_TOKEN) is None:
+                    raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
+                with clock("vae"):
+                    latents = self.backend.vae_encode(vae_pixels(request.image))
+                latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
+        texts: list[str] = []
+        token_ids: list[int] = []
+        prompt = request.prompt
+        for index in range(2 if request.cascade else 1):
+            messages = generate_messages(prompt, request.think, patches is not None, latent_tokens)
+            tokens = request.max_new_tokens if request.think else 0
+            language = self._language_request(messages, patches, embeds, tokens, request.temperature, seed, cancel)
+            run = self.backend.language(language)
+            text, new = yield from self._write(run, language, index, cancel, clock)
+            texts.append(text)
+            token_ids += new
+            prompt = cascade_prompt(text) or prompt
+        spans = []
+        if latents is not None:
+            pad = self.chat.token_id(LATENT_TOKEN)
+            spans = [(int(np.argmax(language.token_ids == pad)), latents)]
+        text = CASCADE_SEPARATOR.join(texts) if request.think else request.prompt
+        return Thought(text, run.hidden, token_ids, spans)
+
+    def _write(
+        self, run: Any, language: LanguageRequest, index: int, cancel: threading.Event, clock: _Clock
+    ) -> Generator[Event, None, tuple[str, list[int]]]:
+        """Runs stage `language` to its end, telling each piece of text."""
+        stream, parser, tokens = TextStream(self.chat), ThoughtParser(), []
+        with clock("language"):
+            for token in run:
+                if not tokens:
+                    clock.mark("first_token")
+                tokens.append(token)
+                piece = "" if token in language.eos_token_ids else stream.push(token)
+                for kind, text in parser.push(piece):
+                    with clock.paused():
+                        yield TextEvent(text, kind, index)
+                self._check(cancel)
+        if tokens and tokens[-1] not in language.eos_token_ids:
+            logger.info("text ended at max_new_tokens = %d", language.max_new_tokens)
+        for kind, text in parser.push(stream.finish()) + parser.finish():
+            yield TextEvent(text, kind, index)
+        return stream.text, tokens
+
+    def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
+        """Hidden states → condition → K/V of the guided branch."""
+        clock = clock or _Clock(self.backend)
+        with clock("connector"):
+            condition = self.backend.connector(thought.hidden, thought.image_latents)
+        patch = self.config.decoder.patch_size
+        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in thought.image_latents]
+        return self._prefix(condition, request, clock, blocks)
+
+    def connect_negative(self, request: Request, clock: _Clock | None = None) -> Prefix:
+        """The unguided branch: the negative prompt without thinking or image. Kept across calls."""
+        clock = clock or _Clock(self.backend)
+        # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
+        rope = self.config.decoder.stack.rope
+        messages = generate_messages(request.negative_prompt, think=False)
+        language = self._language_request(messages, None, None, 0, 0.0, 0, threading.Event())
+        long = len(language.token_ids) + 1 + self._image_tokens(request) > rope.original_max_positions
+        key = (request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope")
+        if key not in self._negatives:
+            with clock("language"):
+                hidden = self.backend.language(language).hidden
+            with clock("connector"):
+                condition = self.backend.connector(hidden)
+            self._negatives[key] = self._prefix(condition, request, clock)
+            while len(self._negatives) > NEGATIVE_CACHE:
+                self._negatives.popitem(last=False)
+        self._negatives.move_to_end(key)
+        return self._negatives[key]
+
+    def _prefix(
+        self, condition: Array, request: Request, clock: _Clock, blocks: list[tuple[int, int]] | None = None
+    ) -> Prefix:
+        times = timesteps(request.num_inference_steps)[:-1]
+        with clock("prefix"):
+            return self.backend.prefix(condition, times, self._image_tokens(request), blocks or ())
+
+    def paint(
+        self,
+        request: Request,
+        latents: NDArray[np.float32],
+        guided: Prefix,
+        unguided: Prefix | None,
+        *,
+        cancel: threading.Event | None = None,
+        clock: _Clock | None = None,
+    ) -> Generator[Event, None, Array]:
+        """Noise (n, 4, H/8, W/8) → latents, telling each step."""
+        cancel, clock = cancel or threading.Event(), clock or _Clock(self.backend)
+        times = timesteps(request.num_inference_steps)
+        denoise = DenoiseRequest(
+            latents=np.ascontiguousarray(latents, np.float32),
+            times=times,
+            guided=guided,
+            unguided=unguided,
+            guidance_scale=request.guidance_scale,
+            first_step=request.first_step,
+            cancelled=cancel.is_set,
+        )
+        current: Array = None
+        total = request.num_inference_steps
+        with clock("denoiser"):
+            for step, (current, velocity) in enumerate(self.backend.denoiser(denoise), 1):
+                with clock.paused():
+                    preview = None
+                    if request.preview_every and step % request.preview_every == 0 and step < total:
+                        # Where this step's velocity leads if followed to the end: clearer than the noisy latents.
+                        preview = to_pil(self.backend.vae(current + float(1 - times[step]) * velocity))
+                    yield StepEvent(step, total, preview)
+                self._check(cancel)
+        self._check(cancel)
+        return current
+
+    def decode(self, latents: Array, clock: _Clock | None = None) -> NDArray[np.float32]:
+        """Latents → pixels (n, H, W, 3) in [0, 1]."""
+        with (clock or _Clock(self.backend))("vae"):
+            return self.backend.vae(latents)
+
+    def stream_understand(
+        self,
+        prompt: str,
+        image: Any = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS,
+        cancel: threading.Event | None = None,
+    ) -> Generator[Event, None, None]:
+        """`understand` as events: text as it is written, then the answer."""
+        Request(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # the same checks
+        cancel, clock = cancel or threading.Event(), _Clock(self.backend)
+        seed = seed if seed is not None else secrets.randbits(32)
+        patches = embeds = None
+        if image is not None:
+            with clock("vision"):
+                patches = prepare_image(image, self.config, max_image_tokens)
+                embeds = self.backend.vision(patches)
+        messages = understand_messages(prompt, image is not None)
+        language = self._language_request(messages, patches, embeds, max_new_tokens, temperature, seed, cancel)
+        text, tokens = yield from self._write(self.backend.language(language), language, 0, cancel, clock)
+        settings = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        yield AnswerEvent(
+            GenerationResult(
+                text=text, answer=text, seed=seed, timings=clock.report(), token_ids=tokens, settings=settings
+            )
+        )
+
+    def _language_request(
+        self,
+        messages: list[Message],
+        patches: ImagePatches | None,
+        embeds: Array,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        cancel: threading.Event,
+    ) -> LanguageRequest:
+        ids = np.array(self.chat.encode(messages, [patches.tokens] if patches else []), np.int64)
+        language, generation = self.config.language, self.config.generation
+        room = language.max_positions - len(ids)
+        if room < 1:
+            raise BadRequestError(
+                f"the prompt has {len(ids)} tokens, the model's context {language.max_positions}; shorten it"
+            )
+        if max_new_tokens > room:
+            logger.warning("max_new_tokens cut from %d to the %d that the context leaves", max_new_tokens, room)
+            max_new_tokens = room
+        grids = [patches.grid] if patches else []
+        positions, following = mrope_positions(ids, grids, language, self.config.vision.merge_size)
+        return LanguageRequest(
+            token_ids=ids,
+            positions=positions,
+            next_position=following,
+            image_embeds=embeds,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=generation.eos_token_ids,
+            repetition_penalty=generation.repetition_penalty,
+            temperature=temperature,
+            uniforms=uniforms(seed, max_new_tokens) if temperature > 0 else np.zeros(0),
+            cancelled=cancel.is_set,
+        )
+
+    def _image_tokens(self, request: Request) -> int:
+        side = self.config.vae.downscale * self.config.decoder.patch_size
+        return (request.height // side) * (request.width // side)
+
+    @staticmethod
+    def _check(cancel: threading.Event) -> None:
+        if cancel.is_set():
+            raise GenerationCancelled("cancelled by the caller")
+
+
+class _Clock:
+    """Seconds by stage, the device's work included. What the caller does with an event is not counted."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._idle = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began, idle = time.perf_counter(), self._idle
+        try:
+            yield
+        finally:
+            self._backend.synchronize()
+            spent = time.perf_counter() - began - (self._idle - idle)
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._idle += time.perf_counter() - began
+
+    def mark(self, name: str) -> None:
+        """Seconds since the request began, the first time only."""
+        self._seconds.setdefault(name, time.perf_counter() - self._began - self._idle)
+
+    def report(self) -> dict[str, float]:
+        self._backend.synchronize()
+        return {**self._seconds, "total": time.perf_counter() - self._began - self._idle}

@@ -1,0 +1,81 @@
+"""A request to generate: its defaults, written once, and its checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import FIRST_STEPS
+from .errors import BadRequestError
+from .images import DEFAULT_IMAGE_TOKENS
+from .prompts import DEFAULT_NEGATIVE
+
+MAX_SIDE = 3072
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Arguments of `Pipeline.generate`, checked. Sizes in pixels; see there for each one's meaning."""
+
+    prompt: str
+    image: Any = None
+    think: bool = True
+    cascade: bool = False
+    height: int = 1024
+    width: int = 1024
+    num_inference_steps: int = 50
+    guidance_scale: float = 3.0
+    negative_prompt: str = DEFAULT_NEGATIVE
+    seed: int | None = None
+    latents: NDArray[np.float32] | None = None
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    first_step: str = "full"
+    edit_features: str | None = None
+    num_images: int = 1
+    max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS
+    preview_every: int = 0
+    output: str = "pil"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise BadRequestError("the prompt is empty; say what to paint")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if not isinstance(side, int) or side % 16 or not 16 <= side <= MAX_SIDE:
+                raise BadRequestError(f"{name} = {side}: expected a multiple of 16 from 16 to {MAX_SIDE} pixels")
+        for name in ("num_inference_steps", "num_images", "max_new_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise BadRequestError(f"{name} = {value}: expected a whole number of at least 1")
+        for name in ("guidance_scale", "temperature"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise BadRequestError(f"{name} = {getattr(self, name)}: expected a finite number of at least 0")
+        for name, allowed in (
+            ("first_step", FIRST_STEPS),
+            ("edit_features", (None, "vit", "vit+vae")),
+            ("output", ("pil", "numpy")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise BadRequestError(f"{name} = {getattr(self, name)!r}: expected one of {allowed}")
+        if self.cascade and not self.think:
+            raise BadRequestError("cascade thinking needs think=True")
+        if self.preview_every < 0:
+            raise BadRequestError(f"preview_every = {self.preview_every}: expected 0 (none) or a number of steps")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise BadRequestError(f"seed = {self.seed!r}: expected a whole number")
+        if self.latents is not None and np.shape(self.latents) != self.latent_shape:
+            raise BadRequestError(f"latents of shape {np.shape(self.latents)}: expected {self.latent_shape} float32")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(n, 4, H/8, W/8)."""
+        return self.num_images, 4, self.height // 8, self.width // 8
+
+    def settings(self) -> dict[str, Any]:
+        """What repeats the request, as plain data: everything but images and latents."""
+        return {k: v for k, v in asdict(self).items() if k not in ("image", "latents", "output", "preview_every")}

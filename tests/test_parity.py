@@ -1,0 +1,153 @@
+"""The eight parity cases: inputs and outputs of the released code on a tiny checkpoint, float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CASES, PARITY, load_case, relative
+
+import mindomni_rt
+from mindomni_rt.backends.base import DenoiseRequest
+from mindomni_rt.images import prepare_image
+from mindomni_rt.pipeline import Pipeline
+from mindomni_rt.request import Request
+from mindomni_rt.sampling import noise
+from mindomni_rt.schedule import timesteps
+
+TOLERANCE = 1e-4  # relative, float32
+PAINTING = [c for c in CASES if not c.startswith("understand")]
+UNDERSTANDING = [c for c in CASES if c.startswith("understand")]
+
+
+@pytest.fixture(scope="module")
+def pipe(parity: Path) -> Pipeline:
+    return mindomni_rt.load(parity, device="cpu")
+
+
+def as_request(case: dict[str, Any], **more: Any) -> Request:
+    return Request(
+        prompt=case["text"],
+        image=PARITY / "cases" / case["image"] if case["image"] else None,
+        think=case["think"],
+        cascade=case["cascade_thinking"],
+        height=case["height"],
+        width=case["width"],
+        num_inference_steps=case["num_inference_steps"],
+        guidance_scale=case["guidance_scale"],
+        negative_prompt=case["negative_prompt"],
+        seed=case["seed"],
+        max_new_tokens=case["max_new_tokens"],
+        first_step="condition_only" if case["upstream_kv_cache"] else "full",
+        **more,
+    )
+
+
+def run_to_end(generator: Any) -> Any:
+    """A generator's return value."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_all_eight_cases_are_here() -> None:
+    assert len(PAINTING) == 6 and len(UNDERSTANDING) == 2
+
+
+@pytest.mark.parametrize("name", PAINTING)
+def test_each_stage(pipe: Pipeline, name: str) -> None:
+    case, arrays = load_case(name)
+    request = as_request(case)
+    thought = run_to_end(pipe.think(request))
+    rounds = [k for k in arrays if k.startswith("generated_sequence")]
+    generated = [
+        arrays[k][0, arrays[k.replace("generated_sequence", "generate_input") + ".input_ids"].shape[1] :]
+        for k in sorted(rounds)
+    ]
+    assert thought.token_ids == [int(t) for part in generated for t in part]
+    assert thought.text == case["output_text"]
+    hidden = pipe.backend.numpy(thought.hidden)
+    assert hidden.shape[1] == case["prefix_tokens"][0]
+    assert relative(hidden, arrays["context_hidden_state"]) < TOLERANCE
+    assert relative(pipe.backend.numpy(pipe.backend.connector(thought.hidden)), arrays["connector_cond"]) < TOLERANCE
+
+    latents = arrays["initial_latents"]
+    np.testing.assert_allclose(noise(case["seed"], latents.shape), latents, atol=2e-6)
+    times = timesteps(case["num_inference_steps"])
+    loop = DenoiseRequest(
+        latents=latents,
+        times=times,
+        guided=pipe.connect(thought, request),
+        unguided=pipe.connect_negative(request),
+        guidance_scale=case["guidance_scale"],
+        first_step=request.first_step,
+    )
+    velocities = [pipe.backend.numpy(v)[0] for _, v in pipe.backend.denoiser(loop)]
+    assert len(velocities) == len(arrays["guided_velocity"])
+    for found, expected in zip(velocities, arrays["guided_velocity"], strict=True):
+        assert relative(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", PAINTING)
+def test_from_prompt_to_pixels(pipe: Pipeline, name: str) -> None:
+    case, arrays = load_case(name)
+    request = as_request(case, output="numpy")
+    options = {k: getattr(request, k) for k in request.__dataclass_fields__ if k != "prompt"}
+    result = pipe.generate(request.prompt, **options)
+    assert result.text == case["output_text"] and result.seed == case["seed"]
+    expected = arrays["image"].transpose(0, 2, 3, 1)
+    assert isinstance(result.images, np.ndarray) and result.images.shape == expected.shape
+    assert np.abs(result.images - expected).max() < 1 / 255
+
+
+@pytest.mark.parametrize("name", UNDERSTANDING)
+def test_understanding(pipe: Pipeline, name: str) -> None:
+    case, arrays = load_case(name)
+    image = PARITY / "cases" / case["image"] if case["image"] else None
+    result = pipe.understand(case["text"], image, max_new_tokens=case["max_new_tokens"])
+    prompt = arrays["generate_input_0.input_ids"][0]
+    assert result.token_ids == arrays["generated_sequence_0"][0, len(prompt) :].tolist()
+    assert result.text == case["answer"]
+
+
+@pytest.mark.parametrize("name", UNDERSTANDING)
+def test_understanding_hidden_states_and_logits(pipe: Pipeline, name: str) -> None:
+    import threading
+
+    import torch
+
+    from mindomni_rt.backends.torch import TorchBackend
+    from mindomni_rt.prompts import understand_messages
+
+    case, arrays = load_case(name)
+    patches = prepare_image(PARITY / "cases" / case["image"], pipe.config) if case["image"] else None
+    embeds = pipe.backend.vision(patches) if patches else None
+    if patches:
+        np.testing.assert_allclose(patches.patches, arrays["generate_input_0.pixel_values"], atol=1e-5)
+        assert list(patches.grid) == arrays["generate_input_0.image_grid_thw"][0].tolist()
+    messages = understand_messages(case["text"], patches is not None)
+    language = pipe._language_request(messages, patches, embeds, 0, 0.0, 0, threading.Event())
+    assert language.token_ids.tolist() == arrays["generate_input_0.input_ids"][0].tolist()
+    hidden = pipe.backend.language(language).hidden
+    assert relative(pipe.backend.numpy(hidden), arrays["prompt_hidden_prenorm"]) < TOLERANCE
+    assert isinstance(pipe.backend, TorchBackend)
+    with torch.inference_mode():
+        logits = pipe.backend.model.language.logits(hidden)
+    assert relative(logits.numpy(), arrays["prompt_logits"]) < TOLERANCE
+
+
+def test_negative_prompt_agrees(pipe: Pipeline) -> None:
+    import threading
+
+    from mindomni_rt.prompts import generate_messages
+
+    case, arrays = load_case("t2i_plain")
+    messages = generate_messages(case["negative_prompt"], think=False)
+    language = pipe._language_request(messages, None, None, 0, 0.0, 0, threading.Event())
+    hidden = pipe.backend.language(language).hidden
+    assert relative(pipe.backend.numpy(hidden), arrays["negative_context_hidden_state"]) < TOLERANCE
+    assert relative(pipe.backend.numpy(pipe.backend.connector(hidden)), arrays["connector_uncond"]) < TOLERANCE
