@@ -91,9 +91,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows, columns
 
 
-def prepare_image(
-    source: Any, config: ModelConfig, max_tokens: int | None = DEFAULT_IMAGE_TOKENS
-) -> ImagePatches:
+def prepare_image(source: Any, config: ModelConfig, max_tokens: int | None = DEFAULT_IMAGE_TOKENS) -> ImagePatches:
     """Resizes twice as the released code does (chat utility, then preprocessor), normalises, cuts into patches.
 
     max_tokens caps the image's tokens and logs when it bites; None leaves the checkpoint's own limit.
@@ -117,7 +115,7 @@ def prepare_image(
             width, height, height * width // factor**2, max_tokens, free[0] * free[1] // factor**2,
         )  # fmt: skip
     pixels = np.asarray(image, np.float32) * np.float32(1 / 255)
-    pixels = (pixels - np.float32(limits.image_mean)) / np.float32(limits.image_std)
+    pixels = (pixels - np.array(limits.image_mean, np.float32)) / np.array(limits.image_std, np.float32)
     return ImagePatches(*_patches(pixels, vision.patch_size, vision.merge_size, vision.temporal_patch_size), capped)
 
 
