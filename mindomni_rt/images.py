@@ -91,9 +91,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows, columns
 
 
-def prepare_image(
-    source: Any, config: ModelConfig, max_tokens: int | None = DEFAULT_IMAGE_TOKENS
-) -> ImagePatches:
+def prepare_image(source: Any, config: ModelConfig, max_tokens: int | None = DEFAULT_IMAGE_TOKENS) -> ImagePatches:
     """Resizes twice as the released code does (chat utility, then preprocessor), normalises, cuts into patches.
 
     max_tokens caps the image's tokens and logs when it bites; None leaves the checkpoint's own limit.
@@ -116,8 +114,8 @@ def prepare_image(
             "reference image reduced to %dx%d pixels, %d tokens (cap %s; %d without it)",
             width, height, height * width // factor**2, max_tokens, free[0] * free[1] // factor**2,
         )  # fmt: skip
-    pixels = np.asarray(image, np.float32) * np.float32(1 / 255)
-    pixels = (pixels - np.float32(limits.image_mean)) / np.float32(limits.image_std)
+    mean, std = (np.array(x, np.float32) for x in (limits.image_mean, limits.image_std))
+    pixels: Floats = np.asarray((np.asarray(image, np.float32) * np.float32(1 / 255) - mean) / std, np.float32)
     return ImagePatches(*_patches(pixels, vision.patch_size, vision.merge_size, vision.temporal_patch_size), capped)
 
 

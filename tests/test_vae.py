@@ -27,9 +27,7 @@ def pair(widths: tuple[int, ...], layers: int, groups: int) -> tuple[Theirs, Aut
     return theirs, ours
 
 
-@pytest.mark.parametrize(
-    ("widths", "layers", "groups"), [((8, 16), 1, 4), ((8, 8, 16, 16), 1, 4), ((8, 16, 24), 2, 8)]
-)
+@pytest.mark.parametrize(("widths", "layers", "groups"), [((8, 16), 1, 4), ((8, 8, 16, 16), 1, 4), ((8, 16, 24), 2, 8)])
 @pytest.mark.parametrize("size", [(6, 6), (3, 10)])
 def test_agrees_with_diffusers(widths: tuple[int, ...], layers: int, groups: int, size: tuple[int, int]) -> None:
     theirs, ours = pair(widths, layers, groups)
