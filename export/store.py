@@ -109,7 +109,7 @@ def fold_transposes(graph: ir.Graph) -> None:
             name=f"{source.name}.T",
             type=source.type,
             shape=ir.Shape(tuple(source.shape)[::-1]),  # type: ignore[arg-type]
-            const_value=_LazyTranspose(source.const_value, f"{source.name}.T"),
+            const_value=_transposed(source.const_value, f"{source.name}.T"),
         )
         if weight.name in graph.initializers:
             weight = graph.initializers[weight.name]
@@ -121,7 +121,8 @@ def fold_transposes(graph: ir.Graph) -> None:
             del graph.initializers[source.name]
 
 
-def _LazyTranspose(source: ir.TensorProtocol, name: str) -> ir.LazyTensor:  # noqa: N802
+def _transposed(source: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """The tensor transposed, made when it is written: never two copies of the model."""
     shape = ir.Shape(tuple(int(n) for n in source.shape)[::-1])
 
     def make() -> ir.TensorProtocol:

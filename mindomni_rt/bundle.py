@@ -49,7 +49,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphEntry:
-    """One compiled graph. file: ONNX or engine; data: the weight files it refers to; report: what the build measured."""
+    """One graph. file: ONNX or engine; data: the weight files it refers to; report: what the build measured."""
 
     stage: str
     file: str

@@ -83,13 +83,13 @@ class Profile:
             low, _, high = self.ranges.get(axis, (0, 0, size))
             if not low <= size <= high:
                 raise BadRequestError(
-                    f"{graph}: {size} {axis}; this bundle (profile {self.name!r}) serves {low} to {high}. Ask for less, "
-                    "or build a bundle with a larger profile"
+                    f"{graph}: {size} {axis}; this bundle (profile {self.name!r}) serves {low} to {high}. "
+                    "Ask for less, or build a bundle with a larger profile"
                 )
 
 
 def split(axis: str) -> tuple[int, str]:
-    """"4*merged" -> (4, "merged"); "merged" -> (1, "merged")."""
+    """Factor and name: "4*merged" is (4, "merged"), "merged" is (1, "merged")."""
     factor, _, name = axis.rpartition("*")
     return int(factor or 1), name
 
@@ -104,7 +104,8 @@ def resolve(axis: Axis, sizes: Mapping[str, int]) -> int:
 
 def graph_specs(config: ModelConfig) -> dict[str, GraphSpec]:
     """All graphs of a model, by name."""
-    specs = (_vision(config), _language(config), *_connector(config), _prefix(config), *_denoiser(config), *_vae(config))
+    language = (_vision(config), _language(config), *_connector(config))
+    specs = (*language, _prefix(config), *_denoiser(config), *_vae(config))
     return {spec.name: spec for spec in specs}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .bundle import is_bundle, read_manifest
 from .checkpoint import resolve
 from .errors import BadRequestError, MissingExtraError
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 
 
 def load(
@@ -24,15 +25,23 @@ def load(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Pipeline:
-    """Loads a checkpoint in the published layout.
+    """Loads a checkpoint in the published layout, or a bundle that `python -m export build` made of one.
 
-    path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they do in
-    huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA and float32 on
-    the CPU. Raises BadCheckpointError, UnsupportedDeviceError, MissingExtraError.
+    A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
+    agree with it. path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they
+    do in huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA and float32 on
+    the CPU. Raises BadCheckpointError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     if backend not in BACKENDS:
         raise BadRequestError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     folder = resolve(path_or_repo_id, revision, token, local_files_only)
+    if is_bundle(folder):
+        return _load_bundle(folder, backend, device, dtype)
+    if backend not in ("auto", "torch"):
+        raise BadRequestError(
+            f"{folder} is a checkpoint, which the torch backend runs; for backend {backend!r} build a bundle of it: "
+            f"python -m export build {folder} --target cpu --out BUNDLE"
+        )
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -41,3 +50,21 @@ def load(
     from .pipeline import Pipeline
 
     return Pipeline(load_torch(folder, device, dtype), folder)
+
+
+def _load_bundle(folder: Path, backend: str, device: str, dtype: str | None) -> Pipeline:
+    from .pipeline import Pipeline
+
+    manifest = read_manifest(folder)
+    kind = "onnx" if manifest.runtime == "onnx" else "tensorrt"
+    if backend not in ("auto", kind):
+        raise BadRequestError(f"{folder} is a bundle for backend {kind!r}, not {backend!r}")
+    if dtype not in (None, manifest.dtype):
+        raise BadRequestError(f"{folder} computes in {manifest.dtype}; for {dtype} build another bundle")
+    if kind == "onnx":
+        from .backends.onnx import load_onnx
+
+        return Pipeline(load_onnx(folder, device), folder)
+    from .backends.trt import load_tensorrt
+
+    return Pipeline(load_tensorrt(folder, device), folder)

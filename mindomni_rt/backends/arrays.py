@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..contracts import DTYPE_BYTES
 
 # numpy has no bfloat16: such numbers travel as the upper half of a float32.
-NUMPY = {
+NUMPY: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),

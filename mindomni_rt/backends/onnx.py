@@ -42,7 +42,7 @@ def load_onnx(
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if bundle.manifest.runtime != "onnx":
         raise BadBundleError(
-            f"{bundle.folder} holds engines of {bundle.manifest.runtime}, not ONNX graphs; load it with backend='tensorrt'"
+            f"{bundle.folder} holds engines of {bundle.manifest.runtime}, not ONNX graphs; use backend='tensorrt'"
         )
     offered = onnxruntime.get_available_providers()
     if device == "auto":
