@@ -299,7 +299,7 @@ def profile(name: str, config: ModelConfig) -> Profile:
     capacity = min(_CAPACITY[name], config.language.max_positions)
     embeds = min(_IMAGE_EMBEDS[name], capacity)
     prompt = min(320, capacity)
-    side = tuple(min(TILE, side // 8) for side in _SIDES[name])
+    least, tuned, most = (min(TILE, side // 8) for side in _SIDES[name])
     window = config.vision.window_size // config.vision.patch_size // config.vision.merge_size
     return Profile(
         name=name,
@@ -314,7 +314,7 @@ def profile(name: str, config: ModelConfig) -> Profile:
             "steps": (1, 50, 200),
             "image_tokens": (low if name != "any" else 1, best, high),
             "batch": (1, 1, 4),
-            "rows": side,
-            "columns": side,
+            "rows": (least, tuned, most),
+            "columns": (least, tuned, most),
         },
     )

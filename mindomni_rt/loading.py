@@ -29,8 +29,8 @@ def load(
 
     A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
     agree with it. path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they
-    do in huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA and float32 on
-    the CPU. Raises BadCheckpointError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
+    do in huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA and float32
+    on the CPU. Raises BadCheckpointError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     if backend not in BACKENDS:
         raise BadRequestError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")

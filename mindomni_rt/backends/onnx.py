@@ -163,7 +163,7 @@ class _Session:
 def _host(array: DeviceArray) -> NDArray[Any]:
     """An array on the CPU as numpy sees it."""
     memory = (ctypes.c_byte * array.nbytes).from_address(array.pointer)
-    return np.frombuffer(memory, NUMPY[array.dtype]).reshape(array.shape)
+    return np.ctypeslib.as_array(memory).view(NUMPY[array.dtype]).reshape(array.shape)
 
 
 def _cores() -> set[int]:

@@ -87,7 +87,7 @@ class StagedLanguageRun:
             images = request.image_embeds
             places = np.flatnonzero(ids == self._backend.config.language.image_token_id)
             source[places] = len(ids) + np.arange(len(places))
-        inputs = {"token_ids": ids[None], "source": source, **self._tables(request.positions)}
+        inputs: dict[str, NDArray[Any]] = {"token_ids": ids[None], "source": source, **self._tables(request.positions)}
         self._advance(len(ids), {k: self._backend.put(v) for k, v in inputs.items()}, images)
 
     def _tables(self, positions: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
