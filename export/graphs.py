@@ -7,10 +7,12 @@ the KV cache updated by TensorScatter outside of it, rotary tables and masks fro
 
 from __future__ import annotations
 
-import logging
+
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,9 +22,9 @@ from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.attention import attention, segment_attention
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from .store import WeightStore, write_graph
+from .store import WeightStore, fold_transposes, write_graph
 
-logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -210,6 +212,28 @@ class EulerGraph(nn.Module):
         return latents + interval * velocity, velocity
 
 
+class HalfAttention(nn.Module):
+    """The VAE's attention with its matrix products in float16; their input is normalized, so it does not overflow."""
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        self.group_norm = whole.group_norm
+        halves = [deepcopy(part).half() for part in (whole.to_q, whole.to_k, whole.to_v, whole.to_out[0])]
+        self.to_q, self.to_k, self.to_v, self.to_out = halves
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).half().flatten(2).transpose(1, 2).unsqueeze(1)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out(h).float().squeeze(1).transpose(1, 2).reshape(x.shape)
+
+
+def halve_attention(model: MindOmniModel) -> None:
+    """Precision "mixed" of stage vae, in place: Turing has no float32 matrix products in TensorRT-RTX."""
+    for part in (model.vae.encoder, model.vae.decoder):
+        if part is not None:
+            part.mid_block.attentions[0] = HalfAttention(part.mid_block.attentions[0])
+
+
 class VAEGraph(nn.Module):
     """Latents, already unscaled, -> pixels in about [-1, 1]."""
 
@@ -279,11 +303,17 @@ def sample_inputs(spec: GraphSpec, dtype: str) -> tuple[Tensor, ...]:
 
 
 def export_graph(
-    model: MindOmniModel, name: str, dtype: str, folder: Path, store: WeightStore, rename: str | None = None
+    model: MindOmniModel,
+    name: str,
+    dtype: str,
+    folder: Path,
+    store: WeightStore,
+    change: Callable[[ir.Model], object] | None = None,
 ) -> Path:
     """Traces one graph and writes `folder`/NAME.onnx, its weights into `store` (which other graphs may share).
 
-    dtype: the type the graph computes in; the model's parameters must have it already. Returns the file.
+    dtype: the type the graph computes in; the model's parameters must have it already. change: edits
+    the traced model (quantization). Returns the file.
     """
     if name not in available(model):
         raise BadRequestError(f"graph {name!r}: this checkpoint has {', '.join(available(model))}")
@@ -302,11 +332,14 @@ def export_graph(
             input_names=[t.name for t in spec.inputs],
             output_names=[t.name for t in spec.outputs],
             dynamic_shapes=_shapes(wrapper, dynamic),
+            optimize=False,
             verbose=False,
         )
     assert program is not None
-    path = folder / f"{rename or name}.onnx"
-    write_graph(program.model, spec, path, store)
+    fold_transposes(program.model.graph)  # first: the optimizer would fold small ones under names of its own
+    program.optimize()
+    path = folder / f"{name}.onnx"
+    write_graph(program.model, spec, path, store, change)
     return path
 
 

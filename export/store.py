@@ -7,6 +7,7 @@ share them. Graphs are written without the tracer's notes, so the same checkpoin
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,10 +54,20 @@ class WeightStore:
         self.close()
 
 
-def write_graph(model: ir.Model, spec: GraphSpec, path: Path, store: WeightStore) -> None:
-    """Writes a traced model under its contract: axes named, weights in the store, notes and file paths removed."""
+def write_graph(
+    model: ir.Model,
+    spec: GraphSpec,
+    path: Path,
+    store: WeightStore,
+    change: Callable[[ir.Model], object] | None = None,
+) -> None:
+    """Writes a traced model under its contract: axes named, weights in the store, notes and file paths removed.
+
+    change: edits the model first, when its weights lie the way MatMul reads them.
+    """
     graph = model.graph
-    fold_transposes(graph)
+    if change is not None:
+        change(model)
     _name_axes(model, spec)
     strip_notes(model)
     for name, value in graph.initializers.items():
