@@ -73,7 +73,7 @@ def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> Qu
         name = re.sub(r"\.weight(\.T)?$", "", weight.name or "")
         if precision in CALIBRATED and name not in ranges:
             raise BadRequestError(f"no calibration range for {name}; calibrate with prompts that reach it")
-        _PASSES[precision](_Site(model, node, weight, ranges.get(name, 0.0)), report)
+        PASSES[precision](_Site(model, node, weight, ranges.get(name, 0.0)), report)
     assert report.quantized, f"{precision}: no product of the graph was found to quantize"
     if report.kept:
         logger.warning("%s: %d products kept, their sizes do not divide into blocks", precision, report.kept)
@@ -219,7 +219,7 @@ def _rounded(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float
     return np.maximum(scale.astype(dtype.numpy()).astype(np.float32), np.finfo(np.float16).smallest_subnormal)
 
 
-_PASSES = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
+PASSES = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
 
 
 def calibrate(

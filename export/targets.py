@@ -22,6 +22,7 @@ PRECISIONS = {
     "fp8": "8-bit float (E4M3) weights and activations, calibrated",
     "int4": "4-bit integer weights in groups",
     "nvfp4": "4-bit float weights and activations in blocks of 16",
+    "mixed": "float32, attention's matrices in float16: of stage vae where there are no float32 ones",
 }
 # Stages whose matrices are quantized; the others keep the bundle's own type. The vision tower runs once an image and
 # the connector is 3 % of the weights: nothing to gain. The VAE is convolutions, and float16 overflows in SDXL's.
@@ -44,8 +45,9 @@ class Architecture:
         return "bfloat16" if "bf16" in self.precisions else "float16"
 
 
-_TURING = ("fp16", "fp32", "int8", "int8wo", "int4")
-_AMPERE = ("bf16", *_TURING)
+# TensorRT-RTX refuses float32 matrix products for Turing.
+_TURING = ("fp16", "int8", "int8wo", "int4", "mixed")
+_AMPERE = ("bf16", "fp32", *_TURING)
 _ADA = (*_AMPERE, "fp8")
 _BLACKWELL = (*_ADA, "nvfp4")
 
@@ -159,7 +161,7 @@ class Choice:
 _DTYPE_OF = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}
 # onnxruntime on the CPU: no bfloat16 at all, and no kernels for the 8- and 4-bit floats that serve anyone.
-_CPU = ("fp32", "fp16", "int8", "int8wo", "int4")
+_CPU = ("fp32", "fp16", "int8", "int8wo", "int4", "mixed")
 
 
 def choose(target: Target, precision: str | None, overrides: Mapping[str, str] | None = None) -> Choice:
@@ -177,10 +179,13 @@ def choose(target: Target, precision: str | None, overrides: Mapping[str, str] |
         if name not in PRECISIONS:
             raise BadRequestError(f"precision {name!r}: expected one of {', '.join(PRECISIONS)}")
         _check(target, name)
+    if precision == "mixed" or any(p == "mixed" for s, p in overrides.items() if s != "vae"):
+        raise BadRequestError("precision mixed is for stage vae: --stage vae=mixed")
     dtype = _DTYPE_OF.get(precision or "") or _default_dtype(target)
     plain = _NAME_OF[dtype]
     stages = dict.fromkeys(STAGES, plain)
-    stages["vae"] = "fp32"  # what the released code computes; float16 overflows in SDXL's decoder
+    # float32 is what the released code computes; float16 overflows in SDXL's decoder.
+    stages["vae"] = "fp32" if all(_has(a, "fp32") for a in target.architectures) else "mixed"
     if precision is None and target.architectures:
         defaults = [a.default for a in target.architectures]
         for stage in QUANTIZED:  # of several architectures, a choice that all of them have
@@ -189,10 +194,12 @@ def choose(target: Target, precision: str | None, overrides: Mapping[str, str] |
     elif precision is not None and precision not in _DTYPE_OF:
         stages.update(dict.fromkeys(QUANTIZED, precision))
     for stage, name in overrides.items():
-        if stage not in QUANTIZED and name not in _DTYPE_OF:
+        if stage not in QUANTIZED and name not in (*_DTYPE_OF, "mixed"):
             raise BadRequestError(f"stage {stage} is not quantized; give it fp32, fp16 or bf16")
         if stage != "vae" and name in _DTYPE_OF and name != plain:
-            raise BadRequestError(f"{stage}={name}: all stages but vae share one type, here {plain}; use --precision {name}")
+            raise BadRequestError(
+                f"{stage}={name}: all stages but vae share one type, here {plain}; use --precision {name}"
+            )
         stages[stage] = name
     if stages["prefix"] != stages["denoiser"]:
         raise BadRequestError("prefix and denoiser share their weights: give both the same precision")
