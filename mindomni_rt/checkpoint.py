@@ -186,7 +186,9 @@ def _index(folder: Path, stem: str) -> list[TensorEntry]:
         entries = [e for name in sorted(set(weight_map.values())) for e in _headers(folder / name)]
         missing = sorted(set(weight_map) - {e.key for e in entries})
         if missing:
-            raise BadCheckpointError(f"{index} promises tensor {missing[0]} in {weight_map[missing[0]]}; it is not there")
+            raise BadCheckpointError(
+                f"{index} promises tensor {missing[0]} in {weight_map[missing[0]]}; it is not there"
+            )
         return entries
     single = folder / f"{stem}.safetensors"
     if single.exists():
@@ -205,7 +207,7 @@ def _headers(path: Path) -> list[TensorEntry]:
         raise BadCheckpointError(f"{path} is missing")
     try:
         with safe_open(path, framework="np") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118: safe_open is no dict
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 safe_open is no dict
             return [TensorEntry(path, k, s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()]
     except (SafetensorError, OSError) as error:
         raise BadCheckpointError(
@@ -277,7 +279,9 @@ def _rope(config: Mapping[str, Any], default: str) -> RopeConfig:
         kind = "mrope"
     kind = {"su": "longrope", "default": "plain"}.get(kind, kind)
     if kind not in ("plain", "mrope", "longrope") or (default == "mrope" and kind != "mrope"):
-        raise BadCheckpointError(f"rope type {kind!r} is not supported here; expected {default} (su and longrope agree)")
+        raise BadCheckpointError(
+            f"rope type {kind!r} is not supported here; expected {default} (su and longrope agree)"
+        )
     maximum = int(config["max_position_embeddings"])
     original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
     factors = {name: tuple(map(float, scaling.get(name, ()))) for name in ("short_factor", "long_factor")}
@@ -314,7 +318,9 @@ def _vision_config(config: Mapping[str, Any]) -> VisionConfig:
 
 def _decoder_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], path: Path) -> DecoderConfig:
     if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise BadCheckpointError(f"{path}/image_decoder/config.json: partial_rotary_factor other than 1 is not supported")
+        raise BadCheckpointError(
+            f"{path}/image_decoder/config.json: partial_rotary_factor other than 1 is not supported"
+        )
     patch = _shape(tensors, "x_embedder.proj.weight", path / "image_decoder")
     text = tensors.get("llm.embed_tokens.weight")
     return DecoderConfig(
@@ -339,7 +345,9 @@ def _connector_config(decoder: DecoderConfig, tensors: Mapping[str, TensorEntry]
     """The file itself says how wide its input is and how many layers it has; the rest is the decoder's."""
     layers = {int(name.split(".")[0]) for name in tensors if name.split(".")[0].isdigit()} - {0}
     if layers != set(range(1, len(layers) + 1)):
-        raise BadCheckpointError(f"{path}/connector.safetensors: layers {sorted(layers)}; expected 1, 2, … without gaps")
+        raise BadCheckpointError(
+            f"{path}/connector.safetensors: layers {sorted(layers)}; expected 1, 2, … without gaps"
+        )
     return ConnectorConfig(
         input_size=_shape(tensors, "0.weight", path / "connector.safetensors")[1],
         stack=replace(decoder.stack, num_layers=len(layers)),

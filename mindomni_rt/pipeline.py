@@ -164,7 +164,12 @@ class Pipeline:
                 timings=clock.report(),
                 token_ids=thought.token_ids,
                 latents=self.backend.numpy(final),
-                settings={**request.settings(), "seed": seed, "backend": self.backend.name, "dtype": self.backend.dtype},
+                settings={
+                    **request.settings(),
+                    "seed": seed,
+                    "backend": self.backend.name,
+                    "dtype": self.backend.dtype,
+                },
             )
         )
 
@@ -208,7 +213,8 @@ class Pipeline:
         self, run: Any, language: LanguageRequest, index: int, cancel: threading.Event, clock: _Clock
     ) -> Generator[Event, None, tuple[str, list[int]]]:
         """Runs stage `language` to its end, telling each piece of text."""
-        stream, parser, tokens = TextStream(self.chat), ThoughtParser(), []
+        stream, parser = TextStream(self.chat), ThoughtParser()
+        tokens: list[int] = []
         with clock("language"):
             for token in run:
                 if not tokens:

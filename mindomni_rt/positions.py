@@ -98,7 +98,10 @@ def image_positions(config: DecoderConfig, rows: int, columns: int) -> Floats:
 
     x, y = axis(columns), axis(rows)
     table = np.concatenate(
-        [np.broadcast_to(x[None], (rows, columns, x.shape[1])), np.broadcast_to(y[:, None], (rows, columns, y.shape[1]))],
+        [
+            np.broadcast_to(x[None], (rows, columns, x.shape[1])),
+            np.broadcast_to(y[:, None], (rows, columns, y.shape[1])),
+        ],
         axis=-1,
     )
     return table.reshape(rows * columns, -1).astype(np.float32)

@@ -107,7 +107,9 @@ class Chat:
         """Token ids of a chat; the i-th image placeholder is repeated image_tokens[i] times."""
         ids = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
         pad = self.token_id("<|image_pad|>")
-        if image_tokens and pad is None:
+        if pad is None:
+            if not image_tokens:
+                return list(ids)
             raise BadCheckpointError(f"{self.folder}: the tokenizer has no <|image_pad|> token; it cannot take images")
         if ids.count(pad) != len(image_tokens):
             raise BadRequestError(
@@ -225,7 +227,9 @@ def _load_template(folder: Path) -> str:
                 template = next((t["template"] for t in template if t.get("name") == "default"), None)
             if isinstance(template, str):
                 return template
-    raise BadCheckpointError(f"{folder}: expected chat_template.json, chat_template.jinja or one in tokenizer_config.json")
+    raise BadCheckpointError(
+        f"{folder}: expected chat_template.json, chat_template.jinja or one in tokenizer_config.json"
+    )
 
 
 def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:

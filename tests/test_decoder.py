@@ -99,9 +99,7 @@ def test_rows_of_a_padded_batch_do_not_see_each_other() -> None:
     with torch.no_grad():
         maps: list[torch.Tensor] = []
         together = decoder(condition, latents, t, lengths=[4, 9], feature_maps=maps)
-        alone = torch.cat(
-            [decoder(condition[:1, :4], latents[:1], t[:1]), decoder(condition[1:], latents[1:], t[1:])]
-        )
+        alone = torch.cat([decoder(condition[:1, :4], latents[:1], t[:1]), decoder(condition[1:], latents[1:], t[1:])])
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
     assert [m.shape for m in maps] == [(2, 4, 32)] * 4  # three layer inputs and the normed output
 

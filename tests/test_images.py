@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -55,7 +56,7 @@ def test_resize_keeps_its_promises(height: int, width: int, most: int) -> None:
         return
     rows, columns = images.smart_resize(height, width, 28, 3136, most)
     assert rows % 28 == columns % 28 == 0
-    assert 3136 <= rows * columns
+    assert rows * columns >= 3136
     assert rows * columns <= most or min(rows, columns) == 28
     # The released code's first pass is the chat utility's, which lifts a side to 28 before it looks at the area;
     # transformers' own rule, the second pass, never meets such a side.
@@ -129,10 +130,8 @@ def test_damaged_files_raise_nothing_else(kind: str) -> None:
         data = bytearray(buffer.getvalue())
         for _ in range(draw.randint(1, 6)):
             data[draw.randrange(min(len(data), draw.choice([40, 200])))] = draw.randrange(256)
-        try:
+        with contextlib.suppress(BadRequestError):
             images.load_image(bytes(data[: draw.choice([len(data), draw.randrange(len(data))])]))
-        except BadRequestError:
-            pass
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -31,7 +31,12 @@ def language_config(heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layer
         rope=RopeConfig(kind="mrope", theta=1e6, mrope_section=sections, max_positions=512),
     )
     return LanguageConfig(
-        stack=stack, vocab_size=97, max_positions=512, image_token_id=90, vision_start_token_id=91, vision_end_token_id=92
+        stack=stack,
+        vocab_size=97,
+        max_positions=512,
+        image_token_id=90,
+        vision_start_token_id=91,
+        vision_end_token_id=92,
     )
 
 

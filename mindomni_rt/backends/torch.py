@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,8 @@ class TorchLanguageRun:
 
     def _tables(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         stack = self._backend.config.language.stack
-        return self._backend.tensors(*rope_tables(stack.rope, stack.head_dim, positions, positions.shape[-1]))
+        cos, sin = self._backend.tensors(*rope_tables(stack.rope, stack.head_dim, positions, positions.shape[-1]))
+        return cos, sin
 
     def _advance(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Runs embeddings x through the stack, keeps their hidden states, returns the last one's logits."""
@@ -142,7 +144,7 @@ class TorchBackend:
         self.dtype = str(self.torch_dtype).removeprefix("torch.")
         self._positions: Callable[[int, int], Tensor] = lru_cache(maxsize=4)(self._image_positions)
 
-    def tensors(self, *arrays: NDArray[np.float32]) -> tuple[Tensor, ...]:
+    def tensors(self, *arrays: NDArray[Any]) -> tuple[Tensor, ...]:
         """Host tables on the device."""
         return tuple(torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays)
 
@@ -164,9 +166,7 @@ class TorchBackend:
         condition = self.model.connector(hidden, *tables)
         for start, latents in image_latents:
             rows, columns = (side // self.config.decoder.patch_size for side in latents.shape[-2:])
-            features = self.model.decoder.input_features(
-                latents.to(self.torch_dtype), self._positions(rows, columns)
-            )
+            features = self.model.decoder.input_features(latents.to(self.torch_dtype), self._positions(rows, columns))
             condition[:, start : start + rows * columns] = features
         return condition
 
@@ -192,18 +192,18 @@ class TorchBackend:
         height, width = latents.shape[-2:]
         patch = self.config.decoder.patch_size
         positions = self._positions(height // patch, width // patch)
-        branches = [b for b in (request.guided, request.unguided) if b is not None]
-        assert all(isinstance(b, TorchPrefix) for b in branches)
+        branches = [b for b in (request.guided, request.unguided) if isinstance(b, TorchPrefix)]
         tables = [self._image_tables(b, positions.shape[0], latents.shape[0]) for b in branches]
         for step, (now, following) in enumerate(zip(request.times[:-1], request.times[1:], strict=True)):
             if request.cancelled():
                 return
             quirk = step == 0 and request.first_step == "condition_only"
             velocities = [
-                self._velocity(b, t, step, latents, positions, quirk)  # type: ignore[arg-type]
-                for b, t in zip(branches, tables, strict=True)
+                self._velocity(b, t, step, latents, positions, quirk) for b, t in zip(branches, tables, strict=True)
             ]
-            velocity = guide(*velocities, request.guidance_scale) if len(velocities) == 2 else velocities[0]
+            velocity = velocities[0]
+            if len(velocities) == 2:
+                velocity = guide(velocities[0], velocities[1], request.guidance_scale)
             latents = latents + float(following - now) * velocity
             yield latents, velocity
 
@@ -229,7 +229,8 @@ class TorchBackend:
         stack, first = self.config.decoder.stack, branch.length + 1
         tables = rope_tables(stack.rope, stack.head_dim, np.arange(first, first + count), first + count)
         workspace = Workspace(batch, stack.num_kv_heads, first + count, stack.head_dim, branch.kv.keys)
-        return _Images(*self.tensors(*tables), workspace)
+        cos, sin = self.tensors(*tables)
+        return _Images(cos, sin, workspace)
 
     def _image_positions(self, rows: int, columns: int) -> Tensor:
         return self.tensors(image_positions(self.config.decoder, rows, columns))[0].to(self.torch_dtype)
@@ -251,7 +252,7 @@ class TorchBackend:
         config = self.config.vae
         if self.model.vae.encoder is None:
             raise BadRequestError("this checkpoint's VAE has no encoder; use edit_features='vit'")
-        mean, _ = self.model.vae.encode(*self.tensors(pixels))
+        mean, _ = self.model.vae.encode(self.tensors(pixels)[0])
         return (mean - config.shift_factor) * config.scaling_factor
 
     def numpy(self, array: Tensor) -> NDArray[np.float32]:

@@ -36,7 +36,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rope_onnx(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same as one ONNX RotaryEmbedding, which TensorRT knows as a layer of its own."""
-    tables = [t.to(x.dtype) if t.ndim == 3 else t.to(x.dtype).unsqueeze(0).expand(x.shape[0], -1, -1) for t in (cos, sin)]
+    tables = [
+        t.to(x.dtype) if t.ndim == 3 else t.to(x.dtype).unsqueeze(0).expand(x.shape[0], -1, -1) for t in (cos, sin)
+    ]
     return torch.onnx.ops.rotary_embedding(x, *tables)
 
 

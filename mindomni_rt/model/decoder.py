@@ -128,7 +128,9 @@ class DiffusionDecoder(nn.Module):
         layers = list(self.llm.layers)
         for layer in layers[:-1]:
             x = layer(x, cos, sin, attend)
-        k, v = layers[-1].keys_values(x, cos, sin)  # the last layer's output is never read
+        last = layers[-1]
+        assert isinstance(last, Block)
+        k, v = last.keys_values(x, cos, sin)  # the last layer's output is never read
         all_keys, all_values = torch.stack([*keys, k]), torch.stack([*values, v])  # (layers, B, H, L + T, D)
         return PrefixKV(
             keys=all_keys[:, :, :, :length].contiguous(),
@@ -228,9 +230,7 @@ class DiffusionDecoder(nn.Module):
             feature_maps.append(self.llm.norm(x[:, -count:]))
         return self._velocity(x[:, -count:], self.modulation(features).unsqueeze(1), height, width)
 
-    def _whole_tables(
-        self, lengths: Sequence[int], longest: int, count: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _whole_tables(self, lengths: Sequence[int], longest: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tables (B, Lmax + 1 + N, D/2); padding repeats a position, which no one sees."""
         stack = self.config.stack
         tables = []

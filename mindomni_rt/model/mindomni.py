@@ -108,9 +108,7 @@ def _check(
         del entries[name]
 
 
-def _read(
-    entries: dict[str, TensorEntry], dtype: torch.dtype | None, device: torch.device | str
-) -> dict[str, Tensor]:
+def _read(entries: dict[str, TensorEntry], dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     state: dict[str, Tensor] = {}
