@@ -84,7 +84,9 @@ SCHEMES = {
         Scheme(name="bf16-eager", gemm=("bf16",), attention=("bf16",), weights=16, operands=16, qkv=16, fused=False),
         Scheme(name="bf16", gemm=("bf16",), attention=("bf16",), weights=16, operands=16, qkv=16),
         Scheme(name="w8a8", gemm=("fp8", "int8"), attention=("bf16",), weights=8, operands=8, qkv=16, head=8),
-        Scheme(name="w8a8+attn8", gemm=("fp8", "int8"), attention=("fp8", "int8"), weights=8, operands=8, qkv=8, head=8),
+        Scheme(
+            name="w8a8+attn8", gemm=("fp8", "int8"), attention=("fp8", "int8"), weights=8, operands=8, qkv=8, head=8
+        ),
         Scheme(
             name="w4a4+attn8",
             gemm=("fp4", "int4"),
@@ -203,7 +205,7 @@ def language_costs(
     steps = max(new_tokens - 1, 0)
     # Every decoded token attends to all before it and itself: the mean over the text.
     mean = round(lengths[0] + (steps + 1) / 2) if steps else 0
-    decode = _repeat(block_ops(stack, 1, mean, None, fused), stack.num_layers) + [_product(head, 1, "head")]
+    decode = [*_repeat(block_ops(stack, 1, mean, None, fused), stack.num_layers), _product(head, 1, "head")]
     return [
         StageCost(name="language.prefill", ops=tuple(prefill)),
         StageCost(name="language.decode", ops=tuple(decode) if steps else (), units=steps, unit="token"),
@@ -254,7 +256,9 @@ def denoiser_cost(
     ops: list[Op] = []
     for length in lengths:
         keys = length + 1 + image_tokens
-        blocks = block_ops(decoder.stack, image_tokens * images, keys * images, float(images * image_tokens * keys), fused)
+        blocks = block_ops(
+            decoder.stack, image_tokens * images, keys * images, float(images * image_tokens * keys), fused
+        )
         ops += _repeat(blocks, decoder.stack.num_layers)
         ops += [_product(embed, image_tokens * images), _product(final, image_tokens * images)]
     return StageCost(name="denoiser", ops=tuple(ops), units=steps, unit="step")

@@ -44,7 +44,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise WriteError(f"{path} could not be written: {error.strerror or error}; free space or choose --out") from error
+        raise WriteError(
+            f"{path} could not be written: {error.strerror or error}; free space or choose --out"
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:

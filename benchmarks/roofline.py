@@ -148,9 +148,7 @@ def _seconds_text(value: float) -> str:
     return "-" if value == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def plot(
-    bounds: Sequence[Bound], measured: Sequence[tuple[str, str, float]], path: Path, title: str
-) -> None:
+def plot(bounds: Sequence[Bound], measured: Sequence[tuple[str, str, float]], path: Path, title: str) -> None:
     """A dot plot, seconds an image on a log axis: floor (open), prediction (filled), measured (star). PNG at path.
 
     measured: (device name, precision, seconds) of runs of the same request.
