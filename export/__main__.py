@@ -119,9 +119,17 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .plan import plan, report
+    from .plan import plan_build, report
 
-    print(report(plan(options)))
+    plan = plan_build(
+        options.device,
+        checkpoint=options.checkpoint,
+        precision=options.precision,
+        stages=stages_of(options.stage),
+        size=options.size,
+        budget=options.memory_budget,
+    )
+    print(report(plan))
     return 0
 
 

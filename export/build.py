@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _DATA = {
     "vision": "vision",
     "language": "language",
+    "choose": "language",
     "connector": "connector",
     "features": "connector",
     "prefix": "decoder",
@@ -40,6 +41,7 @@ _DATA = {
     "vae": "vae",
     "vae_encode": "vae",
 }
+_FLOAT32 = ("choose", "euler")  # arithmetic on a few numbers, without weights
 _FILES = (".json", ".txt", ".jinja", ".model")
 
 
@@ -138,7 +140,9 @@ def _graphs(model: MindOmniModel, names: Sequence[str], request: BuildRequest, w
                 report.update(quantize.quantize(traced, precision, ranges).to_dict())
 
             began = time.perf_counter()
-            store = stores.setdefault(_DATA[name], WeightStore(work / f"{_DATA[name]}.data"))
+            if _DATA[name] not in stores:
+                stores[_DATA[name]] = WeightStore(work / f"{_DATA[name]}.data")
+            store = stores[_DATA[name]]
             quantized = precision in quantize.PASSES
             export_graph(model, name, choice.dtype, work, store, change if quantized else None)
             report["export_seconds"] = round(time.perf_counter() - began, 2)
@@ -153,7 +157,7 @@ def _graphs(model: MindOmniModel, names: Sequence[str], request: BuildRequest, w
 def _precision(spec: GraphSpec, choice: Choice) -> str:
     """What a graph's matrices are stored in. Graphs beside a stage's own hold no large ones."""
     plain = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[choice.dtype]
-    if spec.name == "euler":
+    if spec.name in _FLOAT32:
         return "fp32"
     return plain if spec.name == "features" else choice.stages[spec.stage]
 
@@ -174,7 +178,7 @@ def _entry(spec: GraphSpec, choice: Choice, file: Path, report: dict[str, Any]) 
 def _attention_dtype(spec: GraphSpec, choice: Choice) -> str:
     """The type in which a graph's attention computes."""
     if spec.stage != "vae":
-        return "float32" if spec.name == "euler" else choice.dtype
+        return "float32" if spec.name in _FLOAT32 else choice.dtype
     return {"fp32": "float32", "bf16": "bfloat16"}.get(choice.stages["vae"], "float16")
 
 

@@ -7,8 +7,11 @@ the KV cache updated by TensorScatter outside of it, rotary tables and masks fro
 
 from __future__ import annotations
 
-
-from collections.abc import Callable, Sequence
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -93,6 +96,16 @@ class LanguageGraph(nn.Module):
             x = layer(x, cos, sin, attend)
         logits = self.language.logits(x[:, -1]).float()
         return (logits, x, *keys, *values)
+
+
+class ChooseGraph(nn.Module):
+    """The best token under the repetition penalty, and the tokens seen with it."""
+
+    def forward(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+        penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+        token = torch.where(seen > 0, penalized, logits).argmax(dim=-1, keepdim=True)
+        places = torch.arange(logits.shape[1], device=logits.device)[None]
+        return token, torch.where(places == token, torch.ones_like(seen), seen)
 
 
 class ConnectorGraph(nn.Module):
@@ -256,6 +269,7 @@ class VAEEncodeGraph(VAEGraph):
 _WRAPPERS: dict[str, Callable[[MindOmniModel], nn.Module]] = {
     "vision": VisionGraph,
     "language": LanguageGraph,
+    "choose": lambda model: ChooseGraph(),
     "connector": ConnectorGraph,
     "features": FeaturesGraph,
     "prefix": PrefixGraph,
@@ -323,7 +337,7 @@ def export_graph(
     dynamic = tuple(
         {i: f"{t.name}_{i}" for i, axis in enumerate(t.axes) if isinstance(axis, str)} or None for t in spec.inputs
     )
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             wrapper,
             args,
@@ -335,18 +349,34 @@ def export_graph(
             optimize=False,
             verbose=False,
         )
-    assert program is not None
-    fold_transposes(program.model.graph)  # first: the optimizer would fold small ones under names of its own
-    program.optimize()
+        assert program is not None
+        fold_transposes(program.model.graph)  # first: the optimizer would fold small ones under names of its own
+        program.optimize()
     path = folder / f"{name}.onnx"
     write_graph(program.model, spec, path, store, change)
     return path
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the tracer's notes on its own workings out of a user's terminal; its errors are exceptions."""
+    names = ("torch.onnx", "torch._dynamo", "onnxscript", "onnx_ir")
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def _shapes(wrapper: nn.Module, dynamic: tuple[dict[int, str] | None, ...]) -> Sequence[object]:
     """Nests the entries of *args parameters as torch.export wants them."""
-    import inspect
-
     parameters = list(inspect.signature(wrapper.forward).parameters.values())
     plain = sum(p.kind is not p.VAR_POSITIONAL for p in parameters)
     return dynamic if plain == len(parameters) else (*dynamic[:plain], dynamic[plain:])

@@ -26,7 +26,7 @@ class WeightStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._places: dict[bytes, tuple[int, int]] = {}
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = path.open("xb")  # never over the weights of another graph
 
     def add(self, data: bytes | memoryview) -> tuple[int, int]:
         """Stores data unless it is there; returns (offset, length)."""

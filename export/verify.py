@@ -57,14 +57,14 @@ def verify(bundle: Path, checkpoint: Path | None = None, device: str = "auto") -
     assert isinstance(backend, StagedBackend)
     reference = load_torch(checkpoint, "cpu", "float32") if checkpoint else None
     rows = []
-    for (stage, output, found), expected in zip(_run(backend, reference), _expected(reference), strict=False):
+    for (stage, output, found), expected in zip(_run(backend, reference), _expected(reference), strict=False):  # endless
         rows.append(_row(backend, stage, output, found, expected))
     return rows
 
 
 def _row(backend: StagedBackend, stage: str, output: str, found: Any, expected: Any) -> Row:
     precision = backend.manifest.graphs[stage].precision
-    a = backend.numpy(found).astype(np.float64).ravel()
+    a = _host(backend, found).astype(np.float64).ravel()
     bound = BOUNDS[precision]
     if expected is None:
         finite = bool(np.isfinite(a).all())
@@ -76,12 +76,16 @@ def _row(backend: StagedBackend, stage: str, output: str, found: Any, expected: 
     return Row(stage=stage, output=output, precision=precision, cosine=cosine, error=error, bound=bound, passed=passed)
 
 
+def _host(backend: Any, value: Any) -> NDArray[np.float32]:
+    return value if isinstance(value, np.ndarray) else np.asarray(backend.numpy(value))
+
+
 def _expected(reference: TorchBackend | None) -> Iterator[Any]:
     if reference is None:
         while True:
             yield None
     for _, _, value in _run(reference, reference):
-        yield reference.numpy(value)
+        yield _host(reference, value)
 
 
 @dataclass(frozen=True)

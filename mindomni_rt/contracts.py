@@ -1,6 +1,7 @@
 """What every compiled graph takes and gives: names, axes, types, limits. Export, runtime, tests and docs read it here.
 
-A stage is one graph, sometimes two or three: `denoiser` also has `denoiser_first` (the condition_only first step) and
+A stage is one graph, sometimes two or three: `language` also has `choose` (the greedy token, so that scores stay on the
+device); `denoiser` also has `denoiser_first` (the condition_only first step) and
 `euler` (the sampler's arithmetic, for runtimes that have no array library on the device); `connector` has `features`
 (VAE features of a reference image); `vae` has `vae_encode`.
 
@@ -104,7 +105,7 @@ def resolve(axis: Axis, sizes: Mapping[str, int]) -> int:
 
 def graph_specs(config: ModelConfig) -> dict[str, GraphSpec]:
     """All graphs of a model, by name."""
-    language = (_vision(config), _language(config), *_connector(config))
+    language = (_vision(config), _language(config), _choose(config), *_connector(config))
     specs = (*language, _prefix(config), *_denoiser(config), *_vae(config))
     return {spec.name: spec for spec in specs}
 
@@ -157,6 +158,24 @@ def _language(config: ModelConfig) -> GraphSpec:
         ),
         in_place=tuple((f"{kind}_{i}", f"new_{kind}_{i}") for kind in ("keys", "values") for i in layers),
         head_dim=stack.head_dim,
+    )
+
+
+def _choose(config: ModelConfig) -> GraphSpec:
+    scores = (1, config.language.vocab_size)
+    return GraphSpec(
+        name="choose",
+        stage="language",
+        inputs=(
+            TensorSpec(name="logits", axes=scores, dtype="float32"),
+            TensorSpec(name="seen", axes=scores, dtype="float32"),  # 1 for each token so far, 0 for the others
+            TensorSpec(name="penalty", axes=(1,), dtype="float32"),
+        ),
+        outputs=(
+            TensorSpec(name="token", axes=(1, 1), dtype="int64"),
+            TensorSpec(name="new_seen", axes=scores, dtype="float32"),
+        ),
+        in_place=(("seen", "new_seen"),),
     )
 
 

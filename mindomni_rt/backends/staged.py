@@ -1,7 +1,8 @@
 """The six stages over compiled graphs, whatever runs them: onnxruntime and TensorRT differ in a `Runner` alone.
 
 Memory is made before a loop and by contract; inside the denoise loop graphs are queued one after another and nothing
-is copied to the host. The decode loop copies one row of scores a token, which is what tells the end of the text.
+is copied to the host. The greedy decode loop keeps its scores there too and copies one number a token, which tells the
+end of the text; drawing with a temperature copies the row of scores.
 """
 
 from __future__ import annotations
@@ -119,25 +120,41 @@ class StagedLanguageRun:
             return
         ahead = self._tables(request.next_position + np.arange(self._room + 1))
         tables = {name: backend.put(table) for name, table in ahead.items()}
-        step = {
-            "token_ids": backend.empty((1, 1), "int64"),
-            "source": backend.put(np.zeros(1, np.int64)),
-            "start": backend.empty((1,), "int64"),
-        }
-        seen = list(map(int, request.token_ids))
+        source, start = backend.put(np.zeros(1, np.int64)), backend.empty((1,), "int64")
+        chosen = backend.empty((1, 1), "int64")
+        pick = self._drawn(chosen) if request.temperature > 0 else self._greedy(chosen)
         for index in range(self._room + 1):
-            uniform = float(request.uniforms[index]) if request.temperature > 0 else 0.0
-            scores = backend.runner.get(self._logits)[0]
-            token = choose_token(scores, seen, request.repetition_penalty, request.temperature, uniform)
-            seen.append(token)
+            token = next(pick)
             yield token
             if token in request.eos_token_ids or index == self._room or request.cancelled():
                 return
-            backend.runner.write(step["token_ids"], np.array([[token]], np.int64))
-            backend.runner.write(step["start"], np.array([self._filled], np.int64))
+            backend.runner.write(start, np.array([self._filled], np.int64))
             # One row of each table: positions (rows, D/2) seen as (1, rows, D/2) so that a row is a view.
             rows = {k: t.reshape(1, *t.shape).rows(index, index + 1).reshape(1, t.shape[1]) for k, t in tables.items()}
-            self._advance(1, {**step, **rows}, self._no_image)
+            self._advance(1, {"token_ids": chosen, "source": source, "start": start, **rows}, self._no_image)
+
+    def _greedy(self, chosen: DeviceArray) -> Iterator[int]:
+        """The best token after each advance, left in `chosen` as well: one number a token comes to the host."""
+        request, backend = self._request, self._backend
+        seen = np.zeros(self._logits.shape, np.float32)
+        seen[0, np.asarray(request.token_ids, np.int64)] = 1
+        device_seen = backend.put(seen)
+        penalty = backend.put(np.array([request.repetition_penalty], np.float32))
+        while True:
+            inputs = {"logits": self._logits, "seen": device_seen, "penalty": penalty}
+            backend.run("choose", {}, inputs, {"token": chosen, "new_seen": device_seen})
+            yield int(backend.runner.get(chosen)[0, 0])
+
+    def _drawn(self, chosen: DeviceArray) -> Iterator[int]:
+        """A token drawn after each advance, on the host: so that every backend draws the same one."""
+        request, runner = self._request, self._backend.runner
+        seen = list(map(int, request.token_ids))
+        for uniform in request.uniforms:
+            scores = runner.get(self._logits)[0]
+            token = choose_token(scores, seen, request.repetition_penalty, request.temperature, float(uniform))
+            seen.append(token)
+            runner.write(chosen, np.array([[token]], np.int64))
+            yield token
 
 
 class StagedBackend:
@@ -191,7 +208,7 @@ class StagedBackend:
 
     def _make_room(self, graph: str) -> None:
         """In sequential mode, lets go of the other stages' weights."""
-        if not self._sequential or graph == "euler":
+        if not self._sequential:
             return
         stage = self._specs[graph].stage
         for other in [name for name in self._loaded if self._specs[name].stage != stage]:
