@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
     build.add_argument("checkpoint", type=Path)
     build.add_argument("--target", required=True, help="cpu, sm_89, rtx4090, dgx-spark, … or several: sm_86,sm_89")
-    build.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"], help="default: the target's table")
+    build.add_argument(
+        "--precision", choices=[p for p in PRECISIONS if p != "mixed"], help="default: the target's table"
+    )
     build.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION", help="for one stage")
     build.add_argument("--profile", choices=PROFILES, default="1024", help="image sizes an engine serves")
     build.add_argument("--first-step", choices=("full", "condition_only"), default="full")

@@ -232,4 +232,3 @@ def _builder() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
-

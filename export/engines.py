@@ -84,7 +84,7 @@ def build_engine(
     partial = out.with_name(f".{out.name}.partial")
     try:
         attention = _build(trt, onnx, partial, spec, profile, sms, fused, errors, progress)
-        os.replace(partial, out)
+        partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     report = EngineReport(

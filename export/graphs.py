@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -26,7 +27,6 @@ from mindomni_rt.model.attention import attention, segment_attention
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from .store import WeightStore, fold_transposes, write_graph
-
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -185,7 +185,7 @@ class PrefixGraph(nn.Module):
         *inner, last = self.decoder.llm.layers
         for layer in inner:
             x = layer(x, cos, sin, attend)
-        k, v = last.keys_values(x, cos, sin)
+        k, v = last.keys_values(x, cos, sin)  # type: ignore[operator]
         k, v = torch.stack([*keys, k]), torch.stack([*values, v])  # (layers, 1, H, L + T, D)
         times = [t[:, :, :, length:].permute(3, 0, 1, 2, 4).contiguous() for t in (k, v)]
         return k[:, :, :, :length], v[:, :, :, :length], *times, self.decoder.modulation(features)
@@ -228,11 +228,11 @@ class EulerGraph(nn.Module):
 class HalfAttention(nn.Module):
     """The VAE's attention with its matrix products in float16; their input is normalized, so it does not overflow."""
 
-    def __init__(self, whole: nn.Module) -> None:
+    def __init__(self, whole: Any) -> None:
         super().__init__()
-        self.group_norm = whole.group_norm
+        self.group_norm: nn.Module = whole.group_norm
         halves = [deepcopy(part).half() for part in (whole.to_q, whole.to_k, whole.to_v, whole.to_out[0])]
-        self.to_q, self.to_k, self.to_v, self.to_out = halves
+        self.to_q, self.to_k, self.to_v, self.to_out = halves[0], halves[1], halves[2], halves[3]
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).half().flatten(2).transpose(1, 2).unsqueeze(1)
@@ -375,7 +375,7 @@ def _quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _shapes(wrapper: nn.Module, dynamic: tuple[dict[int, str] | None, ...]) -> Sequence[object]:
+def _shapes(wrapper: nn.Module, dynamic: tuple[dict[int, str] | None, ...]) -> tuple[Any, ...]:
     """Nests the entries of *args parameters as torch.export wants them."""
     parameters = list(inspect.signature(wrapper.forward).parameters.values())
     plain = sum(p.kind is not p.VAR_POSITIONAL for p in parameters)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindomni_rt.checkpoint import open_checkpoint
 from mindomni_rt.config import ModelConfig, published
 from mindomni_rt.contracts import profile
+from mindomni_rt.errors import OutOfMemoryError
 from mindomni_rt.memory import Precision, weight_bytes
 from mindomni_rt.planner import Plan, gigabytes, parse_bytes
 from mindomni_rt.planner import plan as fit
 from mindomni_rt.shapes import PART_OF, STAGES, Workload
 
-from .targets import ARCHITECTURES, DEVICES, Choice, Device, Target, choose
+from .targets import ARCHITECTURES, DEVICES, QUANTIZED, Choice, Device, Target, choose
 
 # Not ours to use: CUDA's context and the desktop on a card of its own, the system on memory that the CPU shares.
 _RESERVE = {False: 700 * 10**6, True: 2000 * 10**6}
-_STORED = {"int8wo": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +56,42 @@ def plan_build(
     choice = choose(Target(runtime=architecture.runtime, sms=(device.sm,)), precision, stages)
     config = open_checkpoint(checkpoint).config if checkpoint else published()
     work = Workload(height=size, width=size)
-    stored = stored_as(choice)
+    stored = Precision.of_stages(choice.stages, choice.dtype)
     limit = device.memory if budget is None else parse_bytes(budget)
     reserve = _RESERVE[device.shared] + _cache_beyond(config, work, size)
-    memory = fit(config, work, precision=stored, budget=limit, reserve=reserve)
+    try:
+        memory = fit(config, work, precision=stored, budget=limit, reserve=reserve)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{str(error).split(';')[0]}; {_nearest(config, device, size, limit, reserve)}"
+        ) from error
     weights = weight_bytes(config, stored)
     disk = {stage: weights[PART_OF[stage]] for stage in STAGES}
     return BuildPlan(device=device, choice=choice, memory=memory, disk=disk, reason=architecture.reason)
 
 
-def stored_as(choice: Choice) -> Precision:
-    """A build's precisions in the planner's terms."""
+def _nearest(config: ModelConfig, device: Device, size: int, limit: int, reserve: int) -> str:
+    """The first smaller choice that fits, as arguments of `build` and `plan`: coarser weights, then smaller images."""
+    architecture = ARCHITECTURES[device.sm]
+    target = Target(runtime=architecture.runtime, sms=(device.sm,))
+    plain = "bf16" if "bf16" in architecture.precisions else "fp16"
+    choices = [{}, {"language": "int4", "prefix": "int8", "denoiser": "int8"}, dict.fromkeys(QUANTIZED, "int4")]
+    choices = [c for c in choices if all(p in architecture.precisions for p in c.values())]
+    halves = [{**c, "vae": plain} for c in choices if plain == "bf16"]
+    for side in (size, *(s for s in (768, 512, 256) if s < size)):
+        for stages in (*choices, *halves):
+            stored = Precision.of_stages(*_stages(choose(target, None, stages)))
+            try:
+                found = fit(config, Workload(height=side, width=side), precision=stored, budget=limit, reserve=reserve)
+            except OutOfMemoryError:
+                continue
+            asked = " ".join(f"--stage {stage}={name}" for stage, name in stages.items()) or "the defaults"
+            return f"this fits: --size {side} with {asked} (peak {gigabytes(found.peak)})"
+    return "nothing that can be built for this device fits, down to 256x256"
 
-    def of(stage: str) -> str:
-        name = choice.stages[stage]
-        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(name, _STORED.get(name, name))
 
-    vae = {"mixed": "float32"}.get(choice.stages["vae"], of("vae"))
-    return Precision(
-        compute=choice.dtype, language=of("language"), decoder=of("denoiser"), head=choice.dtype, vae=vae
-    )
+def _stages(choice: Choice) -> tuple[Mapping[str, str], str]:
+    return choice.stages, choice.dtype
 
 
 def _cache_beyond(config: ModelConfig, work: Workload, size: int) -> int:
@@ -111,8 +128,8 @@ def report(plan: BuildPlan) -> str:
     lines += [
         "",
         f"stays loaded: {', '.join(memory.resident) or 'nothing'}",
-        f"peak {gigabytes(memory.peak)} of {gigabytes(budget)} (with {gigabytes(memory.reserve)} for the system, CUDA and "
-        "the fixed cache)",
+        f"peak {gigabytes(memory.peak)} of {gigabytes(budget)} ({gigabytes(memory.reserve)} of it for the system, "
+        "CUDA and the fixed cache)",
         f"bundle {gigabytes(sum(plan.disk.values()))} on disk (prefix and denoiser each hold the decoder's weights); "
         f"{gigabytes(plan.build_disk)} free are needed to build",
     ]

@@ -41,7 +41,13 @@ class WeightStore:
         """The same tensor, by reference to this file."""
         offset, length = self.add(value.tobytes())
         return ir.ExternalTensor(
-            self.path.name, offset, length, value.dtype, shape=value.shape, name=name, base_dir=str(self.path.parent)
+            self.path.name,
+            offset,
+            length,
+            value.dtype,
+            shape=ir.Shape(value.shape),
+            name=name,
+            base_dir=str(self.path.parent),
         )
 
     def close(self) -> None:
@@ -116,25 +122,23 @@ def fold_transposes(graph: ir.Graph) -> None:
             continue
         if len(source.shape or ()) != 2 or target.is_graph_output():
             continue
+        name = f"{source.name}.T"
         weight = ir.Value(
-            name=f"{source.name}.T",
+            name=name,
             type=source.type,
             shape=ir.Shape(tuple(source.shape)[::-1]),  # type: ignore[arg-type]
-            const_value=_transposed(source.const_value, f"{source.name}.T"),
+            const_value=_transposed(source.const_value, name),
         )
-        if weight.name in graph.initializers:
-            weight = graph.initializers[weight.name]
-        else:
-            graph.initializers[weight.name] = weight  # type: ignore[index]
+        weight = graph.initializers.setdefault(name, weight)
         target.replace_all_uses_with(weight)
         graph.remove(node, safe=True)
         if not source.uses():
-            del graph.initializers[source.name]
+            del graph.initializers[str(source.name)]
 
 
 def _transposed(source: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     """The tensor transposed, made when it is written: never two copies of the model."""
-    shape = ir.Shape(tuple(int(n) for n in source.shape)[::-1])
+    shape = ir.Shape(source.shape.numpy()[::-1])
 
     def make() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(source.numpy().T), dtype=source.dtype, name=name)

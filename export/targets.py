@@ -45,32 +45,33 @@ class Architecture:
         return "bfloat16" if "bf16" in self.precisions else "float16"
 
 
-# TensorRT-RTX refuses float32 matrix products for Turing.
-_TURING = ("fp16", "int8", "int8wo", "int4", "mixed")
-_AMPERE = ("bf16", "fp32", *_TURING)
+# TensorRT-RTX 1.7 refuses float32 matrix products and 4-bit integers for Turing.
+_TURING = ("fp16", "int8", "int8wo", "mixed")
+_AMPERE = ("bf16", "fp32", *_TURING, "int4")
 _ADA = (*_AMPERE, "fp8")
 _BLACKWELL = (*_ADA, "nvfp4")
 
 
 def _architecture(sm: str, runtime: str, precisions: tuple[str, ...], denoiser: str, reason: str) -> Architecture:
-    default = {"language": "int4", "prefix": denoiser, "denoiser": denoiser}
-    return Architecture(sm=sm, runtime=runtime, precisions=precisions, default=default, reason=reason)
+    language = "int4" if "int4" in precisions else "int8wo"
+    default = {"language": language, "prefix": denoiser, "denoiser": denoiser}
+    why = f"decoding reads every weight for each token, so {language[3]}-bit weights are its speed; {reason}"
+    return Architecture(sm=sm, runtime=runtime, precisions=precisions, default=default, reason=why)
 
 
-_DECODE = "decoding reads every weight for each token, so 4-bit weights are its speed; "
 ARCHITECTURES = {
     a.sm: a
     for a in (
-        _architecture("sm_75", "tensorrt_rtx", _TURING, "int8", _DECODE + "Turing has INT8 but no bfloat16 or FP8"),
-        _architecture("sm_80", "tensorrt", _AMPERE, "int8", _DECODE + "Ampere's INT8 is twice its 16-bit rate; no FP8"),
-        _architecture("sm_86", "tensorrt_rtx", _AMPERE, "int8", _DECODE + "Ampere's INT8 is twice its 16-bit rate; no FP8"),
-        _architecture("sm_87", "tensorrt", _AMPERE, "int8", _DECODE + "Orin has INT8, no FP8"),
-        _architecture("sm_89", "tensorrt_rtx", _ADA, "int8", _DECODE + "Ada's INT8 is twice its FP8 with float32 sums"),
-        _architecture("sm_90", "tensorrt", _ADA, "fp8", _DECODE + "Hopper's FP8 keeps more range than INT8 at its rate"),
-        _architecture("sm_100", "tensorrt", _BLACKWELL, "nvfp4", _DECODE + "NVFP4 is Blackwell's fastest type"),
-        _architecture("sm_110", "tensorrt", _BLACKWELL, "nvfp4", _DECODE + "Thor has Blackwell's NVFP4"),
-        _architecture("sm_120", "tensorrt_rtx", _BLACKWELL, "nvfp4", _DECODE + "NVFP4 is Blackwell's fastest type"),
-        _architecture("sm_121", "tensorrt_rtx", _BLACKWELL, "nvfp4", _DECODE + "NVFP4 is Blackwell's fastest type"),
+        _architecture("sm_75", "tensorrt_rtx", _TURING, "int8", "Turing has INT8 but no bfloat16, FP8 or, here, INT4"),
+        _architecture("sm_80", "tensorrt", _AMPERE, "int8", "Ampere's INT8 is twice its 16-bit rate; no FP8"),
+        _architecture("sm_86", "tensorrt_rtx", _AMPERE, "int8", "Ampere's INT8 is twice its 16-bit rate; no FP8"),
+        _architecture("sm_87", "tensorrt", _AMPERE, "int8", "Orin has INT8, no FP8"),
+        _architecture("sm_89", "tensorrt_rtx", _ADA, "int8", "Ada's INT8 is twice its FP8 with float32 sums"),
+        _architecture("sm_90", "tensorrt", _ADA, "fp8", "Hopper's FP8 keeps more range than INT8 at its rate"),
+        _architecture("sm_100", "tensorrt", _BLACKWELL, "nvfp4", "NVFP4 is Blackwell's fastest type"),
+        _architecture("sm_110", "tensorrt", _BLACKWELL, "nvfp4", "Thor has Blackwell's NVFP4"),
+        _architecture("sm_120", "tensorrt_rtx", _BLACKWELL, "nvfp4", "NVFP4 is Blackwell's fastest type"),
+        _architecture("sm_121", "tensorrt_rtx", _BLACKWELL, "nvfp4", "NVFP4 is Blackwell's fastest type"),
     )
 }
 
@@ -131,7 +132,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """"cpu", "sm_89", "rtx4090", or several of one runtime: "sm_86,rtx4090". Raises UnsupportedDeviceError."""
+    """ "cpu", "sm_89", "rtx4090", or several of one runtime: "sm_86,rtx4090". Raises UnsupportedDeviceError."""
     names = [n.strip().lower() for n in text.split(",") if n.strip()]
     if names in (["cpu"], ["onnx"]):
         return Target(runtime="onnx")
@@ -234,7 +235,7 @@ def memory_of(device: str) -> int:
 
 
 def stages_of(names: Sequence[str]) -> dict[str, str]:
-    """"denoiser=fp8" entries of the command line as a mapping. Raises BadRequestError."""
+    """ "denoiser=fp8" entries of the command line as a mapping. Raises BadRequestError."""
     out: dict[str, str] = {}
     for name in names:
         stage, equals, precision = name.partition("=")

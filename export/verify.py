@@ -57,7 +57,9 @@ def verify(bundle: Path, checkpoint: Path | None = None, device: str = "auto") -
     assert isinstance(backend, StagedBackend)
     reference = load_torch(checkpoint, "cpu", "float32") if checkpoint else None
     rows = []
-    for (stage, output, found), expected in zip(_run(backend, reference), _expected(reference), strict=False):  # endless
+    for (stage, output, found), expected in zip(
+        _run(backend, reference), _expected(reference), strict=False
+    ):  # endless
         rows.append(_row(backend, stage, output, found, expected))
     return rows
 

@@ -8,7 +8,9 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 Graph = TypeVar("Graph")
-STAGED_BYTES = 1 << 20  # arrays up to here are copied to a fixed place: a few microseconds, for a graph that fits always
+STAGED_BYTES = (
+    1 << 20
+)  # arrays up to here are copied to a fixed place: a few microseconds, for a graph that fits always
 _GRAPHS = 16  # kept for one engine
 _SEEN = 64
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, open_bundle
+from ..contracts import STAGES
 from ..errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
 from .arrays import NUMPY, DeviceArray
 from .staged import StagedBackend
@@ -27,13 +28,13 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
 
 
 def load_onnx(
-    bundle: str | Path | Bundle, device: str = "auto", threads: int | None = None, sequential: bool = False
+    bundle: str | Path | Bundle, device: str = "auto", threads: int | None = None, resident: Collection[str] = STAGES
 ) -> StagedBackend:
     """A bundle built for onnxruntime.
 
     device: "auto" takes CUDA where onnxruntime offers it, else "cpu"; "cuda", "cuda:N". threads: of one operator;
-    None is OMP_NUM_THREADS or the cores this process may use. sequential keeps one stage's weights in memory at a
-    time. Raises BadBundleError, UnsupportedDeviceError, MissingExtraError.
+    None is OMP_NUM_THREADS or the cores this process may use. resident: stages whose weights stay loaded; the others
+    leave when the next stage runs. Raises BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     try:
         import onnxruntime
@@ -59,7 +60,7 @@ def load_onnx(
         raise UnsupportedDeviceError(
             "onnxruntime computes no bfloat16 on the CPU; build with --target cpu --precision fp32 or fp16"
         )
-    return StagedBackend(OnnxRunner(bundle, kind, int(index or 0), threads), bundle.manifest, sequential)
+    return StagedBackend(OnnxRunner(bundle, kind, int(index or 0), threads), bundle.manifest, resident)
 
 
 class OnnxRunner:

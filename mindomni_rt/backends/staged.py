@@ -8,7 +8,7 @@ end of the text; drawing with a temperature copies the row of scores.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Manifest
 from ..config import ModelConfig
-from ..contracts import TILE, graph_specs, resolve
+from ..contracts import STAGES, TILE, graph_specs, resolve
 from ..errors import BadRequestError
 from ..images import ImagePatches
 from ..positions import image_positions, rope_tables, time_features
@@ -158,14 +158,14 @@ class StagedLanguageRun:
 
 
 class StagedBackend:
-    """`Backend` over a bundle's graphs. sequential: keep one stage in memory at a time."""
+    """`Backend` over a bundle's graphs. resident: stages that stay loaded; the others leave when the next one runs."""
 
-    def __init__(self, runner: Runner, manifest: Manifest, sequential: bool = False) -> None:
+    def __init__(self, runner: Runner, manifest: Manifest, resident: Collection[str] = STAGES) -> None:
         self.runner, self.manifest = runner, manifest
         self.config: ModelConfig = manifest.model
         self.name, self.device, self.dtype = runner.name, runner.device, manifest.dtype
         self._specs = graph_specs(self.config)
-        self._sequential = sequential
+        self._resident = frozenset(resident)
         self._loaded: set[str] = set()
 
     def limit(self, axis: str) -> int | None:
@@ -207,11 +207,9 @@ class StagedBackend:
         return given
 
     def _make_room(self, graph: str) -> None:
-        """In sequential mode, lets go of the other stages' weights."""
-        if not self._sequential:
-            return
+        """Lets go of the weights of stages that are not to stay."""
         stage = self._specs[graph].stage
-        for other in [name for name in self._loaded if self._specs[name].stage != stage]:
+        for other in [g for g in self._loaded if self._specs[g].stage not in (stage, *self._resident)]:
             self.runner.release(other)
             self._loaded.remove(other)
         self._loaded.add(graph)

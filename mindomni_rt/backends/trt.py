@@ -1,8 +1,8 @@
 """A bundle of TensorRT engines: `tensorrt_rtx` on RTX cards and DGX Spark, `tensorrt` on Jetson and data-centre GPUs.
 
-All work goes to one stream of our own. Small inputs and outputs pass through fixed staging memory (a copy on the device),
-so that a step always sees the same addresses and can be replayed as a CUDA graph: TensorRT-RTX captures by itself,
-for TensorRT it is done here. The KV cache is bound as input and output at once and never moves.
+All work goes to one stream of our own. Small inputs and outputs pass through fixed staging memory (a copy on the
+device), so that a step always sees the same addresses and can be replayed as a CUDA graph: TensorRT-RTX captures by
+itself, for TensorRT it is done here. The KV cache is bound as input and output at once and never moves.
 
 Nothing of the device half has run yet: this project has built engines and checked them, but owned no GPU that
 TensorRT-RTX supports. `python -m export verify BUNDLE --against CHECKPOINT` certifies it on yours.
@@ -18,7 +18,7 @@ import re
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, open_bundle, read_manifest
-from ..contracts import graph_specs
+from ..contracts import STAGES, graph_specs
 from ..errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
 from .arrays import NUMPY, DeviceArray
 from .capture import Action, Captures, staged
@@ -38,14 +38,14 @@ RUNTIMES = ("tensorrt_rtx", "tensorrt")
 
 
 def load_tensorrt(
-    bundle: str | Path | Bundle, device: str = "auto", sequential: bool = False, cuda_graphs: bool = True
+    bundle: str | Path | Bundle, device: str = "auto", resident: Collection[str] = STAGES, cuda_graphs: bool = True
 ) -> StagedBackend:
     """A bundle of engines on a GPU.
 
-    device: "auto" and "cuda" are the first GPU, "cuda:N" another. sequential keeps one stage's engines in memory at a
-    time. cuda_graphs False enqueues every step anew. The order of checks is: device name, runtime and its version, GPU
-    and its architecture, then every file's hash; only then an engine is read. Raises BadRequestError, BadBundleError,
-    UnsupportedDeviceError, MissingExtraError.
+    device: "auto" and "cuda" are the first GPU, "cuda:N" another. resident: stages whose engines stay loaded; the
+    others leave when the next stage runs. cuda_graphs False enqueues every step anew. The order of checks is: device
+    name, runtime and its version, GPU and its architecture, then every file's hash; only then an engine is read. Raises
+    BadRequestError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     index = parse_device(device)
     manifest = bundle.manifest if isinstance(bundle, Bundle) else read_manifest(Path(bundle))
@@ -57,7 +57,7 @@ def load_tensorrt(
     gpu = open_gpu(index)
     manifest.check_device(f"sm_{gpu.arch}")
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    return StagedBackend(TensorRTRunner(trt, bundle, gpu, cuda_graphs), manifest, sequential)
+    return StagedBackend(TensorRTRunner(trt, bundle, gpu, cuda_graphs), manifest, resident)
 
 
 def parse_device(device: str) -> int:
@@ -303,10 +303,10 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            Path(temporary).unlink()
 
 
 def _driver() -> Any:

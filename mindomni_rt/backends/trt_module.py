@@ -10,9 +10,9 @@ from ..errors import MissingExtraError
 
 logger = logging.getLogger(__name__)
 _ORIGIN = {
-    "tensorrt_rtx": "TensorRT for RTX comes from PyPI: pip install 'mindomni-rt[trt]'",
-    "tensorrt": "TensorRT comes from NVIDIA: pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu13 on a PC "
-    "or server, the python3-libnvinfer package of JetPack 7.2.2 or newer on a Jetson",
+    "tensorrt_rtx": "pip install 'mindomni-rt[trt]' (TensorRT for RTX, from PyPI)",
+    "tensorrt": "it comes from NVIDIA, not from PyPI: on a PC or server as its installation guide says, on a "
+    "Jetson with JetPack 7.2 or newer (package python3-libnvinfer)",
 }
 
 
@@ -25,9 +25,7 @@ def import_tensorrt(runtime: str) -> Any:
     try:
         return importlib.import_module(runtime)
     except ImportError as error:
-        missing = MissingExtraError(runtime, "trt")
-        missing.args = (f"{runtime} is not installed. {_ORIGIN[runtime]}",)
-        raise missing from error
+        raise MissingExtraError(runtime, "trt", _ORIGIN[runtime]) from error
 
 
 def make_logger(trt: Any, errors: list[str] | None = None) -> Any:
