@@ -29,4 +29,5 @@ class MissingExtraError(MindOmniError, ImportError):
     """An optional dependency that is not installed. The message names the extra."""
 
     def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
-        super().__init__(f"{package} is not installed: {advice or f"pip install 'mindomni-rt[{extra}]'"}")
+        advice = advice or f"pip install 'mindomni-rt[{extra}]'"
+        super().__init__(f"{package} is not installed: {advice}")

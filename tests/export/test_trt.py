@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def test_write_whole(tmp_path: Path) -> None:
     trt.write_whole(path, b"first")
     with pytest.raises(TypeError):
         trt.write_whole(path, "not bytes")  # type: ignore[arg-type]
-    assert path.read_bytes() == b"first" and os.listdir(path.parent) == ["cache.bin"]
+    assert path.read_bytes() == b"first" and [p.name for p in path.parent.iterdir()] == ["cache.bin"]
 
 
 def test_missing_tensorrt_names_its_source() -> None:
