@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import VisionConfig
+from .errors import BadRequestError
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,19 @@ class VisionLayout:
 
 
 def vision_layout(config: VisionConfig, grid: tuple[int, int, int]) -> VisionLayout:
-    """Tables for a grid of (t, h, w) patches, h and w multiples of config.merge_size.
+    """Tables for a grid of (1, h, w) patches, h and w multiples of config.merge_size.
 
-    A window covers window_size pixels a side; those at the right and bottom edge may be partial.
+    A window covers window_size pixels a side; those at the right and bottom edge may be partial. Raises
+    BadRequestError for another grid: MindOmni takes still images, and the layers of full attention see one frame.
     """
     time, height, width = grid
     merge = config.merge_size
+    if time != 1 or min(height, width) < 1 or height % merge or width % merge:
+        raise BadRequestError(f"patch grid {grid}: expected (1, h, w), h and w positive multiples of {merge}")
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
 
     def merge_order(table: NDArray[np.int64]) -> NDArray[np.int64]:
-        table = table.reshape(height // merge, merge, width // merge, merge).transpose(0, 2, 1, 3)
-        return np.tile(table.reshape(-1), time)
+        return table.reshape(height // merge, merge, width // merge, merge).transpose(0, 2, 1, 3).reshape(-1)
 
     rows, columns = merge_order(rows), merge_order(columns)
     powers = np.float32(10000.0) ** (
@@ -52,7 +55,6 @@ def vision_layout(config: VisionConfig, grid: tuple[int, int, int]) -> VisionLay
     side = config.window_size // config.patch_size // merge * merge  # patches a side of a window
     across = -(-width // side)
     window = (rows // side) * across + columns // side
-    window += np.repeat(np.arange(time), height * width) * (window.max() + 1)
     order = np.argsort(window, kind="stable")
     sizes = np.bincount(window)
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])

@@ -1,7 +1,10 @@
 """Stage `vae`: diffusers' AutoencoderKL as SDXL uses it, under diffusers' tensor names.
 
-Large images are decoded in overlapping tiles whose seams are blended linearly. GroupNorm then sees a tile instead of
-the image, so tiles differ slightly from the whole; images up to `tile` latents a side are never tiled.
+Large images are decoded in overlapping tiles whose seams are blended linearly; images up to `tile` latents a side are
+never tiled. GroupNorm and the middle's attention then see a tile instead of the image, so the result differs from the
+whole. Measured on 24 tiny random models, smooth 48x40 latents, as median (maximum) of the error's share of the norm:
+decode 6 % (15 %) at tile = 32, 18 % (44 %) at 16, 29 % (81 %) at 8; encode 1.5 % (5 %), 4.5 % (15 %), 10 % (29 %). The
+steepest step between neighbouring pixels grew by at most 1.15, 1.26 and 1.40 times. Not measured on published weights.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import VAEConfig
+from ..errors import BadCheckpointError, BadRequestError
 
 TILE = 128  # latents a side: a 1024-pixel image is decoded whole
 _OVERLAP = 0.25
@@ -148,7 +152,7 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor, tile: int | None = TILE) -> Tensor:
         """Latents (B, 4, h, w), already divided by the scaling factor -> pixels (B, 3, 8h, 8w), about [-1, 1].
 
-        tile: the largest side in latents that is decoded whole; None never tiles.
+        tile: the largest side in latents that is decoded whole, at least 2; None never tiles.
         """
         if tile is None or max(latents.shape[-2:]) <= tile:
             return self._decode(latents)
@@ -158,7 +162,10 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def encode(self, pixels: Tensor, tile: int | None = TILE) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 8 -> mean and log-variance (B, 4, H/8, W/8), unscaled."""
+        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 8 -> mean and log-variance (B, 4, H/8, W/8), unscaled.
+
+        tile: as in `decode`, in latents. Raises BadCheckpointError if the checkpoint had no encoder.
+        """
         factor = self.config.downscale
         if tile is None or max(pixels.shape[-2:]) <= tile * factor:
             moments = self._encode(pixels)
@@ -168,7 +175,8 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        assert self.encoder is not None and self.quant_conv is not None, "this checkpoint has no VAE encoder"
+        if self.encoder is None or self.quant_conv is None:
+            raise BadCheckpointError("this checkpoint has no VAE encoder: it can decode, not encode images")
         return self.quant_conv(self.encoder(pixels))
 
 
@@ -178,6 +186,10 @@ def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float, 
     Only the output and one tile live at a time. scale: output over input size; unit: input pixels a unit of `tile`.
     """
     height, width = x.shape[-2] // unit, x.shape[-1] // unit
+    if tile < 2:
+        raise BadRequestError(f"tile = {tile}: expected at least 2 latents a side, or None for no tiles")
+    if x.shape[-2] % unit or x.shape[-1] % unit:
+        raise BadRequestError(f"image of {x.shape[-1]}x{x.shape[-2]} pixels: sides must be multiples of {unit}")
     overlap = max(1, int(tile * _OVERLAP))
     step = round(unit * scale)
     out = x.new_zeros(x.shape[0], channels, height * step, width * step)

@@ -21,7 +21,8 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return F.linear(patches, self.proj.weight.flatten(1))  # the stride equals the kernel: one matrix product
+        weight = self.proj.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1))  # the stride equals the kernel: one matrix product
 
 
 class _Attention(nn.Module):
