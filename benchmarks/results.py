@@ -1,0 +1,122 @@
+"""Result files: written whole or not at all, read with a clear error, and what each must hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mindomni_rt.config import ModelConfig
+from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.shapes import Workload
+
+FORMAT = 1
+FOLDER = Path(__file__).with_name("results")
+
+
+class WriteError(MindOmniError, OSError):
+    """A result that could not be stored: full disk, missing rights."""
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Stores data at path, replacing what was there only when all of it is on disk. Raises WriteError."""
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        if path.exists() and not path.is_file():  # a device or pipe the user named: nothing to replace
+            with path.open("wb") as file:
+                file.write(data)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise WriteError(
+            f"{path} could not be written: {error.strerror or error}; free space or choose --out"
+        ) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """JSON with an indent of one, at path, atomically."""
+    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or BadRequestError naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadRequestError(f"no file at {path}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadRequestError(f"{path} is not readable JSON: {error}") from error
+
+
+@dataclass(frozen=True)
+class Result:
+    """A latency result: seconds by stage of every run, and all that was recorded with them."""
+
+    path: Path
+    data: dict[str, Any]
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.data["model"]["config"])
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.data["workload"].items()})
+
+    @property
+    def dtype(self) -> str:
+        return str(self.data["model"]["dtype"])
+
+    @property
+    def machine(self) -> str:
+        machine = self.data["machine"]
+        return str(machine.get("gpu") or machine.get("cpu") or "unknown")
+
+    def samples(self, metric: str) -> list[float]:
+        """Seconds of each run for a stage or "total"; empty where it did not run."""
+        return [float(run[metric]) for run in self.data["runs"] if metric in run]
+
+    def median(self, metric: str) -> float:
+        values = self.samples(metric)
+        return median(values) if values else 0.0
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(key for run in self.data["runs"] for key in run))
+
+
+def read_result(path: Path) -> Result:
+    """A latency result, or BadRequestError that says what it lacks."""
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("kind") != "latency":
+        raise BadRequestError(f"{path}: not a latency result (expected kind 'latency')")
+    if data.get("format") != FORMAT:
+        raise BadRequestError(f"{path}: result format {data.get('format')}; this version reads {FORMAT}")
+    lacking = sorted({"machine", "model", "workload", "runs"} - set(data))
+    if lacking or not data["runs"]:
+        raise BadRequestError(f"{path}: lacks {', '.join(lacking) or 'runs'}")
+    return Result(path, data)
+
+
+def all_results(folder: Path = FOLDER) -> Iterator[Result]:
+    """Latency results of a folder, oldest name first; other kinds are passed over."""
+    for path in sorted(folder.glob("*.json")):
+        data = read_json(path)
+        if isinstance(data, dict) and data.get("kind") == "latency":
+            yield read_result(path)
