@@ -24,24 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .launch import SHARED_LIMIT, SMS, interpreting
+from .spec import TRITON_TYPES, Spec
 
 # Triton 3.9 warns that its default will change. Contraction to FMA is what every test here was run with.
 FP_FUSION = True
-
-TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """One kernel at one set of constants. aligned: arguments divisible by 16, as the launcher of the module sees."""
-
-    name: str
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    warps: int
-    stages: int
-    aligned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,29 +50,6 @@ class Artifact:
     def describe(self) -> dict[str, Any]:
         """JSON-able metadata, without the code."""
         return {k: v for k, v in asdict(self).items() if k not in ("cubin", "ptx")}
-
-
-def make_spec(
-    name: str,
-    kernel: Any,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
-    warps: int,
-    stages: int,
-    unaligned: Sequence[str] = (),
-) -> Spec:
-    """A Spec whose pointers and integers are all divisible by 16 but the named ones.
-
-    types: Triton types of the arguments that are not integers; every other one that is no constant is an i32.
-    """
-    arguments = [a for a in kernel.arg_names if a not in constants]
-    unknown = sorted((set(types) | set(unaligned)) - set(arguments))
-    assert not unknown, f"{name}: no arguments {unknown} in {arguments}"
-    full = {a: types.get(a, "i32") for a in arguments}
-    aligned = frozenset(a for a, t in full.items() if (t == "i32" or t.startswith("*")) and a not in unaligned)
-    return Spec(
-        name=name, kernel=kernel, types=full, constants=constants, warps=warps, stages=stages, aligned=aligned
-    )
 
 
 def compile_spec(spec: Spec, sm: int) -> Artifact:

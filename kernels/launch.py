@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
+
+from .language import HAS_TRITON, triton
 
 SMS = (75, 80, 86, 87, 89, 90, 100, 110, 120, 121)
 
@@ -70,7 +71,7 @@ def sm_of(tensor: Tensor) -> int:
 
 def interpreting() -> bool:
     """True when kernels run under Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def use_triton(impl: str, tensor: Tensor, supported: bool = True, need: str = "") -> bool:
@@ -80,8 +81,10 @@ def use_triton(impl: str, tensor: Tensor, supported: bool = True, need: str = ""
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "torch" or (impl == "auto" and not (tensor.is_cuda and supported)):
+    if impl == "torch" or (impl == "auto" and not (HAS_TRITON and tensor.is_cuda and supported)):
         return False
+    if not HAS_TRITON:
+        raise ValueError("impl='triton': triton is not installed; use impl='torch' or install it")
     if not tensor.is_cuda and not interpreting():
         raise ValueError("impl='triton' needs a CUDA tensor, or TRITON_INTERPRET=1 set before the kernels are imported")
     if not supported:

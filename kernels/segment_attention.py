@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .aot import Spec, make_spec
+from .language import tl, triton
 from .launch import Launch, for_sm, sm_of, split_head, upcast, use_triton
+from .spec import Spec, make_spec, pointers
 
 # Reasons in docs/kernels.md. Turing: 64 KiB and no asynchronous copies. 86, 89, 120, 121: 99 KiB. Hopper and the data
 # centre's Blackwell want 64 rows for each group of four warps. None is measured yet.
 LAUNCHES = {
-    75: Launch(block_m=64, block_n=32, warps=4, stages=2),
+    75: Launch(block_m=64, block_n=32, warps=8, stages=2),
     80: Launch(block_m=128, block_n=64, warps=8, stages=3),
     86: Launch(block_m=128, block_n=32, warps=4, stages=3),
     87: Launch(block_m=128, block_n=64, warps=8, stages=2),
@@ -99,6 +97,7 @@ def segment_kernel(
     queries: tl.tensor,
     images: tl.tensor,
     heads: tl.tensor,
+    share: tl.tensor,
     q_b: tl.tensor,
     q_h: tl.tensor,
     q_n: tl.tensor,
@@ -150,9 +149,10 @@ def segment_kernel(
 
     # Condition and time token share their blocks: the token stands at the condition's end, by pointer. A block of its
     # own would spend BN columns of matrix product on one key.
-    length = tl.load(lengths_ptr + batch)
-    ck = ck_ptr + batch * ck_b + kv_head * ck_h
-    cv = cv_ptr + batch * cv_b + kv_head * cv_h
+    owner = batch // share
+    length = tl.load(lengths_ptr + owner)
+    ck = ck_ptr + owner * ck_b + kv_head * ck_h
+    cv = cv_ptr + owner * cv_b + kv_head * cv_h
     prefix = length
     if HAS_TIME:
         prefix = length + 1
@@ -161,8 +161,8 @@ def segment_kernel(
         k_rows = ck + n * ck_n
         v_rows = cv + n * cv_n
         if HAS_TIME:
-            k_rows = tl.where(n == length, tk_ptr + batch * tk_b + kv_head * tk_h, k_rows)
-            v_rows = tl.where(n == length, tv_ptr + batch * tv_b + kv_head * tv_h, v_rows)
+            k_rows = tl.where(n == length, tk_ptr + owner * tk_b + kv_head * tk_h, k_rows)
+            v_rows = tl.where(n == length, tv_ptr + owner * tv_b + kv_head * tv_h, v_rows)
         acc0, acc1, top, total = attend_block(
             acc0, acc1, top, total, q0, q1, k_rows, v_rows, n < prefix, scale, D0, D1, True, UPCAST
         )
@@ -197,12 +197,13 @@ def segment_attention_torch(
 ) -> Tensor:
     """The meaning of `segment_attention`: row by row, the segments side by side under one softmax."""
     batch, heads = q.shape[:2]
+    share = batch // condition[0].shape[0]
     rows = []
     for index in range(batch):
-        length = condition[0].shape[2] if lengths is None else int(lengths[index])
+        length = condition[0].shape[2] if lengths is None else int(lengths[index // share])
 
         def row(segment: Tensor, index: int = index) -> Tensor:
-            return segment[index if segment.shape[0] > 1 else 0]
+            return segment[index * segment.shape[0] // batch]
 
         sides = []
         for side in (0, 1):
@@ -231,10 +232,11 @@ def segment_attention(
 ) -> Tensor:
     """softmax(q · [condition | time | image]ᵀ · scale) · [V of the same], for every query, without a mask.
 
-    q (B, Hq, N, D); condition K and V (B or 1, Hkv, L, D), of which row b uses the first lengths[b] (int32 on the
-    device; all L where None); time K and V (B or 1, Hkv, D); image K and V (B or 1, Hkv, Ni, D). Any strides with a
-    contiguous D. Every row needs at least one key. scale is 1/sqrt(D) unless given. Returns (B, Hq, N, D), stored as
-    (B, N, Hq, D) so that joining the heads is free. float16, bfloat16 or float32 (float32 for tests).
+    q (B, Hq, N, D); condition K and V (P, Hkv, L, D) and time K and V (P, Hkv, D), where P divides B and row b takes
+    prefix b // (B / P): the images of one branch stand together. lengths (P,) int32 on the device: prefix p uses its
+    first lengths[p] rows; None uses all L. image K and V (B, Hkv, Ni, D). Any strides with a contiguous D. Every row
+    needs at least one key. scale is 1/sqrt(D) unless given. Returns (B, Hq, N, D), stored as (B, N, Hq, D) so that
+    joining the heads is free. float16, bfloat16 or float32 (float32 for tests).
     Raises ValueError for shapes that do not fit.
     """
     batch, heads, queries, head_dim = q.shape
@@ -248,14 +250,14 @@ def segment_attention(
     if out is None:
         out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     if lengths is None:
-        lengths = torch.full((batch,), condition[0].shape[2], dtype=torch.int32, device=q.device)
-    ck, cv = (t.expand(batch, -1, -1, -1) for t in condition)
-    tk, tv = (t.expand(batch, -1, -1) for t in time) if time else (ck[:, :, 0], cv[:, :, 0])
-    ik, iv = (t.expand(batch, -1, -1, -1) for t in image) if image else (ck[:, :, :0], cv[:, :, :0])
+        lengths = torch.full((condition[0].shape[0],), condition[0].shape[2], dtype=torch.int32, device=q.device)
+    ck, cv = condition
+    tk, tv = time or (ck[:, :, 0], cv[:, :, 0])
+    ik, iv = image or (ck[:, :, :0], cv[:, :, :0])
     segment_kernel[triton.cdiv(queries, launch.block_m), batch * heads](
         q, ck, cv, tk, tv, ik, iv, out, lengths,
         (scale or head_dim**-0.5) * LOG2_E,
-        queries, ik.shape[2], heads,
+        queries, ik.shape[2], heads, batch // ck.shape[0],
         *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *tk.stride()[:2], *tv.stride()[:2],
         *ik.stride()[:3], *iv.stride()[:3], *out.stride()[:3],
         GROUP=heads // kv_heads, HAS_TIME=time is not None, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n,
@@ -272,37 +274,34 @@ def _check(
     lengths: Tensor | None,
 ) -> None:
     batch, heads, _, head_dim = q.shape
-    kv_heads = condition[0].shape[1]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads do not divide into {kv_heads} key heads")
-    for name, pair in (("condition", condition), ("time", time), ("image", image)):
+    prefixes, kv_heads = condition[0].shape[:2]
+    if heads % kv_heads or batch % prefixes:
+        raise ValueError(f"{heads} query heads over {kv_heads} key heads, {batch} rows over {prefixes} prefixes")
+    for name, pair, rows in (("condition", condition, prefixes), ("time", time, prefixes), ("image", image, batch)):
         for t in pair or ():
-            if t.shape[0] not in (1, batch) or t.shape[1] != kv_heads or t.shape[-1] != head_dim:
+            if t.shape[0] != rows or t.shape[1] != kv_heads or t.shape[-1] != head_dim:
                 raise ValueError(
-                    f"{name}: shape {tuple(t.shape)} does not fit {batch} rows of {kv_heads} heads of {head_dim}"
+                    f"{name}: shape {tuple(t.shape)} does not fit {rows} rows of {kv_heads} heads of {head_dim}"
                 )
             if t.stride(-1) != 1 or t.dtype != q.dtype:
                 raise ValueError(f"{name}: expected a contiguous last axis and dtype {q.dtype}, found {t.dtype}")
     if q.stride(-1) != 1:
         raise ValueError("q: expected a contiguous last axis")
-    if lengths is not None and (lengths.shape != (batch,) or lengths.dtype != torch.int32):
-        raise ValueError(f"lengths: expected int32 ({batch},), found {lengths.dtype} {tuple(lengths.shape)}")
+    if lengths is not None and (lengths.shape != (prefixes,) or lengths.dtype != torch.int32):
+        raise ValueError(f"lengths: expected int32 ({prefixes},), found {lengths.dtype} {tuple(lengths.shape)}")
 
 
 def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[Spec]:
     """What `kernels.aot` compiles: the decoder's attention, with the time token and (first step's quirk) without."""
     launch = for_sm(LAUNCHES, sm)
     d0, d1 = split_head(head_dim)
-    tensors = [a for a in segment_kernel.arg_names if a.endswith("_ptr") and a != "lengths_ptr"]
     for has_time in (True, False):
         yield make_spec(
             f"segment_attention_{head_dim}" + ("" if has_time else "_condition"),
             segment_kernel,
-            {**dict.fromkeys(tensors, f"*{dtype}"), "lengths_ptr": "*i32", "scale": "fp32"},
-            dict(
-                GROUP=group, HAS_TIME=has_time, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, UPCAST=False
-            ),
+            {**pointers(segment_kernel, dtype, lengths="i32"), "scale": "fp32"},
+            dict(GROUP=group, HAS_TIME=has_time, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, UPCAST=False),
             launch.warps,
             launch.stages,
-            unaligned=("queries", "images", "heads"),
+            unaligned=("queries", "images", "heads", "share"),
         )

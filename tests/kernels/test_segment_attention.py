@@ -79,6 +79,20 @@ def test_strided_inputs_and_shared_rows():
     assert check(arguments, torch.float32, launch=SMALL).transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("lengths", [[19, 4], [11]], ids=str)
+def test_images_of_a_branch_share_its_prefix(lengths):
+    arguments = case(17, 17, 20, [1] * 4, 96, 2, 2)
+    shared = len(lengths)
+    arguments["condition"] = tuple(t[:shared] for t in arguments["condition"])
+    arguments["time"] = tuple(t[:shared] for t in arguments["time"])
+    arguments["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    found = check(arguments, torch.float32, launch=SMALL)
+    rows = [[t.repeat_interleave(4 // shared, 0) for t in arguments[name]] for name in ("condition", "time")]
+    spread = {**arguments, "condition": tuple(rows[0]), "time": tuple(rows[1])}
+    spread["lengths"] = arguments["lengths"].repeat_interleave(4 // shared)
+    torch.testing.assert_close(found.double().cpu(), segment_attention_torch(**spread), rtol=1e-4, atol=1e-5)
+
+
 def test_large_scores_stay_finite():
     arguments = case(17, 40, 8, [8], 64, 1, 1)
     arguments["q"] *= 200

@@ -1,0 +1,22 @@
+"""Triton where it is installed. Without it (a CPU build of PyTorch, Windows) the plain meanings still import and run."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+else:
+    triton: Any = SimpleNamespace(  # type: ignore[no-redef]
+        jit=lambda function: function,
+        cdiv=lambda a, b: -(-a // b),
+        next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length(),
+    )
+    tl: Any = None  # type: ignore[no-redef]
+
+__all__ = ["HAS_TRITON", "tl", "triton"]
