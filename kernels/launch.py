@@ -32,6 +32,9 @@ SHARED_LIMIT = {
     121: 99 << 10,
 }
 
+TENSOR_CORES = 80
+"""The first SM whose tensor cores Triton 3.9 uses; on Turing a product becomes ordinary multiply-adds (seen in the PTX)."""
+
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
@@ -67,6 +70,11 @@ def device_sm(index: int) -> int:
 def sm_of(tensor: Tensor) -> int:
     """The SM that a tensor lives on; 0 for the CPU (the interpreter)."""
     return device_sm(tensor.device.index or 0) if tensor.is_cuda else 0
+
+
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's products reach the tensor cores of a device."""
+    return device.type == "cuda" and device_sm(device.index or 0) >= TENSOR_CORES
 
 
 def interpreting() -> bool:

@@ -2,7 +2,8 @@
 
 int8 accumulates exactly in int32; fp8 in float32. The scales and the bias are applied while the result is in registers,
 which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). The library's own products are
-a third implementation: torch._scaled_mm (fp8, Ada and later) and torch._int_mm.
+a third implementation: torch._scaled_mm (fp8, Ada and later) and torch._int_mm, the only one on Turing (Triton has no
+int8 product there).
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .language import tl, triton
-from .launch import Launch, for_sm, sm_of, use_triton
+from .launch import TENSOR_CORES, Launch, for_sm, sm_of, tensor_cores, use_triton
 from .quantize import LARGEST, Rows, eight_bit_types, quantize_rows_torch
 from .spec import Spec, make_spec, pointers
 
 BLOCK_K = 128
 GROUP = 8  # row blocks that share a column block before moving on, for the L2
 LAUNCHES = {
-    75: Launch(block_m=128, block_n=64, warps=4, stages=2),
     80: Launch(block_m=128, block_n=128, warps=8, stages=3),
     86: Launch(block_m=128, block_n=128, warps=8, stages=3),
     87: Launch(block_m=128, block_n=128, warps=8, stages=3),
@@ -114,12 +114,17 @@ def linear8_library(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | No
 
 
 def linear8(
-    a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, impl: str = "auto", launch: Launch | None = None
+    a: Rows,
+    weight: Rows,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+    launch: Launch | None = None,
 ) -> Tensor:
     """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
 
-    impl: "triton", "torch" (the meaning), "library", or "auto": on CUDA the library for fp8 and Triton for int8, the
-    meaning elsewhere. Raises ValueError for shapes or types that do not fit.
+    impl: "triton", "torch" (the meaning), "library", or "auto": on CUDA the library for fp8 and Triton for int8 (the
+    library on Turing), the meaning elsewhere. Raises ValueError for shapes or types that do not fit.
     """
     if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
         raise ValueError(
@@ -127,7 +132,8 @@ def linear8(
             f"{weight.values.dtype} {tuple(weight.values.shape)}"
         )
     integer = a.values.dtype == torch.int8
-    if impl == "library" or (impl == "auto" and a.values.is_cuda and not integer):
+    device = a.values.device
+    if impl == "library" or (impl == "auto" and a.values.is_cuda and not (integer and tensor_cores(device))):
         return linear8_library(a, weight, dtype, bias)
     if not use_triton(impl, a.values):
         return linear8_torch(a, weight, dtype, bias)
@@ -145,7 +151,9 @@ def linear8(
 
 
 def specs(sm: int, dtype: str) -> Iterator[Spec]:
-    """What `kernels.aot` compiles: one kernel serves all four products of a block."""
+    """What `kernels.aot` compiles: one kernel serves all four products of a block. Nothing on Turing."""
+    if sm < TENSOR_CORES:
+        return
     launch = for_sm(LAUNCHES, sm)
     for kind, element in eight_bit_types(sm):
         assert kind in LARGEST

@@ -119,8 +119,6 @@ def empty_rows(shape: torch.Size | tuple[int, ...], kind: str, device: torch.dev
     )
 
 
-
-
 def row_warps(block: int) -> int:
     """Warps for one program that holds a whole row: about 16 numbers a thread."""
     return min(max(block // 512, 1), 16)
@@ -145,5 +143,3 @@ def specs(sm: int, dtype: str, size: int = 3072) -> Iterator[Spec]:
             row_warps(block),
             1,
         )
-
-

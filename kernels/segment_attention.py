@@ -29,7 +29,7 @@ LAUNCHES = {
     87: Launch(block_m=128, block_n=64, warps=8, stages=2),
     89: Launch(block_m=128, block_n=64, warps=8, stages=2),
     90: Launch(block_m=128, block_n=128, warps=8, stages=2),
-    100: Launch(block_m=128, block_n=64, warps=4, stages=3),
+    100: Launch(block_m=128, block_n=64, warps=8, stages=3),
     120: Launch(block_m=128, block_n=64, warps=8, stages=2),
 }
 LOG2_E = 1 / math.log(2)

@@ -40,9 +40,7 @@ def make_spec(
     assert not unknown, f"{name}: no arguments {unknown} in {arguments}"
     full = {a: types.get(a, "i32") for a in arguments}
     aligned = frozenset(a for a, t in full.items() if (t == "i32" or t.startswith("*")) and a not in unaligned)
-    return Spec(
-        name=name, kernel=kernel, types=full, constants=constants, warps=warps, stages=stages, aligned=aligned
-    )
+    return Spec(name=name, kernel=kernel, types=full, constants=constants, warps=warps, stages=stages, aligned=aligned)
 
 
 def pointers(kernel: Any, dtype: str, **special: str) -> dict[str, str]:

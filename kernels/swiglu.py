@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .language import tl, triton
 from .launch import interpreting, use_triton
-from .quantize import EIGHT_BIT, LARGEST, Rows, eight_bit_types, empty_rows, quantize_rows_torch, row_warps, to_eight_bit
+from .quantize import (
+    EIGHT_BIT,
+    LARGEST,
+    Rows,
+    eight_bit_types,
+    empty_rows,
+    quantize_rows_torch,
+    row_warps,
+    to_eight_bit,
+)
 from .spec import Spec, make_spec, pointers
 
 BLOCK = 2048  # columns of a program when rows need no common scale

@@ -16,7 +16,8 @@ def case(capacity, tokens, heads, kv_heads, head_dim, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     shapes = ((heads, tokens), (kv_heads, capacity), (kv_heads, capacity))
     return [
-        torch.randn(1, h, n, head_dim, generator=g, dtype=torch.float64).to(DEVICE, dtype).contiguous() for h, n in shapes
+        torch.randn(1, h, n, head_dim, generator=g, dtype=torch.float64).to(DEVICE, dtype).contiguous()
+        for h, n in shapes
     ]
 
 

@@ -5,27 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_checks import FLOATS, TOLERANCE, convert, error
+from kernels_cases import attention_case as case
 
 from kernels.launch import Launch, split_head
 from kernels.segment_attention import segment_attention, segment_attention_torch
 
 SMALL = Launch(block_m=32, block_n=32, warps=4, stages=1)
-
-
-def case(queries, images, capacity, lengths, head_dim, heads, kv_heads, time=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    batch = len(lengths)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    return dict(
-        q=draw(batch, heads, queries, head_dim),
-        condition=(draw(batch, kv_heads, capacity, head_dim), draw(batch, kv_heads, capacity, head_dim)),
-        time=(draw(batch, kv_heads, head_dim), draw(batch, kv_heads, head_dim)) if time else None,
-        image=(draw(batch, kv_heads, images, head_dim), draw(batch, kv_heads, images, head_dim)) if images else None,
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-    )
 
 
 def check(arguments, dtype, **extra):
