@@ -182,8 +182,11 @@ def product_kernel(
 
 
 def int4_linear_torch(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `int4_linear`: unpack, multiply."""
-    return torch.nn.functional.linear(x, weight.dequantize().to(x.dtype), bias)
+    """The meaning of `int4_linear`: unpack, multiply; 4096 outputs at a time to bound the copy."""
+    tensors = (weight.packed, weight.scale, weight.minimum)
+    parts = zip(*(t.split(4096) for t in tensors), strict=True)
+    out = torch.cat([torch.nn.functional.linear(x, Int4Weight(*p).dequantize().to(x.dtype)) for p in parts], dim=-1)
+    return out if bias is None else out + bias
 
 
 def int4_linear(

@@ -265,7 +265,8 @@ def int8_attention(
     pack_kernel[triton.cdiv(total, PACK_ROWS), batch * kv_heads](
         *image, *time, *condition, mean, v_scale, keys, k_scale, values, images, total, kv_heads, share,
         *image[0].stride()[:3], *time[0].stride()[:2], *condition[0].stride()[:3],
-        ROWS=PACK_ROWS, D=head_dim, PADDED=triton.next_power_of_2(head_dim), FP8=fp8, EMULATE=interpreting(), num_warps=4,
+        ROWS=PACK_ROWS, D=head_dim, PADDED=triton.next_power_of_2(head_dim), FP8=fp8, EMULATE=interpreting(),
+        num_warps=4,
     )  # fmt: skip
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     attend_kernel[triton.cdiv(queries, launch.block_m), batch * heads](

@@ -1,4 +1,4 @@
-"""Triton where it is installed. Without it (a CPU build of PyTorch, Windows) the plain meanings still import and run."""
+"""Triton where it is installed. Without it (a CPU build of PyTorch, Windows) the plain meanings import and run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SHARED_LIMIT = {
 }
 
 TENSOR_CORES = 80
-"""The first SM whose tensor cores Triton 3.9 uses; on Turing a product becomes ordinary multiply-adds (seen in the PTX)."""
+"""The first SM whose tensor cores Triton 3.9 uses: on Turing a product becomes multiply-adds (seen in the PTX)."""
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 

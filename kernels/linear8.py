@@ -70,10 +70,7 @@ def linear8_kernel(
         else:
             x = tl.load(a, mask=inner[None, :] < k - start, other=0.0)
             y = tl.load(w, mask=inner[:, None] < k - start, other=0.0)
-        if INTEGER:
-            acc = tl.dot(x, y, acc, out_dtype=tl.int32)
-        else:
-            acc = tl.dot(x, y, acc)
+        acc = tl.dot(x, y, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
         a += BK
         w += BK
     scale_a = tl.load(scale_a_ptr + rows, mask=rows < m, other=0.0)
@@ -143,7 +140,8 @@ def linear8(
     out = torch.empty((*a.values.shape[:-1], n), dtype=dtype, device=a.values.device)
     grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
     linear8_kernel[grid](
-        a.values.contiguous(), weight.values, a.scale, weight.scale, weight.scale if bias is None else bias, out, m, n, k,
+        a.values.contiguous(), weight.values, a.scale, weight.scale, weight.scale if bias is None else bias, out,
+        m, n, k,
         BIAS=bias is not None, BM=launch.block_m, BN=launch.block_n, BK=BLOCK_K, GROUP=GROUP, INTEGER=integer,
         EVEN=k % BLOCK_K == 0, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip

@@ -68,8 +68,8 @@ def swiglu(x: Tensor, quantize: str | None = None, impl: str = "auto") -> Tensor
     y, scale = empty_rows(shape, quantize, x.device) if quantize else (x.new_empty(shape), x)
     block = triton.next_power_of_2(size) if quantize else min(BLOCK, triton.next_power_of_2(size))
     swiglu_kernel[x.numel() // (2 * size), triton.cdiv(size, block)](
-        x, y, scale, size, BLOCK=block, LARGEST=LARGEST[quantize] if quantize else 0.0, INTEGER=quantize == "int8", EMULATE=interpreting(),
-        num_warps=row_warps(block),
+        x, y, scale, size, BLOCK=block, LARGEST=LARGEST[quantize] if quantize else 0.0, INTEGER=quantize == "int8",
+        EMULATE=interpreting(), num_warps=row_warps(block),
     )  # fmt: skip
     return Rows(y, scale) if quantize else y
 

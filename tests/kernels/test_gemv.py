@@ -7,6 +7,7 @@ import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
 from kernels.gemv import gemv
+from kernels.linear8 import quantize_weight
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -25,3 +26,14 @@ def test_more_rows_go_to_the_library():
     torch.testing.assert_close(gemv(x, w), x @ w.T)
     with pytest.raises(ValueError, match="3 rows"):
         gemv(x, w, impl="triton")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_weight_only(rows, bias):
+    g = torch.Generator().manual_seed(0)
+    x, b = torch.randn(rows, 100, generator=g).to(DEVICE), torch.randn(37, generator=g).to(DEVICE)
+    weight = quantize_weight(torch.randn(37, 100, generator=g).to(DEVICE), "int8")
+    exact = x.double() @ weight.dequantize(torch.float64).T + (b.double() if bias else 0)
+    found = gemv(x, weight, b if bias else None, impl="triton" if rows == 1 else "auto")
+    assert error(found, exact) < 1e-6
