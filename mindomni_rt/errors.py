@@ -28,5 +28,6 @@ class OutOfMemoryError(MindOmniError, MemoryError):
 class MissingExtraError(MindOmniError, ImportError):
     """An optional dependency that is not installed. The message names the extra."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install 'mindomni-rt[{extra}]'")
+    def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
+        advice = advice or f"pip install 'mindomni-rt[{extra}]'"
+        super().__init__(f"{package} is not installed: {advice}")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .bundle import Manifest, is_bundle, read_manifest
 from .checkpoint import resolve
+from .contracts import STAGES
 from .errors import BadRequestError, MissingExtraError
+from .memory import Precision
+from .planner import parse_bytes, plan
+from .shapes import PART_OF
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-BACKENDS = ("auto", "torch")
+logger = logging.getLogger(__name__)
+BACKENDS = ("auto", "torch", "onnx", "tensorrt")
 
 
 def load(
@@ -20,19 +27,29 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     dtype: str | None = None,
+    memory_budget: str | float | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Pipeline:
-    """Loads a checkpoint in the published layout.
+    """Loads a checkpoint in the published layout, or a bundle that `python -m export build` made of one.
 
+    A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
+    agree with it. memory_budget: "8GiB" or bytes; parts of the model that do not fit at once take turns.
     path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they do in
     huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA and float32 on
-    the CPU. Raises BadCheckpointError, UnsupportedDeviceError, MissingExtraError.
+    the CPU. Raises BadCheckpointError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     if backend not in BACKENDS:
         raise BadRequestError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     folder = resolve(path_or_repo_id, revision, token, local_files_only)
+    if is_bundle(folder):
+        return _load_bundle(folder, backend, device, dtype, memory_budget)
+    if backend not in ("auto", "torch"):
+        raise BadRequestError(
+            f"{folder} is a checkpoint, which the torch backend runs; for backend {backend!r} build a bundle of it: "
+            f"python -m export build {folder} --target cpu --out BUNDLE"
+        )
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -41,3 +58,42 @@ def load(
     from .pipeline import Pipeline
 
     return Pipeline(load_torch(folder, device, dtype), folder)
+
+
+def _load_bundle(
+    folder: Path, backend: str, device: str, dtype: str | None, memory_budget: str | float | None
+) -> Pipeline:
+    from .pipeline import Pipeline
+
+    manifest = read_manifest(folder)
+    kind = "onnx" if manifest.runtime == "onnx" else "tensorrt"
+    if backend not in ("auto", kind):
+        raise BadRequestError(f"{folder} is a bundle for backend {kind!r}, not {backend!r}")
+    if dtype not in (None, manifest.dtype):
+        raise BadRequestError(f"{folder} computes in {manifest.dtype}; for {dtype} build another bundle")
+    if kind == "onnx":
+        from .backends.onnx import load_onnx
+
+        return Pipeline(load_onnx(folder, device, resident=_resident(manifest, memory_budget)), folder)
+    from .backends.trt import load_tensorrt
+
+    return Pipeline(load_tensorrt(folder, device, resident=_resident(manifest, memory_budget)), folder)
+
+
+def _resident(manifest: Manifest, memory_budget: str | float | None) -> tuple[str, ...]:
+    """Stages that stay loaded within a budget; all of them without one."""
+    if memory_budget is None:
+        return STAGES
+    found = plan(manifest.model, precision=stored_as(manifest), budget=parse_bytes(memory_budget))
+    stays = [s for s in STAGES if PART_OF[s] in found.resident]
+    if manifest.runtime != "onnx" and "prefix" in stays:
+        # Its engine is a second copy of the decoder's weights, which the plan does not count.
+        stays.remove("prefix")
+    logger.info("memory budget %s: %s", memory_budget, found.summary())
+    return tuple(stays)
+
+
+def stored_as(manifest: Manifest) -> Precision:
+    """A bundle's precisions in the planner's terms."""
+    stages = {graph.stage: graph.precision for name, graph in manifest.graphs.items() if name == graph.stage}
+    return Precision.of_stages(stages, manifest.dtype)

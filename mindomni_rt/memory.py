@@ -5,7 +5,7 @@ Activations follow the reference backend's code, tensor by tensor; the tests hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,6 +45,14 @@ class Precision:
     def uniform(cls, dtype: str, vae: str = "float32") -> Precision:
         """One type for everything but the VAE, as an unquantized checkpoint runs."""
         return cls(compute=dtype, language=dtype, decoder=dtype, head=dtype, vae=vae)
+
+    @classmethod
+    def of_stages(cls, stages: Mapping[str, str], compute: str) -> Precision:
+        """From what `export build` calls the precision of each stage; compute: what unquantized parts are in."""
+        names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8wo": "int8", "mixed": "float32"}
+        language, decoder, vae = (names.get(stages[s], stages[s]) for s in ("language", "denoiser", "vae"))
+        head = compute if language in COMPUTE else "int8"
+        return cls(compute=compute, language=language, decoder=decoder, head=head, vae=vae)
 
     def __str__(self) -> str:
         return f"language {self.language}, head {self.head}, decoder {self.decoder}, vae {self.vae}"

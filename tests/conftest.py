@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +34,22 @@ def relative(a: Any, b: Any) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Bundles of the parity checkpoint for onnxruntime on the CPU, by precision; each is built once."""
+    pytest.importorskip("onnxscript", reason="building graphs needs the export extra")
+    from export.build import BuildRequest, build
+    from export.targets import choose, parse_target
+
+    folder, target = tmp_path_factory.mktemp("bundles"), parse_target("cpu")
+
+    @cache
+    def bundle(precision: str) -> Path:
+        out = folder / precision
+        choice = choose(target, precision, {"vae": precision} if precision in ("fp32", "fp16") else None)
+        build(BuildRequest(checkpoint=PARITY, out=out, target=target, choice=choice, calibration_size=64))
+        return out
+
+    return bundle
