@@ -70,7 +70,10 @@ class DenoiseLoop:
         self.velocities = empty(rows, config.latent_channels, shape.height, shape.width, kind=torch.float32)
         self.keys = empty(layers, shape.branches, heads, shape.capacity, d)
         self.values = torch.zeros_like(self.keys)
-        self.time_keys, self.time_values = empty(layers, shape.branches, heads, d), empty(layers, shape.branches, heads, d)
+        self.time_keys, self.time_values = (
+            empty(layers, shape.branches, heads, d),
+            empty(layers, shape.branches, heads, d),
+        )
         self.modulation = empty(2 * sizes.hidden_size)
         self.cos, self.sin = (empty(rows, self.tokens, d // 2, kind=torch.float32) for _ in range(2))
         self.lengths = empty(shape.branches, kind=torch.int32)
@@ -150,6 +153,12 @@ class DenoiseLoop:
 
         self.graph(("whole", branches, with_image), step)()
         return self.velocities.unflatten(0, (self.shape.branches, -1))[:branches]
+
+    def use_attention(self, attention: Attention) -> None:
+        """Another attention; graphs over the old one go."""
+        if attention is not self._attention:
+            self._attention = attention
+            self._graphs.clear()
 
     def drop_graphs(self) -> None:
         """Weights have moved: what was captured points at where they were."""

@@ -16,7 +16,8 @@ from kernels.quantize import Rows, quantize_rows
 
 from ..errors import BadRequestError
 
-STORED = ("float32", "float16", "bfloat16", "int8", "int8_weight_only", "fp8", "int4")
+QUANTIZED = ("int8", "int8_weight_only", "fp8", "int4")
+STORED = ("float32", "float16", "bfloat16", *QUANTIZED)
 
 
 class Product(nn.Module):
@@ -97,17 +98,21 @@ def one_row_impl(impl: str, x: Tensor) -> str:
     return impl if impl != "triton" or x.numel() == x.shape[-1] else "auto"
 
 
-def make_product(weight: Tensor, bias: Tensor | None, stored: str, impl: str = "auto") -> Product:
-    """A product whose weight (N, K) is kept as `stored`, one of STORED. Raises BadRequestError for another."""
-    if stored in ("int8", "fp8"):
-        return EightBit(weight, bias, impl, stored)
-    if stored == "int8_weight_only":
-        return WeightOnly8(weight, bias, impl)
-    if stored == "int4":
-        return FourBit(weight, bias, impl)
+def make_product(
+    weight: Tensor, bias: Tensor | None, stored: str, impl: str = "auto", work: str | None = None
+) -> Product:
+    """A product whose weight (N, K) is kept as `stored`, one of STORED. Raises BadRequestError for another.
+
+    work: a device to quantize on; the result returns to where the weight was.
+    """
     if stored not in STORED:
         raise BadRequestError(f"precision {stored!r}: expected one of {', '.join(STORED)}")
-    return Dense(weight, bias, impl)
+    if stored not in QUANTIZED:
+        return Dense(weight, bias, impl)
+    home, weight = weight.device, weight.to(work or weight.device)
+    if stored in ("int8", "fp8"):
+        return EightBit(weight, bias, impl, stored).to(home)
+    return (WeightOnly8 if stored == "int8_weight_only" else FourBit)(weight, bias, impl).to(home)
 
 
 def stored_bytes(product: Product) -> int:

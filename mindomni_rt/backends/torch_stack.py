@@ -32,7 +32,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class FastBlock(nn.Module):
     """One block's weights as products."""
 
-    def __init__(self, block: Block, stored: str, impl: str) -> None:
+    def __init__(self, block: Block, stored: str, impl: str, work: str | None) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         if block.self_attn.config.fused:
@@ -46,10 +46,10 @@ class FastBlock(nn.Module):
         self.eps = block.input_layernorm.eps
         self.register_buffer("norm1", block.input_layernorm.weight.detach())
         self.register_buffer("norm2", block.post_attention_layernorm.weight.detach())
-        self.qkv = make_product(qkv.detach(), None if bias is None else bias.detach(), stored, impl)
-        self.o = make_product(attention.o_proj.weight.detach(), None, stored, impl)
-        self.gate_up = make_product(gate_up.detach(), None, stored, impl)
-        self.down = make_product(mlp.down_proj.weight.detach(), None, stored, impl)
+        self.qkv = make_product(qkv.detach(), None if bias is None else bias.detach(), stored, impl, work)
+        self.o = make_product(attention.o_proj.weight.detach(), None, stored, impl, work)
+        self.gate_up = make_product(gate_up.detach(), None, stored, impl, work)
+        self.down = make_product(mlp.down_proj.weight.detach(), None, stored, impl, work)
 
     def products(self) -> tuple[Product, ...]:
         return self.qkv, self.o, self.gate_up, self.down
@@ -58,13 +58,15 @@ class FastBlock(nn.Module):
 class FastStack(nn.Module):
     """The blocks of one stack. `stored` says how the products keep their weights, `impl` which kernels run."""
 
-    def __init__(self, config: StackConfig, blocks: Iterable[nn.Module], stored: str, impl: str = "auto") -> None:
+    def __init__(
+        self, config: StackConfig, blocks: Iterable[nn.Module], stored: str, impl: str = "auto", work: str | None = None
+    ) -> None:
         super().__init__()
         self.config, self.impl, self.stored = config, impl, stored
         fast = []
         for block in blocks:
             assert isinstance(block, Block)
-            fast.append(FastBlock(block, stored, impl))
+            fast.append(FastBlock(block, stored, impl, work))
             block.to("meta")  # its weights live on in the products
         self.blocks = nn.ModuleList(fast)
 
