@@ -34,8 +34,8 @@ class Residency:
         self.loads = 0
         for name in self._parts:
             if name in self._resident:
-                for module in self._parts[name]:
-                    module.to(device)
+                for tensor in self._tensors(name):
+                    tensor.data = tensor.data.to(device)
             else:
                 self._host[name] = [(t, self._pinned(t)) for t in self._tensors(name)]
                 for tensor, host in self._host[name]:

@@ -68,8 +68,7 @@ class TorchCudaBackend(TorchBackend):
         self.language_stack = FastStack(self.config.language.stack, language.layers, kept["language"], impl, device)
         self.decoder_stack = FastStack(self.config.decoder.stack, decoder.llm.layers, kept["decoder"], impl, device)
         self._head = make_product(language.lm_head.weight.detach(), None, kept["head"], impl, device)
-        if language.lm_head.weight is not language.embed_tokens.weight:
-            language.lm_head.to("meta")
+        language.lm_head = self._head  # type: ignore[assignment]  # called alike
         if self.options.precision.vae == "bfloat16":
             model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)
         self.graph_pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
@@ -79,7 +78,7 @@ class TorchCudaBackend(TorchBackend):
         self._tuned = False
         modules = {
             "vision": [model.vision],
-            "language": [language, self.language_stack, self._head],
+            "language": [language, self.language_stack],
             "connector": [model.connector],
             "decoder": [decoder, self.decoder_stack],
             "vae": [model.vae],
@@ -98,6 +97,7 @@ class TorchCudaBackend(TorchBackend):
         self.residency.need("vision")
         return super().vision(image)
 
+    @torch.inference_mode()
     def connector(self, hidden: Tensor, image_latents: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
         if image_latents:
             self.residency.need("decoder")
@@ -137,7 +137,7 @@ class TorchCudaBackend(TorchBackend):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Next-token scores (…, V) of pre-norm hidden states (…, C)."""
-        return self._head(self.model.language.norm(hidden))
+        return self.model.language.logits(hidden)
 
     @torch.inference_mode()
     def prefix(

@@ -24,7 +24,7 @@ class Replay:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def prepare(self) -> None:
-        """Captures, if there is a graph to capture and it is not yet. `step` runs a few times: save its state before."""
+        """Captures what is to be captured and is not yet. `step` runs a few times: save its state before."""
         if not self._capture or self._graph is not None:
             return
         with torch.cuda.device(self._device):

@@ -1,7 +1,7 @@
 """A stack of transformer blocks as the fast path runs it: the same arithmetic in fewer passes over memory.
 
-Four products a block; between them one kernel each: norm with the residual, rotary embedding in place (or into a cache),
-attention, gate. Weights move here from the `Block`s, which are left empty, so nothing is kept twice.
+Four products a block; between them one kernel each: norm with the residual, rotary embedding in place (or into a
+cache), attention, gate. Weights move here from the `Block`s, which are left empty, so nothing is kept twice.
 
 Axes: B batch, S tokens, C hidden, Hq and Hkv heads, D head_dim.
 """
