@@ -82,9 +82,9 @@ def library(*backends: SDPBackend) -> Attention:
                 sides.append(torch.cat(parts, dim=2))
             if backends:
                 with sdpa_kernel(list(backends)):
-                    out[rows] = F.scaled_dot_product_attention(q[rows], *sides)
+                    out[rows] = F.scaled_dot_product_attention(q[rows], sides[0], sides[1])
             else:
-                out[rows] = F.scaled_dot_product_attention(q[rows], *sides)
+                out[rows] = F.scaled_dot_product_attention(q[rows], sides[0], sides[1])
         return out
 
     return run

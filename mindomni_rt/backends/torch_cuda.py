@@ -70,13 +70,13 @@ class TorchCudaBackend(TorchBackend):
         self._head = make_product(language.lm_head.weight.detach(), None, kept["head"], impl, device)
         language.lm_head = self._head  # type: ignore[assignment]  # called alike
         if self.options.precision.vae == "bfloat16":
-            model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)
+            model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.graph_pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
         self._loops: dict[Shape, DenoiseLoop] = {}
         self._state: DecodeState | None = None
         self._attention: dict[tuple[Shape, tuple[int, ...]], Attention] = {}
         self._tuned = False
-        modules = {
+        modules: dict[str, list[torch.nn.Module]] = {
             "vision": [model.vision],
             "language": [language, self.language_stack],
             "connector": [model.connector],

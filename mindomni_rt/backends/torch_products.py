@@ -24,6 +24,7 @@ class Product(nn.Module):
     """x (…, K) -> (…, N). Tensors are buffers, so that a part moves between host and device as one module."""
 
     rows: str | None = None
+    bias: Tensor | None
 
     def __init__(self, bias: Tensor | None, impl: str) -> None:
         super().__init__()
@@ -36,6 +37,8 @@ class Product(nn.Module):
 
 class Dense(Product):
     """A weight as it was loaded. One row on CUDA goes to whichever of `one_row`'s candidates is set."""
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
         super().__init__(bias, impl)
@@ -51,6 +54,9 @@ class Dense(Product):
 
 class EightBit(Product):
     """8-bit weights and 8-bit rows: for products that are bound by arithmetic (the decoder's)."""
+
+    values: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, impl: str, kind: str) -> None:
         super().__init__(bias, impl)
@@ -68,6 +74,9 @@ class EightBit(Product):
 class WeightOnly8(Product):
     """int8 weights, rows as they are: for products that are bound by reading the weight (decoding)."""
 
+    values: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
         super().__init__(bias, impl)
         quantized = quantize_weight(weight, "int8")
@@ -81,6 +90,10 @@ class WeightOnly8(Product):
 
 class FourBit(Product):
     """4-bit weights in groups, rows as they are."""
+
+    packed: Tensor
+    scale: Tensor
+    minimum: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
         super().__init__(bias, impl)

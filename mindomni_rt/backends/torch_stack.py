@@ -32,12 +32,16 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class FastBlock(nn.Module):
     """One block's weights as products."""
 
+    norm1: Tensor
+    norm2: Tensor
+
     def __init__(self, block: Block, stored: str, impl: str, work: str | None) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         if block.self_attn.config.fused:
-            qkv, bias = attention.qkv_proj.weight, attention.qkv_proj.bias
-            gate_up = mlp.gate_up_proj.weight
+            qkv: Tensor = attention.qkv_proj.weight
+            bias: Tensor | None = attention.qkv_proj.bias
+            gate_up: Tensor = mlp.gate_up_proj.weight
         else:
             three = (attention.q_proj, attention.k_proj, attention.v_proj)
             qkv = torch.cat([p.weight for p in three])

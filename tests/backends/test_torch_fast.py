@@ -133,11 +133,7 @@ def test_a_budget_swaps_parts_and_changes_nothing(slow: Pipeline, caplog: pytest
     assert isinstance(backend, TorchCudaBackend) and len(backend.residency.loaded) < 5
     for _ in range(2):
         same(slow.generate("two cats", **SMALL), pipe.generate("two cats", **SMALL))
-    before = backend.residency.loads
-    assert before >= 4
-    previewed = pipe.generate("two cats", preview_every=1, **SMALL)  # the VAE visits between steps
-    same(slow.generate("two cats", **SMALL), previewed)
-    assert backend.residency.loads > before + 4
+    assert backend.residency.loads >= 4
 
 
 def test_every_budget_gives_the_same_image(slow: Pipeline) -> None:
@@ -147,6 +143,10 @@ def test_every_budget_gives_the_same_image(slow: Pipeline) -> None:
         model, _ = load_model(PARITY, torch.float32)
         backend = TorchCudaBackend(model, "cpu", options=FastOptions(precision=_float32(), resident=resident))
         same(expected, Pipeline(backend, PARITY).generate("two cats", **SMALL))
+        loads = backend.residency.loads
+        same(expected, Pipeline(backend, PARITY).generate("two cats", preview_every=1, **SMALL))
+        # A preview's VAE sends a visiting decoder away, and it comes back.
+        assert resident or backend.residency.loads - loads >= 8
         assert set(resident) <= backend.residency.loaded and len(backend.residency.loaded) <= len(resident) + 1
 
 
