@@ -28,7 +28,7 @@ def test_names() -> None:
     found = parse_precision("language=int4, decoder=fp8", "bfloat16")
     assert (found.language, found.decoder, found.head, found.vae) == ("int4", "fp8", "bfloat16", "float32")
     for text in ("int3", "language", "language=int3", "vision=int8", "float16"):
-        with pytest.raises(BadRequestError, match="expected|one of them"):
+        with pytest.raises(BadRequestError, match=r"expected|one of them"):
             parse_precision(text, "bfloat16")
 
 
@@ -99,8 +99,14 @@ def test_what_stays_in_the_compute_type() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "language", "decoder"),
-    [("8GB", "int4", "int8"), ("12GB", "int8", "bfloat16"), ("16GB", "bfloat16", "bfloat16"), ("24GB", "bfloat16", "bfloat16"), ("40GB", "bfloat16", "bfloat16")],
-)  # fmt: skip
+    [
+        ("8GB", "int4", "int8"),
+        ("12GB", "int8", "bfloat16"),
+        ("16GB", "bfloat16", "bfloat16"),
+        ("24GB", "bfloat16", "bfloat16"),
+        ("40GB", "bfloat16", "bfloat16"),
+    ],
+)
 def test_budgets_of_real_cards(budget: str, language: str, decoder: str) -> None:
     """The published model at 1024²: what `load(memory_budget=…)` keeps, by the planner."""
     precision, resident = choose(published(), "bfloat16", None, budget, "cuda")

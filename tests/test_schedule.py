@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mindomni_rt.schedule import Solver, timesteps, within
 def solve(kind: str, times: np.ndarray) -> float:
     """x' = x cos 3t from x(0) = 1; x(1) = exp(sin(3) / 3)."""
     solver, x = Solver(kind), np.array(1.0)
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in pairwise(times):
         velocity = x * np.cos(3 * now)
         x = x + (following - now) * solver.direction(velocity, following - now)
     return abs(float(x) - math.exp(math.sin(3) / 3))
@@ -24,7 +25,7 @@ def solve(kind: str, times: np.ndarray) -> float:
 @pytest.mark.parametrize(("kind", "order"), [("euler", 1), ("multistep", 2)])
 def test_order_of_convergence(kind: str, order: int, shift: float) -> None:
     errors = [solve(kind, timesteps(n, shift)) for n in (200, 400, 800)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
@@ -35,7 +36,7 @@ def test_half_the_steps_of_second_order_beat_euler() -> None:
 def test_a_velocity_linear_in_time_is_integrated_exactly_after_the_first_step() -> None:
     times = np.array([0.0, 0.1, 0.35, 0.5, 1.0])
     solver, x = Solver("multistep"), 0.0
-    for now, following in zip(times[:-1], times[1:], strict=True):
+    for now, following in pairwise(times):
         x += (following - now) * solver.direction(2 * now + 1, following - now)
     exact = 2.0 - (0.1**2)  # ∫(2t + 1) is 2; Euler's first step misses h²
     assert x == pytest.approx(exact, abs=1e-12)

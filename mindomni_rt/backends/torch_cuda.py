@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint import LoadReport
+from ..config import StackConfig
 from ..images import ImagePatches
 from ..memory import Precision
 from ..model.attention import attention as plain_attention
@@ -65,8 +66,13 @@ class TorchCudaBackend(TorchBackend):
         self.options = options or FastOptions(precision=Precision.uniform(self.dtype))
         kept, impl = stored(self.options.precision), self.options.impl
         language, decoder = model.language, model.decoder
-        self.language_stack = FastStack(self.config.language.stack, language.layers, kept["language"], impl, device)
-        self.decoder_stack = FastStack(self.config.decoder.stack, decoder.llm.layers, kept["decoder"], impl, device)
+        resident = PARTS if self.options.resident is None else self.options.resident
+
+        def stack(config: StackConfig, blocks: torch.nn.ModuleList, part: str) -> FastStack:
+            return FastStack(config, blocks, kept[part], impl, device, device if part in resident else None)
+
+        self.language_stack = stack(self.config.language.stack, language.layers, "language")
+        self.decoder_stack = stack(self.config.decoder.stack, decoder.llm.layers, "decoder")
         self._head = make_product(language.lm_head.weight.detach(), None, kept["head"], impl, device)
         language.lm_head = self._head  # type: ignore[assignment]  # called alike
         if self.options.precision.vae == "bfloat16":
@@ -83,7 +89,6 @@ class TorchCudaBackend(TorchBackend):
             "decoder": [decoder, self.decoder_stack],
             "vae": [model.vae],
         }
-        resident = PARTS if self.options.resident is None else self.options.resident
         self.residency = Residency(modules, device, resident, self._moved)
 
     def _moved(self, part: str) -> None:

@@ -60,17 +60,27 @@ class FastBlock(nn.Module):
 
 
 class FastStack(nn.Module):
-    """The blocks of one stack. `stored` says how the products keep their weights, `impl` which kernels run."""
+    """The blocks of one stack. `stored` says how the products keep their weights, `impl` which kernels run.
+
+    work: where to quantize; home: where each block goes once it is made, None to stay where its weights were.
+    """
 
     def __init__(
-        self, config: StackConfig, blocks: Iterable[nn.Module], stored: str, impl: str = "auto", work: str | None = None
+        self,
+        config: StackConfig,
+        blocks: Iterable[nn.Module],
+        stored: str,
+        impl: str = "auto",
+        work: str | None = None,
+        home: str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.impl, self.stored = config, impl, stored
         fast = []
         for block in blocks:
             assert isinstance(block, Block)
-            fast.append(FastBlock(block, stored, impl, work))
+            made = FastBlock(block, stored, impl, work)
+            fast.append(made.to(home) if home else made)
             block.to("meta")  # its weights live on in the products
         self.blocks = nn.ModuleList(fast)
 
