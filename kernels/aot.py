@@ -52,8 +52,11 @@ class Artifact:
         return {k: v for k, v in asdict(self).items() if k not in ("cubin", "ptx")}
 
 
-def compile_spec(spec: Spec, sm: int) -> Artifact:
-    """Compiles for one SM. Raises RuntimeError under the interpreter, triton's own errors for a bad kernel."""
+def compile_spec(spec: Spec, sm: int, ptx_version: int | None = None) -> Artifact:
+    """Compiles for one SM. ptx_version: of the PTX text, as 84 for 8.4; None is the newest.
+
+    Raises RuntimeError under the interpreter, triton's own errors for a bad kernel.
+    """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
     names = spec.kernel.arg_names
@@ -61,6 +64,8 @@ def compile_spec(spec: Spec, sm: int) -> Artifact:
     attributes = {(names.index(a),): [["tt.divisibility", 16]] for a in sorted(spec.aligned, key=names.index)}
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constants), attrs=attributes)
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": FP_FUSION}
+    if ptx_version is not None:
+        options["ptx_version"] = ptx_version
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     registers, spilled = resources(compiled.asm["cubin"])
     return Artifact(

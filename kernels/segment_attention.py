@@ -96,6 +96,7 @@ def segment_kernel(
     scale: tl.tensor,
     queries: tl.tensor,
     images: tl.tensor,
+    capacity: tl.tensor,
     heads: tl.tensor,
     share: tl.tensor,
     q_b: tl.tensor,
@@ -122,6 +123,7 @@ def segment_kernel(
     o_n: tl.tensor,
     GROUP: tl.constexpr,
     HAS_TIME: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
     BM: tl.constexpr,
@@ -150,7 +152,9 @@ def segment_kernel(
     # Condition and time token share their blocks: the token stands at the condition's end, by pointer. A block of its
     # own would spend BN columns of matrix product on one key.
     owner = batch // share
-    length = tl.load(lengths_ptr + owner)
+    length = capacity
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + owner)
     ck = ck_ptr + owner * ck_b + kv_head * ck_h
     cv = cv_ptr + owner * cv_b + kv_head * cv_h
     prefix = length
@@ -249,18 +253,17 @@ def segment_attention(
     launch = launch or for_sm(LAUNCHES, sm_of(q))
     if out is None:
         out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
-    if lengths is None:
-        lengths = torch.full((condition[0].shape[0],), condition[0].shape[2], dtype=torch.int32, device=q.device)
     ck, cv = condition
     tk, tv = time or (ck[:, :, 0], cv[:, :, 0])
     ik, iv = image or (ck[:, :, :0], cv[:, :, :0])
     segment_kernel[triton.cdiv(queries, launch.block_m), batch * heads](
-        q, ck, cv, tk, tv, ik, iv, out, lengths,
+        q, ck, cv, tk, tv, ik, iv, out, q if lengths is None else lengths,
         (scale or head_dim**-0.5) * LOG2_E,
-        queries, ik.shape[2], heads, batch // ck.shape[0],
+        queries, ik.shape[2], ck.shape[2], heads, batch // ck.shape[0],
         *q.stride()[:3], *ck.stride()[:3], *cv.stride()[:3], *tk.stride()[:2], *tv.stride()[:2],
         *ik.stride()[:3], *iv.stride()[:3], *out.stride()[:3],
-        GROUP=heads // kv_heads, HAS_TIME=time is not None, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n,
+        GROUP=heads // kv_heads, HAS_TIME=time is not None, HAS_LENGTHS=lengths is not None, D0=d0, D1=d1,
+        BM=launch.block_m, BN=launch.block_n,
         UPCAST=upcast(q), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out
@@ -300,8 +303,17 @@ def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[S
             f"segment_attention_{head_dim}" + ("" if has_time else "_condition"),
             segment_kernel,
             {**pointers(segment_kernel, dtype, lengths="i32"), "scale": "fp32"},
-            dict(GROUP=group, HAS_TIME=has_time, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, UPCAST=False),
+            dict(
+                GROUP=group,
+                HAS_TIME=has_time,
+                HAS_LENGTHS=True,
+                D0=d0,
+                D1=d1,
+                BM=launch.block_m,
+                BN=launch.block_n,
+                UPCAST=False,
+            ),
             launch.warps,
             launch.stages,
-            unaligned=("queries", "images", "heads", "share"),
+            unaligned=("queries", "images", "capacity", "heads", "share"),
         )
