@@ -185,6 +185,7 @@ class Suite:
             height=side,
             width=side,
             steps=preset.steps,
+            joint=True,
         )
         planned = plan(preset.config, work, precision=backend.options.precision).peak
         return {

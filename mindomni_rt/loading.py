@@ -38,7 +38,7 @@ def load(
 
     A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
     agree with it. memory_budget: "8GiB" or bytes; parts of the model that do not fit at once take turns.
-    precision (torch on CUDA): "fp8", "int8", "int4" or pairs such as "language=int4,decoder=fp8" (`precision`). With a
+    precision (torch on CUDA): "fp8", "int8", "int4" or pairs such as "decoder=fp8,attention=int8" (`precision`). With a
     memory_budget and no precision, the most exact one that fits is taken and logged. fast: our kernels and CUDA graphs;
     None is on for CUDA.
     path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they do in

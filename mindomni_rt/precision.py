@@ -8,6 +8,7 @@ from .errors import BadRequestError
 from .memory import Precision
 
 NAMES = ("bfloat16", "float16", "float32", "fp8", "int8", "int4")
+ATTENTIONS = ("auto", "segment", "sdpa", "flash", "cudnn", "int8")
 KEYS = ("language", "decoder", "head", "vae")
 
 
@@ -42,6 +43,21 @@ def parse_precision(text: str, compute: str) -> Precision:
             )
         found = replace(found, **{part: kind})  # type: ignore[arg-type]  # Precision checks the type's name
     return found
+
+
+def split_attention(text: str | None) -> tuple[str | None, str]:
+    """(the precision without it, the attention) of a text that may have "attention=NAME" among its pairs.
+
+    "int8" is attention with 8-bit scores; the other names force one of the exact ones. Raises BadRequestError.
+    """
+    pairs = [pair.strip() for pair in (text or "").split(",") if pair.strip()]
+    named = [pair.partition("=")[2] for pair in pairs if pair.startswith("attention=")]
+    if not named:
+        return text, "auto"
+    if len(named) > 1 or named[0] not in ATTENTIONS:
+        raise BadRequestError(f"precision {text!r}: expected attention to be one of {', '.join(ATTENTIONS)}")
+    rest = ",".join(pair for pair in pairs if not pair.startswith("attention="))
+    return rest or None, named[0]
 
 
 def stored(precision: Precision) -> dict[str, str]:

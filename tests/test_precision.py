@@ -9,13 +9,17 @@ from conftest import PARITY, relative
 from torch.nn import functional as F
 
 import mindomni_rt
+from benchmarks.scaled import scaled
 from mindomni_rt import BadRequestError
-from mindomni_rt.backends.torch_cuda import TorchCudaBackend
+from mindomni_rt.backends.base import DenoiseRequest
+from mindomni_rt.backends.torch_cuda import FastOptions, TorchCudaBackend
 from mindomni_rt.backends.torch_load import choose
 from mindomni_rt.backends.torch_products import make_product, stored_bytes
 from mindomni_rt.config import published
 from mindomni_rt.memory import Precision
-from mindomni_rt.precision import parse_precision, stored
+from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.precision import parse_precision, split_attention, stored
+from mindomni_rt.schedule import timesteps
 
 
 def test_names() -> None:
@@ -30,6 +34,39 @@ def test_names() -> None:
     for text in ("int3", "language", "language=int3", "vision=int8", "float16"):
         with pytest.raises(BadRequestError, match=r"expected|one of them"):
             parse_precision(text, "bfloat16")
+
+
+def test_attention_is_named_beside() -> None:
+    assert split_attention(None) == (None, "auto") and split_attention("int8") == ("int8", "auto")
+    assert split_attention("attention=int8") == (None, "int8")
+    assert split_attention("decoder=fp8, attention=flash") == ("decoder=fp8", "flash")
+    for text in ("attention=fast", "attention=int8,attention=sdpa"):
+        with pytest.raises(BadRequestError, match="attention"):
+            split_attention(text)
+
+
+def test_attention_in_8_bits_is_near() -> None:
+    """Random weights with heads of 96: what 8-bit scores cost in the whole loop."""
+    config = scaled("tiny")
+    found = {}
+    for attention in ("segment", "sdpa", "int8"):
+        torch.manual_seed(0)
+        model = MindOmniModel(config)
+        backend = TorchCudaBackend(
+            model.eval().requires_grad_(False), "cpu",
+            options=FastOptions(precision=Precision.uniform("float32"), attention=attention),
+        )  # fmt: skip
+        condition = torch.randn(1, 6, config.decoder.stack.hidden_size, generator=torch.Generator().manual_seed(1))
+        times = timesteps(3)
+        prefix = backend.prefix(condition, times[:-1], 36)
+        request = DenoiseRequest(
+            latents=np.random.default_rng(0).standard_normal((1, 4, 12, 12)).astype(np.float32),
+            times=times, guided=prefix, unguided=None, guidance_scale=1.0,
+        )  # fmt: skip
+        *_, (latents, _) = backend.denoiser(request)
+        found[attention] = latents.numpy()
+    assert relative(found["segment"], found["sdpa"]) < 1e-5
+    assert 1e-6 < relative(found["int8"], found["sdpa"]) < 2e-2
 
 
 def test_what_is_kept_how() -> None:

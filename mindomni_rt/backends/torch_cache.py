@@ -16,12 +16,11 @@ MOST_IN_A_ROW = 3  # reused steps before a full one
 
 
 class StepCache:
-    """Over a loaded `DenoiseLoop`, for one request. threshold: relative change of the first block's residual."""
+    """Over a `DenoiseLoop`, whose graphs keep pointing at its buffers: one cache a loop, `begin` for each request."""
 
-    def __init__(self, loop: DenoiseLoop, threshold: float) -> None:
-        self._loop, self._threshold = loop, threshold
-        self._row = self.reused = 0
-        self._branches = 0
+    def __init__(self, loop: DenoiseLoop) -> None:
+        self._loop, self._threshold = loop, 0.0
+        self._row = self.reused = self._branches = 0
         width = loop.embed(1).shape[-1]
         rows = loop.shape.branches * loop.shape.images
         self._first, self._reference, self._rest = (
@@ -31,11 +30,16 @@ class StepCache:
         self._change = torch.zeros((), device=loop.latents.device)
         self._residual = torch.zeros_like(self._first)
 
+    def begin(self, threshold: float) -> None:
+        """A new request. threshold: relative change of the first block's residual below which a step is reused."""
+        self._threshold = threshold
+        self._row = self.reused = self._branches = 0
+
     def velocity(self, branches: int, with_image: bool, edge: bool) -> Tensor:
         """As `DenoiseLoop.velocity`. edge: the first or last step, which is always whole."""
         loop, rows = self._loop, slice(0, branches * self._loop.shape.images)
 
-        def begin() -> None:
+        def first_block() -> None:
             x = loop.embed(branches)
             first = loop.run(x, branches, with_image, 0, 1)
             self._first[rows] = first
@@ -54,14 +58,14 @@ class StepCache:
             loop.finish(self._first[rows] + self._rest[rows], branches)
 
         key = (branches, with_image)
-        loop.graph((id(self), "begin", *key), begin)()
+        loop.graph(("first", *key), first_block)()
         fresh = branches != self._branches or edge or self._row >= MOST_IN_A_ROW or not with_image
         self._branches = branches if with_image else 0
         if fresh or float(self._change) >= self._threshold:
-            loop.graph((id(self), "whole", *key), whole)()
+            loop.graph(("rest", *key), whole)()
             self._row = 0
         else:
-            loop.graph((id(self), "again", *key), again)()
+            loop.graph(("again", *key), again)()
             self._row += 1
             self.reused += 1
         return loop.velocities.unflatten(0, (loop.shape.branches, -1))[:branches]

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class FastOptions:
     """How the fast path runs. impl: which kernels ("auto", "triton", "torch"); attention: "auto" measures, else one of
-    `torch_attention.CHOICES`; resident: parts that stay on the device, None for all."""
+    `precision.ATTENTIONS`; resident: parts that stay on the device, None for all."""
 
     precision: Precision = field(default_factory=Precision)
     impl: str = "auto"
@@ -80,7 +80,8 @@ class TorchCudaBackend(TorchBackend):
         self.graph_pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
         self._loops: dict[Shape, DenoiseLoop] = {}
         self._state: DecodeState | None = None
-        self._attention: dict[tuple[Shape, tuple[int, ...]], Attention] = {}
+        self._caches: dict[Shape, StepCache] = {}
+        self._attention: dict[Shape, Attention] = {}
         self._tuned = False
         modules: dict[str, list[torch.nn.Module]] = {
             "vision": [model.vision],
@@ -189,7 +190,7 @@ class TorchCudaBackend(TorchBackend):
         kept = [p.kv for p in prefixes]
         loop = self._loop(kept, request.latents)
         solver = Solver(request.solver)
-        cache = StepCache(loop, request.step_cache) if request.step_cache > 0 else None
+        cache = self._step_cache(loop, request.step_cache) if request.step_cache > 0 else None
         branches_before = 0
         steps = len(request.times) - 1
         for step, (now, following) in enumerate(zip(request.times[:-1], request.times[1:], strict=True)):
@@ -220,6 +221,7 @@ class TorchCudaBackend(TorchBackend):
         shape = Shape.of(lengths, latents.shape)
         if shape not in self._loops:
             self._loops.clear()  # one set of buffers at a time
+            self._caches.clear()
             self._loops[shape] = DenoiseLoop(
                 self.model.decoder,
                 self.decoder_stack,
@@ -232,11 +234,17 @@ class TorchCudaBackend(TorchBackend):
         loop = self._loops[shape]
         loop.load(prefixes, latents)
         if self.options.attention == "auto" and self.device.startswith("cuda"):
-            key = (shape, lengths)
-            if key not in self._attention:
-                self._attention[key] = self._measured_attention(loop)
-            loop.use_attention(self._attention[key])
+            if shape not in self._attention:
+                self._attention[shape] = self._measured_attention(loop)
+            loop.use_attention(self._attention[shape])
         return loop
+
+    def _step_cache(self, loop: DenoiseLoop, threshold: float) -> StepCache:
+        if loop.shape not in self._caches:
+            self._caches[loop.shape] = StepCache(loop)
+        cache = self._caches[loop.shape]
+        cache.begin(threshold)
+        return cache
 
     def _fixed_attention(self) -> Attention:
         wanted, impl = self.options.attention, self.options.impl

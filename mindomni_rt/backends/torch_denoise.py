@@ -86,7 +86,7 @@ class DenoiseLoop:
         """Copies a request's condition K/V, image tables and noise into the buffers. Graphs bound to lengths go."""
         stack = self._decoder.config.stack
         lengths = tuple(p.length for p in prefixes)
-        if lengths != self._host_lengths:
+        if lengths != self._host_lengths and not getattr(self._attention, "any_length", False):
             self._graphs.clear()  # the library's attention joins segments of lengths known at capture
         self._host_lengths = lengths
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))

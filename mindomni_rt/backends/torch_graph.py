@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-WARM_UP = 2  # runs before capture: kernels compile, libraries choose
+WARM_UP = 1  # runs before capture: kernels compile, libraries choose
 
 
 class Replay:

@@ -13,7 +13,8 @@ from ..config import ModelConfig
 from ..memory import Precision
 from ..model.mindomni import load_model
 from ..planner import LADDER, gigabytes, parse_bytes, plan
-from ..precision import parse_precision
+from ..precision import parse_precision, split_attention
+from ..shapes import Workload
 from .torch_cuda import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def load_fast(
     Raises BadCheckpointError, BadRequestError, OutOfMemoryError.
     """
     checkpoint = open_checkpoint(Path(path))
+    precision, attention = split_attention(precision)
     chosen, resident = choose(checkpoint.config, dtype, precision, memory_budget, device)
     model, report = load_model(checkpoint, _DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
@@ -37,7 +39,9 @@ def load_fast(
         total = torch.cuda.get_device_properties(device).total_memory
         share = (parse_bytes(memory_budget) - RESERVE) / total
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
-    return TorchCudaBackend(model, device, report, FastOptions(precision=chosen, resident=resident))
+    return TorchCudaBackend(
+        model, device, report, FastOptions(precision=chosen, resident=resident, attention=attention)
+    )
 
 
 def choose(
@@ -55,7 +59,7 @@ def choose(
         return wanted, None
     budget = parse_bytes(memory_budget)
     reserve = RESERVE if device.startswith("cuda") else 0
-    found = plan(config, precision=wanted, budget=budget, reserve=reserve)
+    found = plan(config, Workload(joint=True), precision=wanted, budget=budget, reserve=reserve)
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
     log("memory budget %s: %s", gigabytes(budget), found.summary())
     return found.precision, found.resident

@@ -25,6 +25,7 @@ from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.planner import plan
 from mindomni_rt.residency import Residency
 from mindomni_rt.schedule import timesteps
+from mindomni_rt.shapes import Workload
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=4, max_new_tokens=9, seed=1, output="numpy")
 
@@ -125,7 +126,7 @@ def test_weights_are_kept_once(fast: Pipeline) -> None:
 
 
 def test_a_budget_swaps_parts_and_changes_nothing(slow: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
-    everything = plan(slow.config, precision=_float32()).peak
+    everything = plan(slow.config, Workload(joint=True), precision=_float32()).peak
     with caplog.at_level(logging.INFO):
         pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, dtype="float32", memory_budget=everything - 1_200_000)
     assert "memory budget" in caplog.text and "swaps" in caplog.text
