@@ -14,7 +14,7 @@ from kernels.decode_attention import decode_attention
 from kernels.gemv import gemv
 from kernels.int4_linear import int4_linear, quantize_int4
 from kernels.int8_attention import int8_attention
-from kernels.linear8 import linear8, quantize_weight
+from kernels.linear8 import linear8, linear8_library, quantize_weight
 from kernels.norms import add_norm
 from kernels.quantize import quantize_rows
 from kernels.rope import rope, split_heads
@@ -255,6 +255,8 @@ def _products(config: ModelConfig, sizes: Sizes, draw: Callable[..., Tensor]) ->
         if x.is_cuda:
             variants["triton"] = lambda a=a, w=w: linear8(a, w, sizes.dtype, impl="triton")  # type: ignore[misc]
             variants["library"] = lambda a=a, w=w: linear8(a, w, sizes.dtype, impl="library")  # type: ignore[misc]
+            if kind == "fp8":
+                variants["library, short sums"] = lambda a=a, w=w: linear8_library(a, w, sizes.dtype, fast=True)  # type: ignore[misc]
         yield Case(
             name=f"linear8_{kind}",
             check=check,

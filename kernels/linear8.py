@@ -94,8 +94,13 @@ def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-def linear8_library(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """The same by the library's own products, with their limits on shapes (K and N multiples of 16)."""
+def linear8_library(
+    a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
+) -> Tensor:
+    """The same by the library's own products, with their limits on shapes (K and N multiples of 16).
+
+    fast: fp8 sums in the tensor cores' own, shorter registers (Hopper), at some precision.
+    """
     flat = a.values.reshape(-1, a.values.shape[-1])
     scale, channels = a.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
     if flat.dtype == torch.int8:
@@ -105,7 +110,7 @@ def linear8_library(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | No
         out = (out if bias is None else out + bias.float()).to(dtype)
     else:
         out = torch._scaled_mm(
-            flat, weight.values.T, scale_a=scale, scale_b=channels, bias=bias, out_dtype=dtype, use_fast_accum=False
+            flat, weight.values.T, scale_a=scale, scale_b=channels, bias=bias, out_dtype=dtype, use_fast_accum=fast
         )
     return out.unflatten(0, a.values.shape[:-1])
 

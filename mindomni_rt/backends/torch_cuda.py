@@ -32,9 +32,9 @@ from .torch_attention import Attention, candidates, choose, eight_bit
 from .torch_cache import StepCache
 from .torch_decode import DecodeState, FastLanguageRun
 from .torch_denoise import DenoiseLoop, Shape
-from .torch_products import Dense, make_product
-from .torch_stack import FastStack
-from .torch_tune import choose_one_row
+from .torch_products import Dense, EightBit, Product, make_product
+from .torch_stack import FastBlock, FastStack
+from .torch_tune import choose_eight_bit, choose_one_row
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class TorchCudaBackend(TorchBackend):
         self._state: DecodeState | None = None
         self._caches: dict[Shape, StepCache] = {}
         self._attention: dict[Shape, Attention] = {}
-        self._tuned = False
+        self._tuned: set[str] = set()
         modules: dict[str, list[torch.nn.Module]] = {
             "vision": [model.vision],
             "language": [language, self.language_stack],
@@ -131,15 +131,10 @@ class TorchCudaBackend(TorchBackend):
         if self._state is None or self._state.capacity < capacity:
             self._state = None  # freed before the larger one is made
             self._state = DecodeState(self, capacity)
-        if not self._tuned and self.device.startswith("cuda"):
-            self._tuned = True
-            dense = [p for p in (*self._dense(), self._head) if isinstance(p, Dense)]
-            choose_one_row(dense)
+        if "language" not in self._tuned and self.device.startswith("cuda"):
+            self._tuned.add("language")
+            choose_one_row(p for p in (*_products(self.language_stack), self._head) if isinstance(p, Dense))
         return self._state
-
-    def _dense(self) -> Iterator[torch.nn.Module]:
-        for block in self.language_stack.blocks:
-            yield from block.products()  # type: ignore[operator]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Next-token scores (…, V) of pre-norm hidden states (…, C)."""
@@ -233,6 +228,10 @@ class TorchCudaBackend(TorchBackend):
             )
         loop = self._loops[shape]
         loop.load(prefixes, latents)
+        if "decoder" not in self._tuned and self.device.startswith("cuda"):
+            self._tuned.add("decoder")
+            rows = shape.branches * shape.images * loop.tokens
+            choose_eight_bit((p for p in _products(self.decoder_stack) if isinstance(p, EightBit)), rows)
         if self.options.attention == "auto" and self.device.startswith("cuda"):
             if shape not in self._attention:
                 self._attention[shape] = self._measured_attention(loop)
@@ -281,3 +280,9 @@ class TorchCudaBackend(TorchBackend):
     def vae_encode(self, pixels: NDArray[np.float32]) -> Tensor:
         self.residency.need("vae")
         return super().vae_encode(pixels)
+
+
+def _products(stack: FastStack) -> Iterator[Product]:
+    for block in stack.blocks:
+        assert isinstance(block, FastBlock)
+        yield from block.products()

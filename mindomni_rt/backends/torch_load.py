@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import open_checkpoint
 from ..config import ModelConfig
+from ..errors import UnsupportedDeviceError
 from ..memory import Precision
 from ..model.mindomni import load_model
 from ..planner import LADDER, gigabytes, parse_bytes, plan
@@ -33,6 +34,8 @@ def load_fast(
     checkpoint = open_checkpoint(Path(path))
     precision, attention = split_attention(precision)
     chosen, resident = choose(checkpoint.config, dtype, precision, memory_budget, device)
+    if device.startswith("cuda"):
+        check_device(chosen, torch.cuda.get_device_capability(device))
     model, report = load_model(checkpoint, _DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
     if memory_budget is not None and device.startswith("cuda"):
@@ -42,6 +45,19 @@ def load_fast(
     return TorchCudaBackend(
         model, device, report, FastOptions(precision=chosen, resident=resident, attention=attention)
     )
+
+
+def check_device(precision: Precision, capability: tuple[int, int]) -> None:
+    """Raises UnsupportedDeviceError when a GPU lacks a type that the precision names."""
+    if precision.decoder == "fp8" and capability < (8, 9):
+        raise UnsupportedDeviceError(
+            f"fp8 needs compute capability 8.9 (Ada) or later, this GPU has {capability[0]}.{capability[1]}; use int8"
+        )
+    if precision.compute == "bfloat16" and capability < (8, 0):
+        raise UnsupportedDeviceError(
+            f"bfloat16 needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}; "
+            "use dtype='float16'"
+        )
 
 
 def choose(

@@ -62,13 +62,14 @@ class EightBit(Product):
         super().__init__(bias, impl)
         quantized = quantize_weight(weight, kind)
         self.rows, self.dtype = kind, weight.dtype
+        self.how = impl  # "library" or "triton" once `torch_tune` has measured
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         assert isinstance(self.rows, str)
         rows = x if isinstance(x, Rows) else quantize_rows(x, self.rows, impl=self.impl)
-        return linear8(rows, Rows(self.values, self.scale), self.dtype, self.bias, impl=self.impl)
+        return linear8(rows, Rows(self.values, self.scale), self.dtype, self.bias, impl=self.how)
 
 
 class WeightOnly8(Product):

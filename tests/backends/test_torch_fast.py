@@ -16,11 +16,8 @@ from torch import nn
 import mindomni_rt
 from mindomni_rt import BadRequestError, Pipeline
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
-from mindomni_rt.backends.torch_attention import Segments, candidates, choose
 from mindomni_rt.backends.torch_cuda import FastOptions, TorchCudaBackend
-from mindomni_rt.backends.torch_graph import Replay
-from mindomni_rt.backends.torch_products import Dense
-from mindomni_rt.backends.torch_tune import choose_one_row
+from mindomni_rt.memory import Precision
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.planner import plan
 from mindomni_rt.residency import Residency
@@ -151,9 +148,7 @@ def test_every_budget_gives_the_same_image(slow: Pipeline) -> None:
         assert set(resident) <= backend.residency.loaded and len(backend.residency.loaded) <= len(resident) + 1
 
 
-def _float32() -> Any:
-    from mindomni_rt.memory import Precision
-
+def _float32() -> Precision:
     return Precision.uniform("float32")
 
 
@@ -183,68 +178,6 @@ def test_no_budget_is_small_enough() -> None:
         mindomni_rt.load(PARITY, device="cpu", fast=True, memory_budget="1MB")
     with pytest.raises(BadRequestError, match="fast path"):
         mindomni_rt.load(PARITY, device="cpu", memory_budget="1GB")
-
-
-# Attention and products chosen by measurement
-
-
-def _attention_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segments]:
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(4, 2, 9, 32, generator=g) for _ in range(3))
-    keys, values = torch.randn(2, 2, 2, 11, 32, generator=g)
-    time_keys, time_values = torch.randn(2, 2, 2, 32, generator=g)
-    lengths = (11, 4)
-    segments = Segments(keys, values, time_keys, time_values, torch.tensor(lengths, dtype=torch.int32), lengths)
-    return q, k, v, segments
-
-
-def test_attentions_agree() -> None:
-    q, k, v, segments = _attention_case()
-    tried = candidates(torch.device("cpu"), 32, "torch")
-    for part in (segments, replace(segments, with_image=False)):
-        expected = tried["sdpa"](q, k, v, part)
-        torch.testing.assert_close(tried["segment"](q, k, v, part), expected, rtol=1e-4, atol=1e-5)
-        assert expected.transpose(1, 2).is_contiguous()
-
-
-def test_the_fastest_attention_that_is_right_is_taken(caplog: pytest.LogCaptureFixture) -> None:
-    q, k, v, segments = _attention_case()
-    tried = candidates(torch.device("cpu"), 32, "torch")
-
-    def wrong(*_: Any) -> torch.Tensor:
-        return torch.zeros_like(q)
-
-    def failing(*_: Any) -> torch.Tensor:
-        raise RuntimeError("no such kernel")
-
-    tried |= {"wrong": wrong, "failing": failing}
-    times = {id(tried["sdpa"]): 2.0, id(tried["segment"]): 1.0}
-
-    def clock(run: Any, _: torch.device) -> float:
-        return times[id(run.__defaults__[0])]
-
-    with caplog.at_level(logging.INFO):
-        assert choose(tried, q, k, v, segments, clock) == "segment"
-        times[id(tried["sdpa"])] = 0.5
-        assert choose(tried, q, k, v, segments, clock) == "sdpa"
-    assert "no such kernel" in caplog.text and "wrong is" in caplog.text and "500.000 ms" in caplog.text
-    assert choose({"sdpa": tried["sdpa"]}, q, k, v, segments) == "sdpa"  # by the real clock
-
-
-def test_one_row_products_are_chosen_once_a_shape() -> None:
-    products = [Dense(torch.randn(6, 8), None, "torch") for _ in range(3)] + [Dense(torch.randn(5, 8), None, "torch")]
-    times = iter([2.0, 1.0, 1.0, 2.0])
-    choose_one_row(products, lambda run: (run(), next(times))[1])
-    assert [p.one_row for p in products] == ["gemv"] * 3 + ["library"]
-
-
-def test_a_replay_without_a_graph_runs_the_step() -> None:
-    counter = torch.zeros(1)
-    replay = Replay(lambda: counter.add_(1), "cpu")
-    replay.prepare()
-    replay()
-    replay()
-    assert counter == 2
 
 
 # Lossy options
