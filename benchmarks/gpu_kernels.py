@@ -14,6 +14,7 @@ from kernels.decode_attention import decode_attention
 from kernels.gemv import gemv
 from kernels.int4_linear import int4_linear, quantize_int4
 from kernels.int8_attention import int8_attention
+from kernels.language import REFUSALS
 from kernels.linear8 import linear8, linear8_library, quantize_weight
 from kernels.norms import add_norm
 from kernels.quantize import quantize_rows
@@ -59,7 +60,7 @@ def run_case(case: Case, meter: Meter, ceilings: Mapping[str, float | None]) -> 
     """Error, then times of every variant. A failed check stops the timing."""
     try:
         error = case.check()
-    except (RuntimeError, ValueError) as failure:
+    except REFUSALS as failure:
         return {"name": case.name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
     found: dict[str, Any] = {"name": case.name, "error": error, "bound": case.bound, "right": error <= case.bound}
     if not found["right"]:
@@ -68,7 +69,7 @@ def run_case(case: Case, meter: Meter, ceilings: Mapping[str, float | None]) -> 
     for name, run in case.variants.items():
         try:
             times[name] = meter.kernel(run)
-        except (RuntimeError, ValueError) as failure:
+        except REFUSALS as failure:
             times[name] = f"does not run: {str(failure).splitlines()[0][:120]}"
     found["seconds"] = times
     ours = times.get("ours")

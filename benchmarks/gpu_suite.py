@@ -46,6 +46,7 @@ from .gpu_stages import (
     random_model,
     whole_request,
 )
+from .gpu_sweep import sweep
 from .results import FOLDER, FORMAT, write_atomic, write_json
 from .scaled import scaled
 
@@ -69,13 +70,14 @@ def presets(name: str) -> Preset:
 class Suite:
     """One run: sections in order of worth, each recorded, none able to take the others down."""
 
-    def __init__(self, preset: Preset, device: torch.device, minutes: float) -> None:
+    def __init__(self, preset: Preset, device: torch.device, minutes: float, swept: bool = False) -> None:
         self.preset, self.device = preset, device
         cuda = device.type == "cuda"
         self.meter = Meter(device, runs=10 if cuda else 2, deadline=time.perf_counter() + 60 * minutes)
         self.record = Record()
         self.cuda = cuda
         self._eager: dict[int, torch.Tensor] = {}
+        self._swept = swept
 
     def run(self) -> dict[str, Any]:
         """All sections."""
@@ -83,6 +85,11 @@ class Suite:
         size, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
         found = section(meter, "ceilings", 5, lambda: ceilings(meter, size, copied, self.preset.torch_dtype)) or {}
         section(meter, "kernels", 30, lambda: self._kernels(found))
+        if self._swept:
+            section(
+                meter, "sweep", 60, lambda: sweep(self.preset.config, self._sizes(), meter, None if self.cuda else 1)
+            )
+            return self.record.data
         self._on_one_model()
         self._clean()
         for name in ("decoder=fp8", "decoder=int8", "language=int8,head=int8", "language=int4,head=int8"):
@@ -115,14 +122,17 @@ class Suite:
             torch.cuda.empty_cache()
 
     def _kernels(self, found: dict[str, Any]) -> dict[str, Any]:
-        side, lengths = self.preset.sides[0], self.preset.lengths
-        sizes = Sizes((side // 16) ** 2, lengths, 512 if self.cuda else 64, self.preset.torch_dtype, self._tolerance())
         with torch.inference_mode():
             done = []
-            for case in cases(self.preset.config, sizes, self.device):
+            for case in cases(self.preset.config, self._sizes(), self.device):
                 done.append(run_case(case, self.meter, found))
                 logger.info("%s", done[-1])
         return {"cases": done}
+
+    def _sizes(self) -> Sizes:
+        tokens = (self.preset.sides[0] // 16) ** 2
+        cache = 512 if self.cuda else 64
+        return Sizes(tokens, self.preset.lengths, cache, self.preset.torch_dtype, self._tolerance())
 
     def _tolerance(self) -> float:
         return TOLERANCE[self.preset.dtype]
@@ -227,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=("full", "toy"), default="full")
     parser.add_argument("--minutes", type=float, default=8.7, help="sections that would end later are left out")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON and the table")
+    parser.add_argument("--sweep", action="store_true", help="kernels and every tile of their launch tables, no stages")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     device = torch.device(options.device)
@@ -236,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     preset = presets(options.preset)
-    suite = Suite(preset, device, options.minutes)
+    suite = Suite(preset, device, options.minutes, options.sweep)
     began = time.perf_counter()
     sections = suite.run()
     now = datetime.datetime.now(datetime.UTC)

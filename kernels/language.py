@@ -11,6 +11,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
 else:
     triton: Any = SimpleNamespace(  # type: ignore[no-redef]
         jit=lambda function: function,
@@ -18,5 +19,9 @@ else:
         next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length(),
     )
     tl: Any = None  # type: ignore[no-redef]
+    TritonError = RuntimeError  # type: ignore[misc,assignment]
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+REFUSALS: tuple[type[Exception], ...] = (RuntimeError, ValueError, TritonError)
+"""What a launch raises when a kernel does not fit a device: too many registers, too much memory, no such instruction."""
+
+__all__ = ["HAS_TRITON", "REFUSALS", "tl", "triton"]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.int8_attention import int8_attention
+from kernels.language import REFUSALS
 from kernels.launch import split_head, tensor_cores
 from kernels.segment_attention import segment_attention
 
@@ -130,7 +131,7 @@ def choose(
     for name, attention in tried.items():
         try:
             found = attention(q, k, v, segments).float()
-        except (RuntimeError, ValueError) as error:
+        except REFUSALS as error:
             logger.info("attention %s does not run here: %s", name, str(error).splitlines()[0])
             continue
         distance = float((found - expected).norm() / expected.norm())

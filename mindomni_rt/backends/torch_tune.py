@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from kernels.language import REFUSALS
+
 from ..errors import UnsupportedDeviceError
 from .torch_products import Dense, EightBit
 
@@ -64,7 +66,7 @@ def choose_eight_bit(
                 product.how = name
                 try:
                     times[name] = clock(lambda product=product, x=x: product(x))  # type: ignore[misc]
-                except (RuntimeError, ValueError) as error:
+                except REFUSALS as error:
                     logger.info("%s %s of %dx%d does not run: %s", name, product.rows, n, k, str(error).split("\n")[0])
             if not times:
                 raise UnsupportedDeviceError(f"no {product.rows} product runs on {product.values.device}; use bfloat16")

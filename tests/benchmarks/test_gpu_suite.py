@@ -43,6 +43,14 @@ def test_ours_and_the_baselines_compute_the_same(report: tuple[dict, str]) -> No
     assert 1e-4 < sections["decoder=int8"]["error_to_eager"] < sections["decoder=fp8"]["error_to_eager"] < 0.05
 
 
+def test_sweep(tmp_path: Path) -> None:
+    assert main(["--device", "cpu", "--preset", "toy", "--sweep", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())["sections"]["sweep"]
+    for name in ("segment_attention", "linear8_int8", "gemv", "int4_gemv"):
+        assert found[name]["best"][0]["seconds"] > 0 and found[name]["refused"] == 0
+
+
 def test_eager_request_by_hand() -> None:
     sections = {
         "request": {"side": 8, "stages_s": {"language": 1.0, "denoiser": 2.0, "vae": 0.5}},
