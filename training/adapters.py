@@ -28,7 +28,9 @@ def add_adapters(module: nn.Module, config: AdapterConfig, targets: tuple[str, .
     wanted = config.targets or targets
     names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in wanted]
     if not names:
-        raise BadRequestError(f"lora.targets = {list(wanted)}: no Linear of that name; they are {_linear_names(module)}")
+        raise BadRequestError(
+            f"lora.targets = {list(wanted)}: no Linear of that name; they are {_linear_names(module)}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lora = LoraConfig(

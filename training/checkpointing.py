@@ -81,7 +81,7 @@ def restore(
         for name, parameter in trained.items():
             if tuple(state.weights[name].shape) != tuple(parameter.shape):
                 raise BadCheckpointError(
-                    f"{name}: {tuple(state.weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} in the model"
+                    f"{name}: {tuple(state.weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} here"
                 )
             parameter.copy_(_like(state.weights[name], parameter))
             optimizer.state[parameter] = {
@@ -147,4 +147,6 @@ def latest(folder: Path) -> State | None:
     try:
         return State(**torch.load(path, map_location="cpu", weights_only=False))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged file
-        raise BadCheckpointError(f"{path} does not read ({error}); delete its folder to resume from an earlier one") from error
+        raise BadCheckpointError(
+            f"{path} does not read ({error}); delete its folder to resume from an earlier one"
+        ) from error

@@ -119,7 +119,7 @@ class PriorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """decoder: what of it trains. text: weight of the cross-entropy on the MLLM (0 as published; above it, it trains)."""
+    """decoder: what of it trains. text: weight of the cross-entropy on the MLLM, which trains above 0 (published)."""
 
     decoder: str = "lora"  # or "full", "none"
     text: float = 0.0
@@ -254,7 +254,9 @@ def build(kind: type, data: Mapping[str, Any], where: str, prefix: str = "") -> 
             values[key] = build(typing.cast(type, hint), value, where, f"{name}.")
         else:
             values[key] = _typed(hint, value, f"{where}: {name}")
-    required = {n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     missing = sorted(required - set(values))
     if missing:
         raise BadConfigError(f"{where}: {prefix}{missing[0]} is missing")

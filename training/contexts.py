@@ -119,7 +119,13 @@ class Contexts:
     # Conversations
 
     def paint(
-        self, prompt: str, *, think: bool, images: Sequence[Any] = (), thought: str = "", edit_features: str | None = None
+        self,
+        prompt: str,
+        *,
+        think: bool,
+        images: Sequence[Any] = (),
+        thought: str = "",
+        edit_features: str | None = None,
     ) -> Context:
         """The conversation that asks for an image, with what the model wrote (`thought`) behind it."""
         if len(images) > 1:
@@ -197,7 +203,9 @@ class Contexts:
                 places = (places[None] + offset * len(slots) // count).reshape(-1)
                 cos, sin = np.tile(cos, (count, 1)), np.tile(sin, (count, 1))
                 mask = np.tile(mask, (count, 1, 1, 1))
-            tables = (torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (cos, sin, slots, places, mask))
+            tables = (
+                torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (cos, sin, slots, places, mask)
+            )
             outputs.append(self.model.vision(torch.from_numpy(patches).to(self.device, dtype), *tables))
         return torch.cat(outputs)
 
@@ -242,7 +250,7 @@ class Contexts:
         latents: Sequence[Tensor | None] = (),
         decoder: DiffusionDecoder | None = None,
     ) -> tuple[Tensor, list[int], list[list[tuple[int, int]]]]:
-        """The decoder's own text path: (B, L, C), lengths, spans. A reference image's features stand before the text."""
+        """The decoder's own text path: (B, L, C), lengths, spans. Features of a reference image come first."""
         decoder = decoder or self.model.decoder
         table = getattr(decoder.llm, "embed_tokens", None)
         if table is None:

@@ -62,7 +62,9 @@ class Log:
             }
             with (Path(config.out) / "runs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            (Path(config.out) / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (Path(config.out) / "config.json").write_text(
+                json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
+            )
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
@@ -107,7 +109,9 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         if not self._writes:
             return
         self._file.close()

@@ -30,7 +30,7 @@ from mindomni_rt.prompts import DEFAULT_NEGATIVE
 from mindomni_rt.schedule import timesteps
 
 from . import losses, rollouts
-from .adapters import add_adapters, adapters_off
+from .adapters import adapters_off, add_adapters
 from .config import Config
 from .contexts import Batch, Context, Contexts
 from .stage import Draws, Stage, Terms
@@ -275,7 +275,7 @@ class Rgpo(Stage):
         return noise[rows], times[rows]
 
 
-class _swapped(AbstractContextManager[None]):  # noqa: N801 reads as a word in `with`
+class _swapped(AbstractContextManager[None]):
     """The model with another language model in its place."""
 
     def __init__(self, model: MindOmniModel, language: LanguageModel) -> None:

@@ -196,9 +196,7 @@ def paint(
     tables = [_image_tables(decoder, b, len(latents), rows * columns, device) for b in branches]
     times = timesteps(steps)
     for step in range(steps):
-        velocities = [
-            _velocity(decoder, b, t, step, latents, positions) for b, t in zip(branches, tables, strict=True)
-        ]
+        velocities = [_velocity(decoder, b, t, step, latents, positions) for b, t in zip(branches, tables, strict=True)]
         velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], guidance)
         latents = latents + float(times[step + 1] - times[step]) * velocity
     return latents

@@ -44,7 +44,7 @@ class Sft(Stage):
         super().__init__(model, contexts, config)
         if config.sft.decoder == "lora":
             add_adapters(model.decoder.llm.layers, config.lora, LORA_TARGETS, config.seed)
-        # A decoder that trains in full cannot be its own frozen teacher. Held outside the module tree: no state of ours.
+        # A decoder that trains in full cannot be its own frozen teacher. Outside the module tree: no state of ours.
         copied = config.sft.decoder == "full" and config.distill.weight > 0
         self.__dict__["teacher"] = copy.deepcopy(model.decoder).requires_grad_(False) if copied else None
 

@@ -130,7 +130,9 @@ class Stage(nn.Module):
 
     # Shared by the stages that paint
 
-    def painting(self, records: Sequence[Record], draws: Draws, make: Callable[[Record, str], Context]) -> Painting | None:
+    def painting(
+        self, records: Sequence[Record], draws: Draws, make: Callable[[Record, str], Context]
+    ) -> Painting | None:
         """Latents, times and noise of the records that have an image; None if none has.
 
         `make(record, dropped)` builds the conversation; dropped is the text that stands for "no condition", or "".
