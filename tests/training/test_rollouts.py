@@ -49,9 +49,7 @@ def test_a_batch_paints_what_the_pipeline_paints(folder):
 def test_sampling_is_repeatable_and_follows_the_distribution(folder):
     contexts = toy_contexts(folder)
     conversations = [contexts.paint("draw one", think=True)] * 400
-    draw = [
-        rollouts.write(contexts, conversations, 1, 1.0, torch.Generator().manual_seed(3)) for _ in range(2)
-    ]
+    draw = [rollouts.write(contexts, conversations, 1, 1.0, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert draw[0] == draw[1]
     batch = contexts.batch(conversations[:1])
     expected = contexts.model.language.logits(contexts.states(batch)[0, -1]).softmax(-1)

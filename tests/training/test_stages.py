@@ -85,7 +85,9 @@ def test_what_trains_changes_and_what_is_frozen_does_not(name, folder, tmp_path)
     assert all(re.fullmatch(pattern, n) for n in bases)
     # Everything that trains gets a gradient, but for what this data never reaches.
     idle = bases - changed
-    allowed = r"decoder\.input_x_embedder.*" if name == "sft-full" else r"^$|language\.layers\.\d+\.self_attn\.k_proj\.bias"
+    allowed = (
+        r"decoder\.input_x_embedder.*" if name == "sft-full" else r"^$|language\.layers\.\d+\.self_attn\.k_proj\.bias"
+    )
     assert not [n for n in idle if not re.fullmatch(allowed, n)]
 
 

@@ -17,7 +17,7 @@ from training.config import Config, build
 from training.contexts import Contexts
 from training.fresh import write_fresh
 
-WORDS = "draw one two three red blue circle square the same how many picture a is".split()
+WORDS = ["draw", "one", "two", "three", "red", "blue", "circle", "square", "the", "same", "how", "many", "picture", "a", "is"]
 VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
 
 
