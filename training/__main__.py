@@ -123,14 +123,15 @@ def _gpu_step(options: argparse.Namespace) -> int:
 def _new(options: argparse.Namespace) -> int:
     from mindomni_rt.model.save import save_model
 
-    from .fresh import write_fresh
-    from .world import vae, words
+    from .fresh import words_of, write_fresh
+    from .world import vae
+    from .world.language import vocabulary_texts
 
     trained = vae.load_vae(options.vae)
     if options.width % 32:
         raise BadRequestError(f"--width {options.width}: expected a multiple of 32")
     model = write_fresh(
-        options.folder, words(), trained.config, options.seed, options.width, options.connector_layers
+        options.folder, words_of(vocabulary_texts()), trained.config, options.seed, options.width, options.connector_layers
     )
     model.vae.load_state_dict(trained.state_dict())
     model.config = dataclasses.replace(model.config, vae=trained.config)

@@ -342,5 +342,7 @@ def context_of(contexts: Contexts, record: Record, *, think: bool, thought: bool
     """A record's conversation: a picture question with its reply, or a request to paint with or without its thought."""
     if record.reply:
         return contexts.understand(record.instruction, record.input_images, record.reply)
-    written = thought_text(record.think_content or "", record.answer or "") if thought and record.answer else ""
-    return contexts.paint(record.instruction, think=think, images=record.input_images, thought=written)
+    written = record.written or (thought_text(record.think_content, record.answer) if record.answer else "")
+    return contexts.paint(
+        record.instruction, think=think, images=record.input_images, thought=written if thought else ""
+    )

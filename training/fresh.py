@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -80,17 +81,27 @@ def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_la
     )  # fmt: skip
 
 
+def words_of(texts: Iterable[str]) -> set[str]:
+    """Every word and run of punctuation in the texts, as the tokenizer splits them."""
+    from tokenizers import pre_tokenizers
+
+    split = pre_tokenizers.Whitespace()
+    plain = (reduce(lambda t, tag: t.replace(tag, " "), PLAIN, text) for text in texts)
+    return {word for text in plain for word, _ in split.pre_tokenize_str(text)}
+
+
 def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     """tokenizer.json and the chat template into `folder`; returns the vocabulary's size.
 
     Text splits at spaces and punctuation; a word outside the vocabulary is `<unk>`.
     """
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     names = [*SPECIAL, *PLAIN, *sorted({"system", "user", "assistant", *words} - {*SPECIAL, *PLAIN})]
     vocabulary = {name: index for index, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words joined by spaces, none before a full stop
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)

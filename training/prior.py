@@ -53,7 +53,7 @@ class Prior(Stage):
             written = [
                 context_of(self.contexts, r, think=True, thought=True)
                 for r in records
-                if r.reply or (r.think_content and r.answer)
+                if r.reply or r.written or (r.think_content and r.answer)
             ]
             writing = self.contexts.batch(written) if written else None
         if painting is None and writing is None:

@@ -30,6 +30,7 @@ class ToyRecord:
     output_image: Any = None
     gt_prompt: str = ""
     reply: str = ""
+    written: str = ""
     source: str = "toy"
 
 
