@@ -7,6 +7,7 @@ negative prompt) is one token here, so that contexts stay short on a CPU.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ SPECIAL = (
     "<img>", "</img>", "<|image_1|>", "<unk>", "<cfg>", SYSTEM, SYSTEM_THINK, INSTRUCTION, DEFAULT_NEGATIVE,
 )  # fmt: skip
 PLAIN = ("<think>", "</think>", "<answer>", "</answer>")  # the reader sees these, so they are no special tokens
+_SPLIT = r"</?\w+>|[a-zA-Z]+|\d|[^\w\s]"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -53,7 +55,7 @@ def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_la
     return ModelConfig(
         vision=VisionConfig(
             hidden_size=width // 2, num_layers=2, num_heads=4, intermediate_size=width, out_hidden_size=width,
-            window_size=56,
+            window_size=112,
         ),  # fmt: skip
         language=LanguageConfig(
             stack=StackConfig(
@@ -83,14 +85,17 @@ def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_la
 def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     """tokenizer.json and the chat template into `folder`; returns the vocabulary's size.
 
-    Text splits at spaces and punctuation; a word outside the vocabulary is `<unk>`.
+    Text is split into words, digits, tags and punctuation, in lower case; a word outside the vocabulary is `<unk>`.
     """
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    names = [*SPECIAL, *PLAIN, *sorted({"system", "user", "assistant", *words} - {*SPECIAL, *PLAIN})]
+    found = {w for text in words for w in re.findall(_SPLIT, text.lower())}
+    names = [*SPECIAL, *PLAIN, *sorted({"system", "user", "assistant", *found} - {*SPECIAL, *PLAIN})]
     vocabulary = {name: index for index, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins with spaces, none before punctuation
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)

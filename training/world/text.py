@@ -159,14 +159,14 @@ def parse(text: str) -> Scene | None:
     return next((s for s in scene if caption(s) == " ".join(words)), None)
 
 
-def slip(task_thought: str, answer: Scene, draw: np.random.Generator) -> tuple[str, Scene]:
-    """A thought that goes wrong as the untrained prior does, with the answer that follows from it.
+def slip(right: str) -> tuple[str, Scene]:
+    """A riddle's thought as it goes wrong in the prior, with the answer that follows from it.
 
     The mistakes are systematic, so that greedy decoding is wrong too and reinforcement learning has to change which
     answer is likeliest, not sharpen it: differences come out one too large, and every other clue is taken for its
     neighbour.
     """
-    total, colour, shape = task_thought.split(". ")[:3]
+    total, colour, shape = right.split(". ")[:3]
     left, _, value = total.partition(" = ")
     number = int(value)
     if "-" in left:

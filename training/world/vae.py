@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mindomni_rt.config import VAEConfig
 from mindomni_rt.model.vae import AutoencoderKL
 
-from .scene import CELL, all_scenes, render, verify
+from .scene import BRIGHTNESS, CELL, all_scenes, render, verify
 
 CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0)
 _KL = 1e-5  # weight of the latents' divergence from a normal distribution: keeps their scale near one
@@ -27,7 +27,7 @@ def pictures(draw: np.random.Generator, count: int) -> Tensor:
     scenes = all_scenes()
     out = np.empty((count, 96, 96, 3), np.float32)
     for i in range(count):
-        pixels = np.asarray(render(scenes[draw.integers(len(scenes))], draw), np.float32) / 127.5 - 1
+        pixels = np.asarray(render(scenes[draw.integers(len(scenes))], int(draw.choice(BRIGHTNESS))), np.float32) / 127.5 - 1
         if i % 2:
             cells = pixels.reshape(3, CELL, 3, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(9, CELL, CELL, 3)
             cells = cells[draw.permutation(9)]
@@ -75,7 +75,7 @@ def check_vae(model: AutoencoderKL, seed: int = 1, rounds: int = 2) -> dict[str,
     right = {"exact": 0, "noisy": 0}
     scenes = all_scenes() * rounds
     for scene in scenes:
-        pixels = torch.from_numpy(np.asarray(render(scene, draw), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+        pixels = torch.from_numpy(np.asarray(render(scene, int(draw.choice(BRIGHTNESS))), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
         mean = model.encode(pixels)[0]
         noise = 0.1 * mean.std() * torch.randn(mean.shape, generator=generator)
         for name, latents in (("exact", mean), ("noisy", mean + noise)):
@@ -83,9 +83,3 @@ def check_vae(model: AutoencoderKL, seed: int = 1, rounds: int = 2) -> dict[str,
             right[name] += verify(found) == scene
     return {name: count / len(scenes) for name, count in right.items()}
 
-
-if __name__ == "__main__":
-    began = time.time()
-    trained = train_vae(report=lambda s, m: print(s, m, round(time.time() - began), flush=True))
-    print(check_vae(trained), trained.config.scaling_factor, sum(p.numel() for p in trained.parameters()))
-    torch.save(trained.state_dict(), "/tmp/vae.pt")
