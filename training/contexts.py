@@ -9,6 +9,7 @@ state of the last sampled token is never computed.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 MAX_IMAGE_TOKENS = 1369
+RECENT = 2048  # latents held in memory, 64 KB each at 512 pixels
 
 
 def thought_text(think: str, answer: str) -> str:
@@ -114,6 +116,9 @@ class Contexts:
         if self.cache:
             self.cache.mkdir(parents=True, exist_ok=True)
         self.eos = self.config.generation.eos_token_ids[0]
+        self._recent: dict[str, Tensor] = {}
+        self._pictures: dict[str, ImagePatches] = {}
+        self._prompt = lru_cache(maxsize=4096)(self._prompt_ids)
         self._encode = lru_cache(maxsize=4096)(self._encode_text)
 
     # Conversations
@@ -153,14 +158,23 @@ class Contexts:
 
     def _conversation(self, messages: list[dict[str, Any]], image: Any, written: Sequence[int]) -> Context:
         patches = self._patches(image) if image is not None else None
-        ids = self.chat.encode(messages, [patches.tokens] if patches else [])
+        ids = self._prompt(json.dumps(messages), patches.tokens if patches else 0)
         tokens = np.array([*ids, *written], np.int64)
         grids = [patches.grid] if patches else []
         positions, _ = mrope_positions(tokens, grids, self.config.language, self.config.vision.merge_size)
         return Context(tokens, positions, len(ids), patches)
 
-    def _patches(self, image: Any) -> ImagePatches:
-        return prepare_image(image, self.config, MAX_IMAGE_TOKENS)
+    def _prompt_ids(self, messages: str, image_tokens: int) -> tuple[int, ...]:
+        return tuple(self.chat.encode(json.loads(messages), [image_tokens] if image_tokens else []))
+
+    def _patches(self, source: Any) -> ImagePatches:
+        image = load_image(source)
+        key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        if key not in self._pictures:
+            self._pictures[key] = prepare_image(image, self.config, MAX_IMAGE_TOKENS)
+            if len(self._pictures) > RECENT // 8:
+                self._pictures.pop(next(iter(self._pictures)))
+        return self._pictures[key]
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self.chat.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -283,22 +297,36 @@ class Contexts:
         return (mean.float() - config.shift_factor) * config.scaling_factor
 
     def latents(self, images: Sequence[Any]) -> Tensor:
-        """Images to paint, as latents (B, 4, h, w) of the configured size, kept in `cache` if there is one."""
-        pixels = [self._square(image) for image in images]
-        if self.cache is None:
-            return self.encode_pixels(torch.stack(pixels))
-        return torch.stack([self._cached(p) for p in pixels])
+        """Images to paint, as latents (B, 4, h, w) of the configured size.
 
-    def _cached(self, pixels: Tensor) -> Tensor:
-        assert self.cache is not None
-        path = self.cache / f"{hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}.npy"
-        if path.exists():
-            return torch.from_numpy(np.load(path)).to(self.device)
-        found = self.encode_pixels(pixels[None])[0]
-        temporary = path.with_suffix(".partial.npy")
-        np.save(temporary, found.cpu().numpy())
-        temporary.replace(path)
-        return found
+        Pictures met before are not encoded again: the last RECENT are held in memory, all of them in `cache` if there
+        is one.
+        """
+        pixels = [self._square(image) for image in images]
+        keys = [hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in pixels]
+        missing = {k: p for k, p in zip(keys, pixels, strict=True) if k not in self._recent and not self._stored(k)}
+        if missing:
+            encoded = self.encode_pixels(torch.stack(list(missing.values())))
+            for key, found in zip(missing, encoded, strict=True):
+                self._remember(key, found.clone())
+                if self.cache is not None:
+                    temporary = self.cache / f".{key}.partial.npy"
+                    np.save(temporary, found.cpu().numpy())
+                    temporary.replace(self.cache / f"{key}.npy")
+        return torch.stack([self._recent[k] for k in keys])
+
+    def _stored(self, key: str) -> bool:
+        """Whether the folder has it; then it is in memory too."""
+        path = self.cache / f"{key}.npy" if self.cache is not None else None
+        if path is None or not path.exists():
+            return False
+        self._remember(key, torch.from_numpy(np.load(path)).to(self.device))
+        return True
+
+    def _remember(self, key: str, latents: Tensor) -> None:
+        self._recent[key] = latents
+        while len(self._recent) > RECENT:
+            self._recent.pop(next(iter(self._recent)))
 
     def _square(self, source: Any) -> Tensor:
         """(3, size, size) in [-1, 1]: the shorter side to size, then a centre crop."""

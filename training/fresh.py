@@ -55,7 +55,7 @@ def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_la
     return ModelConfig(
         vision=VisionConfig(
             hidden_size=width // 2, num_layers=2, num_heads=4, intermediate_size=width, out_hidden_size=width,
-            window_size=112,
+            window_size=84,
         ),  # fmt: skip
         language=LanguageConfig(
             stack=StackConfig(

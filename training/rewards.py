@@ -28,14 +28,16 @@ class Rollout:
 
 Reward = Callable[[Sequence[Rollout]], NDArray[Any]]
 """Rollouts to one number each (B,)."""
-_REGISTRY: dict[str, Callable[[str], Reward]] = {}
+Maker = Callable[[str, str], Reward]
+_REGISTRY: dict[str, Maker] = {}
 _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 
 
-def reward(name: str) -> Callable[[Callable[[str], Reward]], Callable[[str], Reward]]:
-    """Registers a maker of rewards: it gets `rgpo.reward_model` (a folder, hub id or empty) and returns the function."""
+def reward(name: str) -> Callable[[Maker], Maker]:
+    """Registers a maker of rewards: it gets rgpo.reward_model (a folder, hub id or empty) and a
+    device, and returns the function."""
 
-    def register(make: Callable[[str], Reward]) -> Callable[[str], Reward]:
+    def register(make: Maker) -> Maker:
         assert name not in _REGISTRY, name
         _REGISTRY[name] = make
         return make
@@ -44,25 +46,25 @@ def reward(name: str) -> Callable[[Callable[[str], Reward]], Callable[[str], Rew
 
 
 @reward("format")
-def _format(model: str) -> Reward:
+def _format(model: str, device: str) -> Reward:
     """1 where the text holds a closed thought followed by a closed answer, else 0."""
     return lambda rollouts: np.array([float(bool(_FORMAT.search(r.text))) for r in rollouts], np.float32)
 
 
 @reward("consistency")
-def _consistency(model: str) -> Reward:
+def _consistency(model: str, device: str) -> Reward:
     """Cosine of image and gt_prompt under CLIP, cut off at 0: the world's own small one, or transformers'."""
     if not model:
         raise BadRequestError("reward 'consistency' needs rgpo.reward_model: a CLIP folder or hub id")
     if (Path(model) / "world_clip.safetensors").exists():
         from .world.clip import load_clip
 
-        small = load_clip(Path(model))
+        small = load_clip(Path(model)).to(device)
         return lambda rollouts: small.similarity(np.stack([r.image for r in rollouts]), [r.gt_prompt for r in rollouts])
-    return _transformers_clip(model)
+    return _transformers_clip(model, device)
 
 
-def _transformers_clip(model: str) -> Reward:
+def _transformers_clip(model: str, device: str) -> Reward:
     try:
         import transformers
     except ImportError as error:
@@ -75,7 +77,6 @@ def _transformers_clip(model: str) -> Reward:
         processor = transformers.CLIPProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise BadRequestError(f"rgpo.reward_model = {model!r}: not a CLIP model ({error})") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     clip.to(device)
 
     @torch.no_grad()
@@ -91,22 +92,17 @@ def _transformers_clip(model: str) -> Reward:
     return score
 
 
-def make_rewards(names: Sequence[str], model: str = "") -> dict[str, Reward]:
-    """Rewards by name. `package.module:function` is a user's own, taking rollouts. Raises BadRequestError."""
-    out: dict[str, Reward] = {}
-    for name in names:
-        if name in _REGISTRY:
-            out[name] = _REGISTRY[name](model)
-            continue
-        module, colon, function = name.partition(":")
-        if not colon:
-            raise BadRequestError(f"reward {name!r}: expected one of {', '.join(_REGISTRY)}, or module:function")
-        try:
-            found = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise BadRequestError(f"reward {name!r}: {error}") from error
-        out[name] = _checked(name, found)
-    return out
+def make(name: str, model: str = "", device: str = "cpu") -> Reward:
+    """A reward by name, ready to score; `package.module:function` is a user's own. Raises BadRequestError."""
+    if name in _REGISTRY:
+        return _checked(name, _REGISTRY[name](model, device))
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise BadRequestError(f"reward {name!r}: expected one of {', '.join(_REGISTRY)}, or module:function")
+    try:
+        return _checked(name, getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise BadRequestError(f"reward {name!r}: {error}") from error
 
 
 def _checked(name: str, function: Reward) -> Reward:

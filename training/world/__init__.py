@@ -2,3 +2,7 @@
 
 Small enough to learn on two CPU cores, and drawn at a size that goes through the real VAE and the real 16-pixel tokens.
 """
+
+from .text import words
+
+__all__ = ["words"]

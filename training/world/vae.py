@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mindomni_rt.config import VAEConfig
+from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.vae import AutoencoderKL
 
 from .scene import BRIGHTNESS, CELL, all_scenes, render, verify
@@ -83,3 +84,28 @@ def check_vae(model: AutoencoderKL, seed: int = 1, rounds: int = 2) -> dict[str,
             right[name] += verify(found) == scene
     return {name: count / len(scenes) for name, count in right.items()}
 
+
+
+def save_vae(model: AutoencoderKL, folder: Path) -> None:
+    """Writes folder/world_vae.safetensors; its scaling factor travels in the file's metadata."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    save_file(state, str(folder / "world_vae.safetensors"), {"scaling_factor": str(model.config.scaling_factor)})
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """Reads what `save_vae` wrote. Raises BadCheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "world_vae.safetensors"
+    model = AutoencoderKL(CONFIG)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            model.load_state_dict({n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118  not a mapping
+            scale = float((file.metadata() or {})["scaling_factor"])
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise BadCheckpointError(f"{path}: not the world's autoencoder ({error})") from error
+    model.config = replace(CONFIG, scaling_factor=scale)
+    return model.eval().requires_grad_(False)
