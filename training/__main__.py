@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--out", type=Path, help="a JSON file for the result")
     new = commands.add_parser("new", help="the small model's untrained checkpoint, with the world's autoencoder")
     new.add_argument("folder", type=Path)
-    new.add_argument("--vae", type=Path, required=True, help="what `python -m training.world.vae` wrote")
+    new.add_argument("--vae", type=Path, required=True, help="the folder `vae` that `python -m training.world` wrote")
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
@@ -123,15 +123,15 @@ def _gpu_step(options: argparse.Namespace) -> int:
 def _new(options: argparse.Namespace) -> int:
     from mindomni_rt.model.save import save_model
 
-    from .fresh import words_of, write_fresh
-    from .world import vae
-    from .world.language import vocabulary_texts
+    from .fresh import write_fresh
+    from .world import words
+    from .world.vae import load_vae
 
-    trained = vae.load_vae(options.vae)
+    trained = load_vae(options.vae)
     if options.width % 32:
         raise BadRequestError(f"--width {options.width}: expected a multiple of 32")
     model = write_fresh(
-        options.folder, words_of(vocabulary_texts()), trained.config, options.seed, options.width, options.connector_layers
+        options.folder, words(), trained.config, options.seed, options.width, options.connector_layers
     )
     model.vae.load_state_dict(trained.state_dict())
     model.config = dataclasses.replace(model.config, vae=trained.config)

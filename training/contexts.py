@@ -342,7 +342,14 @@ def context_of(contexts: Contexts, record: Record, *, think: bool, thought: bool
     """A record's conversation: a picture question with its reply, or a request to paint with or without its thought."""
     if record.reply:
         return contexts.understand(record.instruction, record.input_images, record.reply)
-    written = record.written or (thought_text(record.think_content, record.answer) if record.answer else "")
+    written = ""
+    if thought and record.think_content:  # without an answer it is text as it stands, a broken thought among others
+        whole = bool(record.answer)
+        written = thought_text(record.think_content, record.answer) if whole else f"<think> {record.think_content}"
     return contexts.paint(
-        record.instruction, think=think, images=record.input_images, thought=written if thought else ""
+        record.instruction,
+        think=think,
+        images=record.input_images,
+        thought=written,
+        edit_features=record.edit_features or None,
     )

@@ -7,8 +7,8 @@ negative prompt) is one token here, so that contexts stay short on a CPU.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ SPECIAL = (
     "<img>", "</img>", "<|image_1|>", "<unk>", "<cfg>", SYSTEM, SYSTEM_THINK, INSTRUCTION, DEFAULT_NEGATIVE,
 )  # fmt: skip
 PLAIN = ("<think>", "</think>", "<answer>", "</answer>")  # the reader sees these, so they are no special tokens
+_SPLIT = r"</?\w+>|[a-zA-Z]+|\d|[^\w\s]"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -81,27 +82,20 @@ def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_la
     )  # fmt: skip
 
 
-def words_of(texts: Iterable[str]) -> set[str]:
-    """Every word and run of punctuation in the texts, as the tokenizer splits them."""
-    from tokenizers import pre_tokenizers
-
-    split = pre_tokenizers.Whitespace()
-    plain = (reduce(lambda t, tag: t.replace(tag, " "), PLAIN, text) for text in texts)
-    return {word for text in plain for word, _ in split.pre_tokenize_str(text)}
-
-
 def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     """tokenizer.json and the chat template into `folder`; returns the vocabulary's size.
 
-    Text splits at spaces and punctuation; a word outside the vocabulary is `<unk>`.
+    Text is split into words, digits, tags and punctuation, in lower case; a word outside the vocabulary is `<unk>`.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    names = [*SPECIAL, *PLAIN, *sorted({"system", "user", "assistant", *words} - {*SPECIAL, *PLAIN})]
+    found = {w for text in words for w in re.findall(_SPLIT, text.lower())}
+    names = [*SPECIAL, *PLAIN, *sorted({"system", "user", "assistant", *found} - {*SPECIAL, *PLAIN})]
     vocabulary = {name: index for index, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words joined by spaces, none before a full stop
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins with spaces, none before punctuation
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,8 @@ class Pretrain(Stage):
         def make(record: Record, dropped: str) -> Context:
             if dropped:
                 return self.contexts.paint(dropped, think=False)
-            return self.contexts.paint(record.instruction, think=False, images=record.input_images)
+            images, features = record.input_images, record.edit_features or None
+            return self.contexts.paint(record.instruction, think=False, images=images, edit_features=features)
 
         painting = self.painting(records, draws, make)
         if painting is None:

@@ -46,14 +46,16 @@ class Prior(Stage):
         if rounds != "text":
             # The conversation is never read here; it only carries the reference image's latents.
             def make(record: Record, dropped: str) -> Context:
-                return self.contexts.paint(dropped or record.instruction, think=False, images=record.input_images)
+                images, features = record.input_images, record.edit_features or None
+                text = dropped or record.instruction
+                return self.contexts.paint(text, think=False, images=images, edit_features=features)
 
             painting = self.painting(records, draws, make)
         if rounds != "paint":
             written = [
                 context_of(self.contexts, r, think=True, thought=True)
                 for r in records
-                if r.reply or r.written or (r.think_content and r.answer)
+                if r.reply or r.think_content
             ]
             writing = self.contexts.batch(written) if written else None
         if painting is None and writing is None:
