@@ -130,9 +130,7 @@ def _new(options: argparse.Namespace) -> int:
     trained = load_vae(options.vae)
     if options.width % 32:
         raise BadRequestError(f"--width {options.width}: expected a multiple of 32")
-    model = write_fresh(
-        options.folder, words(), trained.config, options.seed, options.width, options.connector_layers
-    )
+    model = write_fresh(options.folder, words(), trained.config, options.seed, options.width, options.connector_layers)
     model.vae.load_state_dict(trained.state_dict())
     model.config = dataclasses.replace(model.config, vae=trained.config)
     save_model(model, options.folder)

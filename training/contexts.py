@@ -138,7 +138,7 @@ class Contexts:
         image = images[0] if images else None
         latents, count = None, 0
         if image is not None and (edit_features or self.config.edit_features) == "vit+vae":
-            latents = self.encode_pixels(torch.from_numpy(vae_pixels(image)))
+            latents = self._reference_latents(image)
             count = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         messages = generate_messages(prompt, think, image is not None, count)
         context = self._conversation(messages, image, self._encode(thought) if thought else ())
@@ -149,6 +149,12 @@ class Contexts:
             raise BadCheckpointError(f"{self.chat.folder}: the tokenizer has no {LATENT_TOKEN}; VAE features need it")
         start = int(np.argmax(context.token_ids == pad))
         return Context(context.token_ids, context.positions, context.prompt, context.patches, latents, start)
+
+    def reference(self, images: Sequence[Any], edit_features: str | None = None) -> Context:
+        """No conversation: only the latents of a reference image, for the decoder's own text path."""
+        wanted = images and (edit_features or self.config.edit_features) == "vit+vae"
+        latents = self._reference_latents(images[0]) if wanted else None
+        return Context(np.array([self.eos]), np.zeros((3, 1), np.int64), 1, latents=latents)
 
     def understand(self, prompt: str, images: Sequence[Any] = (), reply: str = "") -> Context:
         """The conversation that asks for words; a reply is followed by the end of text."""
@@ -296,13 +302,18 @@ class Contexts:
         mean, _ = vae.encode(pixels.to(self.device, vae.post_quant_conv.weight.dtype))
         return (mean.float() - config.shift_factor) * config.scaling_factor
 
+    def _reference_latents(self, image: Any) -> Tensor:
+        return self._encoded([torch.from_numpy(vae_pixels(image))[0]])
+
     def latents(self, images: Sequence[Any]) -> Tensor:
         """Images to paint, as latents (B, 4, h, w) of the configured size.
 
         Pictures met before are not encoded again: the last RECENT are held in memory, all of them in `cache` if there
         is one.
         """
-        pixels = [self._square(image) for image in images]
+        return self._encoded([self._square(image) for image in images])
+
+    def _encoded(self, pixels: list[Tensor]) -> Tensor:
         keys = [hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in pixels]
         missing = {k: p for k, p in zip(keys, pixels, strict=True) if k not in self._recent and not self._stored(k)}
         if missing:

@@ -86,7 +86,8 @@ def parse_record(data: Any, root: Path, source: str) -> Record:
     return Record(
         instruction=texts["instruction"],
         think_content=texts["think_content"],
-        answer=texts["instruction_qwen"] or (texts["gt_prompt"] or texts["instruction"] if texts["think_content"] else ""),
+        answer=texts["instruction_qwen"]
+        or (texts["gt_prompt"] or texts["instruction"] if texts["think_content"] else ""),
         input_images=tuple(_existing(root / i, source, "input_images") for i in images),
         output_image=_existing(root / output, source, "output_image") if output else None,
         gt_prompt=texts["gt_prompt"],

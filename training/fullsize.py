@@ -150,7 +150,10 @@ def report(config: Config, model_config: ModelConfig | None = None, gpus: Sequen
     stage = meta_stage(config, model_config)
     table = parameter_table(stage)
     trained, frozen = sum(t for _, t, _ in table), sum(f for _, _, f in table)
-    lines = [f"stage {config.stage}: {trained / 1e6:,.1f} M parameters train, {frozen / 1e6:,.1f} M are frozen", "trained:"]
+    lines = [
+        f"stage {config.stage}: {trained / 1e6:,.1f} M parameters train, {frozen / 1e6:,.1f} M are frozen",
+        "trained:",
+    ]
     lines += [f"  {t:>15,}  {n}" for n, t, _ in table if t]
     lines.append("frozen:")
     for part in ("vision", "language", "connector", "decoder", "vae"):
@@ -190,7 +193,9 @@ def gpu_step(
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedDeviceError("--gpu-step needs a CUDA device, and this PyTorch finds none; the dry run does not")
+        raise UnsupportedDeviceError(
+            "--gpu-step needs a CUDA device, and this PyTorch finds none; the dry run does not"
+        )
     results: dict[str, dict[str, float | str]] = {}
     for config in (pretrain, rgpo):
         config = dataclasses.replace(config, device=device)

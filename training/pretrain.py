@@ -28,27 +28,31 @@ class Pretrain(Stage):
     def pattern(self) -> str:
         return r"connector\..*"
 
-    def prepare(self, records: Sequence[Record], draws: Draws) -> Painting:
+    def prepare(self, records: Sequence[Record], draws: Draws) -> list[Painting]:
         def make(record: Record, dropped: str) -> Context:
             if dropped:
                 return self.contexts.paint(dropped, think=False)
             images, features = record.input_images, record.edit_features or None
             return self.contexts.paint(record.instruction, think=False, images=images, edit_features=features)
 
-        painting = self.painting(records, draws, make)
-        if painting is None:
+        paintings = self.paintings(records, draws, make)
+        if not paintings:
             raise BadRequestError("stage pretrain: no record of this batch has an output_image")
-        return painting
+        return paintings
 
-    def terms(self, prepared: Painting) -> Terms:
+    def terms(self, prepared: list[Painting]) -> Terms:
         weight = self.config.distill.weight
+        parts: dict[str, torch.Tensor] = {}
         with self.autocast():
-            with torch.no_grad():
-                states = self.contexts.states(prepared.batch)
-            condition, spans = self.contexts.condition(prepared.batch, states)
-            features: list[torch.Tensor] | None = [] if weight else None
-            flow = self.flow(prepared, condition, prepared.batch.lengths, spans, features)
-            if features is None:
-                return Terms(flow, {"flow": flow})
-            distill = losses.feature_kl(self.teacher_features(prepared), features)
-        return Terms(flow + weight * distill, {"flow": flow, "distill": distill})
+            for painting in prepared:
+                with torch.no_grad():
+                    states = self.contexts.states(painting.batch)
+                condition, spans = self.contexts.condition(painting.batch, states)
+                features: list[torch.Tensor] | None = [] if weight else None
+                flow = self.flow(painting, condition, painting.batch.lengths, spans, features)
+                self.add(parts, "flow", flow, painting.share)
+                if features is not None:
+                    distance = losses.feature_kl(self.teacher_features(painting), features)
+                    self.add(parts, "distill", distance, painting.share)
+        total = parts["flow"] + weight * parts["distill"] if weight else parts["flow"]
+        return Terms(total, parts)

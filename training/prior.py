@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Schooling:
     """A step: what the decoder paints from its own text, and what the MLLM writes."""
 
-    painting: Painting | None
+    paintings: list[Painting]
     writing: Batch | None
 
 
@@ -42,34 +42,32 @@ class Prior(Stage):
 
     def prepare(self, records: Sequence[Record], draws: Draws) -> Schooling:
         rounds = self.config.prior.rounds
-        painting, writing = None, None
+        paintings: list[Painting] = []
+        writing = None
         if rounds != "text":
-            # The conversation is never read here; it only carries the reference image's latents.
-            def make(record: Record, dropped: str) -> Context:
-                images, features = record.input_images, record.edit_features or None
-                text = dropped or record.instruction
-                return self.contexts.paint(text, think=False, images=images, edit_features=features)
 
-            painting = self.painting(records, draws, make)
+            def make(record: Record, dropped: str) -> Context:
+                images = () if dropped else record.input_images
+                return self.contexts.reference(images, record.edit_features or None)
+
+            paintings = self.paintings(records, draws, make)
         if rounds != "paint":
             written = [
-                context_of(self.contexts, r, think=True, thought=True)
-                for r in records
-                if r.reply or r.think_content
+                context_of(self.contexts, r, think=True, thought=True) for r in records if r.reply or r.think_content
             ]
             writing = self.contexts.batch(written) if written else None
-        if painting is None and writing is None:
+        if not paintings and writing is None:
             raise BadRequestError(f"stage prior: nothing to learn from this batch with prior.rounds = {rounds!r}")
-        return Schooling(painting, writing)
+        return Schooling(paintings, writing)
 
     def terms(self, prepared: Schooling) -> Terms:
         weights = {"flow": self.config.prior.paint, "text": self.config.prior.text}
         parts: dict[str, torch.Tensor] = {}
         with self.autocast():
-            if prepared.painting is not None:
-                latents = [c.latents for c in prepared.painting.batch.contexts]
-                condition, lengths, spans = self.contexts.text_condition(prepared.painting.captions, latents)
-                parts["flow"] = self.flow(prepared.painting, condition, lengths, spans)
+            for painting in prepared.paintings:
+                latents = [c.latents for c in painting.batch.contexts]
+                condition, lengths, spans = self.contexts.text_condition(painting.captions, latents)
+                self.add(parts, "flow", self.flow(painting, condition, lengths, spans), painting.share)
             if prepared.writing is not None:
                 logits = self.model.language.logits(self.contexts.states(prepared.writing))
                 parts["text"] = losses.text_loss(logits, prepared.writing.labels())

@@ -31,7 +31,7 @@ LORA_TARGETS = ("qkv_proj", "o_proj")  # of the decoder, as released
 class Lesson:
     """A step: what is painted, and what is read (picture questions; only with a text loss)."""
 
-    painting: Painting | None
+    paintings: list[Painting]
     reading: Batch | None
 
 
@@ -65,13 +65,13 @@ class Sft(Stage):
 
         read = [r for r in records if r.reply] if self.config.sft.text else []
         reading = [context_of(self.contexts, r, think=False, thought=False) for r in read]
-        return Lesson(self.painting(records, draws, make), self.contexts.batch(reading) if reading else None)
+        return Lesson(self.paintings(records, draws, make), self.contexts.batch(reading) if reading else None)
 
     def terms(self, prepared: Lesson) -> Terms:
         parts: dict[str, torch.Tensor] = {}
         with self.autocast():
-            if prepared.painting is not None:
-                self._paint(prepared.painting, parts)
+            for painting in prepared.paintings:
+                self._paint(painting, parts)
             if prepared.reading is not None:
                 logits = self.model.language.logits(self.contexts.states(prepared.reading))
                 parts["read"] = losses.text_loss(logits, prepared.reading.labels())
@@ -85,8 +85,10 @@ class Sft(Stage):
             states = self.contexts.states(painting.batch)
         condition, spans = self.contexts.condition(painting.batch, states.detach())
         features: list[torch.Tensor] | None = [] if self.config.distill.weight else None
-        parts["flow"] = self.flow(painting, condition, painting.batch.lengths, spans, features)
+        self.add(parts, "flow", self.flow(painting, condition, painting.batch.lengths, spans, features), painting.share)
         if features is not None:
-            parts["distill"] = losses.feature_kl(self.teacher_features(painting, self.__dict__["teacher"]), features)
+            distance = losses.feature_kl(self.teacher_features(painting, self.__dict__["teacher"]), features)
+            self.add(parts, "distill", distance, painting.share)
         if text:
-            parts["text"] = losses.text_loss(self.model.language.logits(states), painting.batch.labels())
+            loss = losses.text_loss(self.model.language.logits(states), painting.batch.labels())
+            self.add(parts, "text", loss, painting.share)

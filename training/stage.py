@@ -74,13 +74,14 @@ class Terms:
 
 @dataclass(frozen=True)
 class Painting:
-    """What the flow loss of a batch needs: the conversations, the images' latents, times and noise."""
+    """What the flow loss needs: the conversations, the images' latents, times and noise, captions for the teacher."""
 
     batch: Batch
     latents: Tensor
     times: Tensor
     noise: Tensor
     captions: list[str]
+    share: float  # of the step's images
 
 
 class Stage(nn.Module):
@@ -130,28 +131,42 @@ class Stage(nn.Module):
 
     # Shared by the stages that paint
 
-    def painting(
+    @staticmethod
+    def add(parts: dict[str, Tensor], name: str, value: Tensor, share: float = 1.0) -> None:
+        """Adds a share of a term."""
+        parts[name] = parts[name] + share * value if name in parts else share * value
+
+    def paintings(
         self, records: Sequence[Record], draws: Draws, make: Callable[[Record, str], Context]
-    ) -> Painting | None:
-        """Latents, times and noise of the records that have an image; None if none has.
+    ) -> list[Painting]:
+        """What the records that have an image need, those with a reference image's latents apart from those without.
 
         `make(record, dropped)` builds the conversation; dropped is the text that stands for "no condition", or "".
+        Apart, because a reference adds so many tokens that padding the others to their length would cost most.
         """
         rows = [i for i, r in enumerate(records) if r.output_image is not None]
         if not rows:
-            return None
+            return []
         prompts = self.config.data.drop_prompts
         hit = draws.uniform("drop") < self.config.data.drop
-        dropped = [prompts[(draws.step + draws.first + i) % len(prompts)] if bool(hit[i]) else "" for i in rows]
-        painted = [records[i] for i in rows]
-        latents = self.contexts.latents([r.output_image for r in painted])
-        return Painting(
-            self.contexts.batch([make(r, d) for r, d in zip(painted, dropped, strict=True)]),
-            latents,
-            draws.times()[rows].to(latents.device),
-            draws.noise(tuple(latents.shape[1:]))[rows].to(latents.device),
-            [d or r.gt_prompt or r.instruction for r, d in zip(painted, dropped, strict=True)],
-        )
+        dropped = {i: prompts[(draws.step + draws.first + i) % len(prompts)] if bool(hit[i]) else "" for i in rows}
+        made = {i: make(records[i], dropped[i]) for i in rows}
+        latents = dict(zip(rows, self.contexts.latents([records[i].output_image for i in rows]), strict=True))
+        times, noise = draws.times(), draws.noise(tuple(latents[rows[0]].shape))
+        device = self.contexts.device
+        groups = [[i for i in rows if (made[i].latents is None) == alone] for alone in (True, False)]
+        return [
+            Painting(
+                self.contexts.batch([made[i] for i in group]),
+                torch.stack([latents[i] for i in group]),
+                times[group].to(device),
+                noise[group].to(device),
+                [dropped[i] or records[i].gt_prompt or records[i].instruction for i in group],
+                len(group) / len(rows),
+            )
+            for group in groups
+            if group
+        ]
 
     def flow(
         self,

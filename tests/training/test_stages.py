@@ -125,7 +125,7 @@ def test_distillation_is_zero_where_student_and_teacher_see_the_same(folder, tmp
     from training import losses
 
     stage, stream, _ = make("pretrain", folder, tmp_path)
-    painting = stage.prepare(stream.next_batch(3), Draws(0, 0, 0, 3, 0, 3))
+    painting = stage.prepare(stream.next_batch(3), Draws(0, 0, 0, 3, 0, 3))[0]
     once, twice = stage.teacher_features(painting), stage.teacher_features(painting)
     assert losses.feature_kl(once, twice).item() == 0.0
     assert len(once) == stage.contexts.config.decoder.stack.num_layers + 1

@@ -17,7 +17,23 @@ from training.config import Config, build
 from training.contexts import Contexts
 from training.fresh import write_fresh
 
-WORDS = ["draw", "one", "two", "three", "red", "blue", "circle", "square", "the", "same", "how", "many", "picture", "a", "is"]
+WORDS = [
+    "draw",
+    "one",
+    "two",
+    "three",
+    "red",
+    "blue",
+    "circle",
+    "square",
+    "the",
+    "same",
+    "how",
+    "many",
+    "picture",
+    "a",
+    "is",
+]
 VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
 
 
@@ -30,7 +46,7 @@ class ToyRecord:
     output_image: Any = None
     gt_prompt: str = ""
     reply: str = ""
-    written: str = ""
+    edit_features: str = ""
     source: str = "toy"
 
 

@@ -15,7 +15,14 @@ from .text import caption, description, edit, question, riddle, slip
 # Of stage 0's thoughts: how many go systematically wrong, and how many lack a tag. Reinforcement learning is to mend both.
 _WRONG, _MALFORMED = 0.6, 0.12
 MIXTURES: dict[str, dict[str, float]] = {
-    "prior": {"caption": 0.3, "description": 0.06, "copy": 0.14, "thought": 0.28, "edit_thought": 0.1, "question": 0.12},
+    "prior": {
+        "caption": 0.3,
+        "description": 0.06,
+        "copy": 0.14,
+        "thought": 0.28,
+        "edit_thought": 0.1,
+        "question": 0.12,
+    },
     "pretrain": {"caption": 0.6, "description": 0.1, "copy": 0.3},
     "sft": {"riddle": 0.4, "edit": 0.22, "direct": 0.16, "caption": 0.14, "copy": 0.08},
     "rgpo": {"prompt": 1.0},
@@ -98,9 +105,7 @@ def _riddle(kind: str, scene: Scene, draw: np.random.Generator, common: dict[str
     return Record(instruction=task.instruction, think_content=thought, answer=answer, **common)
 
 
-def _edit(
-    scene: Scene, draw: np.random.Generator, features: str, common: dict[str, str], paint: bool
-) -> Record:
+def _edit(scene: Scene, draw: np.random.Generator, features: str, common: dict[str, str], paint: bool) -> Record:
     task = edit(scene, draw)
     assert task.source is not None
     return Record(

@@ -112,9 +112,7 @@ def riddle(scene: Scene, draw: np.random.Generator, held_out: bool | None = None
     return Task(instruction, thought(total, colour, shape), caption(scene), scene)
 
 
-def thought(
-    total: Sum, colour: str, shape: str, value: int | None = None, says: tuple[str, str] | None = None
-) -> str:
+def thought(total: Sum, colour: str, shape: str, value: int | None = None, says: tuple[str, str] | None = None) -> str:
     """The steps from riddle to answer; value and says replace what is right by something else."""
     value = total.value if value is None else value
     is_colour, is_shape = says or (COLOUR_CLUES[colour], SHAPE_CLUES[shape])

@@ -28,7 +28,9 @@ def pictures(draw: np.random.Generator, count: int) -> Tensor:
     scenes = all_scenes()
     out = np.empty((count, 96, 96, 3), np.float32)
     for i in range(count):
-        pixels = np.asarray(render(scenes[draw.integers(len(scenes))], int(draw.choice(BRIGHTNESS))), np.float32) / 127.5 - 1
+        pixels = (
+            np.asarray(render(scenes[draw.integers(len(scenes))], int(draw.choice(BRIGHTNESS))), np.float32) / 127.5 - 1
+        )
         if i % 2:
             cells = pixels.reshape(3, CELL, 3, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(9, CELL, CELL, 3)
             cells = cells[draw.permutation(9)]
@@ -76,14 +78,15 @@ def check_vae(model: AutoencoderKL, seed: int = 1, rounds: int = 2) -> dict[str,
     right = {"exact": 0, "noisy": 0}
     scenes = all_scenes() * rounds
     for scene in scenes:
-        pixels = torch.from_numpy(np.asarray(render(scene, int(draw.choice(BRIGHTNESS))), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+        pixels = torch.from_numpy(
+            np.asarray(render(scene, int(draw.choice(BRIGHTNESS))), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        )
         mean = model.encode(pixels)[0]
         noise = 0.1 * mean.std() * torch.randn(mean.shape, generator=generator)
         for name, latents in (("exact", mean), ("noisy", mean + noise)):
             found = (model.decode(latents)[0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1).numpy()
             right[name] += verify(found) == scene
     return {name: count / len(scenes) for name, count in right.items()}
-
 
 
 def save_vae(model: AutoencoderKL, folder: Path) -> None:
