@@ -15,11 +15,10 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mindomni_rt.errors import BadRequestError
@@ -27,9 +26,7 @@ from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.model.save import save_model
 
-from . import rollouts
 from .config import load_config
-from .contexts import Contexts
 from .logs import commit
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -96,79 +93,23 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Score:
-    """Shares of held-out prompts. text: the thought's answer names the scene asked for; image: the picture shows it, with
-    thinking; direct: without; caption: plain captions painted right; format: closed tags."""
-
-    text: float
-    image: float
-    direct: float
-    caption: float
-    format: float
-    count: int
+COLUMNS = ("text", "image", "direct", "caption", "format")
 
 
-def score(model: Path, count: int, seed: int, steps: int = 10) -> Score:
-    """Exact accuracy of a checkpoint on held-out riddles and on captions of all scenes, judged by the verifier."""
-    from mindomni_rt.prompts import split_thought
+def score(model: Path, count: int, seed: int) -> dict[str, float]:
+    """Shares of held-out prompts that come out right, by the exact verifier.
 
-    from .rewards import make
+    text: the thought's answer names the scene asked for; image: the picture shows it, with thinking; direct: without;
+    caption: plain captions painted right; format: closed tags.
+    """
+    from .evaluate import Settings, evaluate
     from .runs import open_contexts
-    from .world.scene import all_scenes
-    from .world.text import caption, parse, riddle
 
     contexts = open_contexts(str(model), torch.device("cpu"), 96)
-    draw = np.random.default_rng([seed, 7])
-    held_out = [s for s in all_scenes() if s.held_out]
-    tasks = [riddle(held_out[int(draw.integers(len(held_out)))], draw, held_out=True) for _ in range(count)]
-    wanted = [t.scene for t in tasks]
-    plain = [all_scenes()[int(draw.integers(96))] for _ in range(count)]
-    thinking = [contexts.paint(t.instruction, think=True) for t in tasks]
-    texts, full = [], []
-    for context, written in zip(thinking, _written(contexts, thinking), strict=True):
-        texts.append(contexts.chat.decode(written))
-        full.append(context.extended(written[:-1]))
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 4, 12, 12, generator=generator)
-
-    def right(conversations: Sequence[Any], scenes: Sequence[Any]) -> float:
-        return float(np.mean([f == s for f, s in zip(_scenes(contexts, conversations, noise, steps), scenes, strict=True)]))
-
-    form = make("format")
-    return Score(
-        text=float(np.mean([parse(split_thought(t)[1]) == s for t, s in zip(texts, wanted, strict=True)])),
-        image=right(full, wanted),
-        direct=right([contexts.paint(t.instruction, think=False) for t in tasks], wanted),
-        caption=right([contexts.paint(caption(s), think=False) for s in plain], plain),
-        format=float(np.mean(form([_Text(t) for t in texts]))),  # type: ignore[misc]
-        count=count,
-    )
-
-
-@dataclass(frozen=True)
-class _Text:
-    text: str
-
-
-def _written(contexts: Contexts, conversations: Sequence[Any], batch: int = 64) -> list[list[int]]:
-    out: list[list[int]] = []
-    for start in range(0, len(conversations), batch):
-        out += [w.token_ids for w in rollouts.write(contexts, conversations[start : start + batch], 64)]
-    return out
-
-
-def _scenes(
-    contexts: Contexts, conversations: Sequence[Any], noise: torch.Tensor, steps: int, batch: int = 64
-) -> list[Any]:
-    from .world.scene import verify
-
-    found = []
-    for start in range(0, len(conversations), batch):
-        rows = slice(start, start + batch)
-        latents = rollouts.paint_contexts(contexts, conversations[rows], noise[rows], steps)
-        found += [verify(image.astype(np.float32) / 255) for image in rollouts.decode(contexts, latents)]
-    return found
+    found = evaluate(contexts, ("riddles", "direct", "captions"), Settings(n=count, seed=seed))
+    riddles = found["riddles"]
+    shares = {n: riddles[n]["share"] for n in ("text", "image", "format")}
+    return {**shares, "direct": found["direct"]["image"]["share"], "caption": found["captions"]["image"]["share"]}
 
 
 def fresh_connector(source: Path, out: Path, layers: int, seed: int) -> Path:
@@ -209,7 +150,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         "arm": arm.name,
         "seed": seed,
         **run,
-        **asdict(score(model, count, seed)),
+        **score(model, count, seed),
         "seconds": round(time.perf_counter() - began, 1),
     }
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -219,14 +160,13 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: each study, each arm, mean and range over seeds in per cent."""
-    columns = ("text", "image", "direct", "caption", "format")
     lines = []
     for study, rows in results.items():
-        lines += [f"### {study}", "", f"| arm | seeds | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
+        lines += [f"### {study}", "", f"| arm | seeds | {' | '.join(COLUMNS)} |", "| --- " * (2 + len(COLUMNS)) + "|"]
         for name in dict.fromkeys(r["arm"] for r in rows):
             mine = [r for r in rows if r["arm"] == name]
             cells = []
-            for column in columns:
+            for column in COLUMNS:
                 values = [100 * r[column] for r in mine]
                 spread = f" ({min(values):.0f} to {max(values):.0f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
@@ -257,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder = options.out / _slug(study) / _slug(arm.name) / str(seed)
                 found = run_arm(arm, options.base, folder, seed, options.scale, options.count)
                 results.setdefault(study, []).append(found)
-                shown = " ".join(f"{k} {found[k]:.3f}" for k in ("text", "image", "direct", "caption", "format"))
+                shown = " ".join(f"{k} {found[k]:.3f}" for k in COLUMNS)
                 print(f"{study}: {arm.name}, seed {seed}: {shown} ({found['seconds']} s)", flush=True)
                 _write(options, results)
     print(table(results))

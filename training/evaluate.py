@@ -133,7 +133,9 @@ def _thinking(contexts: Contexts, settings: Settings, tasks: Sequence[Task], pro
         for t, x, i, w in zip(tasks, texts, images, written, strict=True)
     ]
     out: Result = {
-        "image": Score(right=sum(verify(i / np.float32(255)) == t.scene for i, t in zip(images, tasks, strict=True)), n=n),
+        "image": Score(
+            right=sum(verify(i / np.float32(255)) == t.scene for i, t in zip(images, tasks, strict=True)), n=n
+        ),
         "text": Score(right=sum(a == t.scene for a, t in zip(answers, tasks, strict=True)), n=n),
         "image_of_text": Score(
             right=sum(a is not None and verify(i / np.float32(255)) == a for i, a in zip(images, answers, strict=True)),
@@ -159,9 +161,7 @@ def _captions(contexts: Contexts, settings: Settings) -> Result:
     return _painted(contexts, settings, prompts, scenes)
 
 
-def _painted(
-    contexts: Contexts, settings: Settings, prompts: Sequence[Context], scenes: Sequence[Scene]
-) -> Result:
+def _painted(contexts: Contexts, settings: Settings, prompts: Sequence[Context], scenes: Sequence[Scene]) -> Result:
     images = _paint(contexts, settings, prompts)
     right = sum(verify(i / np.float32(255)) == s for i, s in zip(images, scenes, strict=True))
     return {"image": Score(right=right, n=len(scenes))}
@@ -280,7 +280,9 @@ def main(argv: Sequence[str]) -> int:
         seed=options.seed,
         reward_model=options.reward_model,
     )
-    suites = options.suite or [s for s in SUITES if s != "teacher" or hasattr(contexts.model.decoder.llm, "embed_tokens")]
+    suites = options.suite or [
+        s for s in SUITES if s != "teacher" or hasattr(contexts.model.decoder.llm, "embed_tokens")
+    ]
     began = time.perf_counter()
     found = evaluate(contexts, suites, settings)
     print(table(found))

@@ -64,7 +64,9 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Pa
             x = at + (place - (len(names) - 1) / 2) * 0.8 / max(1, len(names))
             right.plot([x, x], [min(values), max(values)], color=colour, lw=2)
             right.plot(x, np.mean(values), "o", color=colour, ms=5, label=name if not at else None)
-    right.set(xticks=range(len(COLUMNS)), xticklabels=COLUMNS, ylim=(-3, 103), ylabel="right, %", title="held out, by seed")
+    right.set(
+        xticks=range(len(COLUMNS)), xticklabels=COLUMNS, ylim=(-3, 103), ylabel="right, %", title="held out, by seed"
+    )
     right.grid(axis="y", alpha=0.3)
     right.legend(fontsize=7)
     figure.savefig(out, dpi=110)

@@ -36,7 +36,10 @@ def test_table_by_hand():
     row = {"direct": 0.0, "caption": 1.0, "format": 1.0, "text": 0.5}
     rows = [{"arm": "a", "seed": s, "image": x, **row} for s, x in enumerate((0.25, 0.75))]
     shown = table({"study": rows})
-    assert "| a | 2 | 50.0 (50 to 50) | 50.0 (25 to 75) | 0.0 (0 to 0) | 100.0 (100 to 100) | 100.0 (100 to 100) |" in shown
+    assert (
+        "| a | 2 | 50.0 (50 to 50) | 50.0 (25 to 75) | 0.0 (0 to 0) | 100.0 (100 to 100) | 100.0 (100 to 100) |"
+        in shown
+    )
 
 
 def test_plot_shows_curves_and_results(tmp_path):
