@@ -1,4 +1,4 @@
-"""`python -m training prior | pretrain | sft | rgpo | evaluate | ablate | dry-run | new`: the command line of training."""
+"""`python -m training COMMAND`: the stages, evaluation, ablations and the full-size dry run."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ class DataConfig:
     image_root: str = ""
     image_size: int = 256  # pixels a side of the images painted; multiple of 16
     shuffle: int = 1000  # records held for shuffling
+    validation: tuple[str, ...] = ()  # as `paths`: records that are evaluated, never trained on
     cache_latents: str = ""  # folder that keeps VAE latents between epochs
     drop: float = 0.0  # share of contexts replaced by `drop_prompts`, for guidance
     drop_prompts: tuple[str, ...] = ("<cfg>",)
@@ -175,7 +176,9 @@ class Config:
     save_every: int = 500
     keep: int = 2
     log_every: int = 1
-    evaluate_every: int = 0
+    recompute: bool = False  # activations of each block once more in the backward pass instead of keeping them
+    evaluate_every: int = 0  # steps; above 0 also before the first and after the last
+    evaluate_count: int = 96  # prompts a suite, or records of data.validation
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: AdapterConfig = field(default_factory=AdapterConfig)
@@ -189,6 +192,9 @@ class Config:
         _choice("precision", self.precision, ("auto", "bf16", "fp32"))
         _at_least("keep", self.keep, 1)
         _at_least("save_every", self.save_every, 1)
+        _at_least("evaluate_count", self.evaluate_count, 1)
+        if self.evaluate_every and self.data.source != "world" and not self.data.validation:
+            raise BadConfigError("evaluate_every needs data.validation: records that are not trained on")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data."""

@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from mindomni_rt.config import ModelConfig
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
-from mindomni_rt.images import ImagePatches, load_image, prepare_image, vae_pixels
+from mindomni_rt.images import ImagePatches, load_image, prepare_image
 from mindomni_rt.model.decoder import DiffusionDecoder
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.positions import image_positions, mrope_positions, rope_tables
 from mindomni_rt.prompts import LATENT_TOKEN, Chat, generate_messages, understand_messages
 from mindomni_rt.vision_layout import vision_layout
 
+from .latents import LatentCache
 from .losses import IGNORE
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 MAX_IMAGE_TOKENS = 1369
-RECENT = 2048  # latents held in memory, 64 KB each at 512 pixels
+PICTURES = 256  # prepared reference images held in memory
 
 
 def thought_text(think: str, answer: str) -> str:
@@ -112,11 +112,8 @@ class Contexts:
     ) -> None:
         self.model, self.chat, self.image_size, self.device = model, chat, image_size, torch.device(device)
         self.config: ModelConfig = model.config
-        self.cache = Path(cache) if cache else None
-        if self.cache:
-            self.cache.mkdir(parents=True, exist_ok=True)
+        self.latents = LatentCache(model.vae, image_size, self.device, cache)
         self.eos = self.config.generation.eos_token_ids[0]
-        self._recent: dict[str, Tensor] = {}
         self._pictures: dict[str, ImagePatches] = {}
         self._prompt = lru_cache(maxsize=4096)(self._prompt_ids)
         self._encode = lru_cache(maxsize=4096)(self._encode_text)
@@ -138,7 +135,7 @@ class Contexts:
         image = images[0] if images else None
         latents, count = None, 0
         if image is not None and (edit_features or self.config.edit_features) == "vit+vae":
-            latents = self._reference_latents(image)
+            latents = self.latents.reference(image)
             count = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         messages = generate_messages(prompt, think, image is not None, count)
         context = self._conversation(messages, image, self._encode(thought) if thought else ())
@@ -153,7 +150,7 @@ class Contexts:
     def reference(self, images: Sequence[Any], edit_features: str | None = None) -> Context:
         """No conversation: only the latents of a reference image, for the decoder's own text path."""
         wanted = images and (edit_features or self.config.edit_features) == "vit+vae"
-        latents = self._reference_latents(images[0]) if wanted else None
+        latents = self.latents.reference(images[0]) if wanted else None
         return Context(np.array([self.eos]), np.zeros((3, 1), np.int64), 1, latents=latents)
 
     def understand(self, prompt: str, images: Sequence[Any] = (), reply: str = "") -> Context:
@@ -178,7 +175,7 @@ class Contexts:
         key = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         if key not in self._pictures:
             self._pictures[key] = prepare_image(image, self.config, MAX_IMAGE_TOKENS)
-            if len(self._pictures) > RECENT // 8:
+            if len(self._pictures) > PICTURES:
                 self._pictures.pop(next(iter(self._pictures)))
         return self._pictures[key]
 
@@ -214,7 +211,8 @@ class Contexts:
         groups = [images] if together else [[i] for i in images]
         outputs = []
         for group in groups:
-            cos, sin, slots, places, mask = vision_layout(config, group[0].grid).arrays()
+            layout = vision_layout(config, group[0].grid)
+            cos, sin, slots, places, mask = layout.cos, layout.sin, layout.slots, layout.places, layout.mask
             patches = np.concatenate([i.patches for i in group])
             count = len(group)
             if count > 1:  # windows never cross images, so a batch of images is one with more windows
@@ -292,61 +290,6 @@ class Contexts:
             rows.append(x)
         lengths = [len(x) for x in rows]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths, spans
-
-    # Images
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), the mean of the VAE's posterior."""
-        config, vae = self.config.vae, self.model.vae
-        mean, _ = vae.encode(pixels.to(self.device, vae.post_quant_conv.weight.dtype))
-        return (mean.float() - config.shift_factor) * config.scaling_factor
-
-    def _reference_latents(self, image: Any) -> Tensor:
-        return self._encoded([torch.from_numpy(vae_pixels(image))[0]])
-
-    def latents(self, images: Sequence[Any]) -> Tensor:
-        """Images to paint, as latents (B, 4, h, w) of the configured size.
-
-        Pictures met before are not encoded again: the last RECENT are held in memory, all of them in `cache` if there
-        is one.
-        """
-        return self._encoded([self._square(image) for image in images])
-
-    def _encoded(self, pixels: list[Tensor]) -> Tensor:
-        keys = [hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in pixels]
-        missing = {k: p for k, p in zip(keys, pixels, strict=True) if k not in self._recent and not self._stored(k)}
-        if missing:
-            encoded = self.encode_pixels(torch.stack(list(missing.values())))
-            for key, found in zip(missing, encoded, strict=True):
-                self._remember(key, found.clone())
-                if self.cache is not None:
-                    temporary = self.cache / f".{key}.partial.npy"
-                    np.save(temporary, found.cpu().numpy())
-                    temporary.replace(self.cache / f"{key}.npy")
-        return torch.stack([self._recent[k] for k in keys])
-
-    def _stored(self, key: str) -> bool:
-        """Whether the folder has it; then it is in memory too."""
-        path = self.cache / f"{key}.npy" if self.cache is not None else None
-        if path is None or not path.exists():
-            return False
-        self._remember(key, torch.from_numpy(np.load(path)).to(self.device))
-        return True
-
-    def _remember(self, key: str, latents: Tensor) -> None:
-        self._recent[key] = latents
-        while len(self._recent) > RECENT:
-            self._recent.pop(next(iter(self._recent)))
-
-    def _square(self, source: Any) -> Tensor:
-        """(3, size, size) in [-1, 1]: the shorter side to size, then a centre crop."""
-        from PIL import ImageOps
-
-        image = load_image(source)
-        if image.size != (self.image_size, self.image_size):
-            image = ImageOps.fit(image, (self.image_size, self.image_size))
-        return torch.from_numpy((np.array(image, np.float32) / 127.5 - 1).transpose(2, 0, 1).copy())
 
 
 def context_of(contexts: Contexts, record: Record, *, think: bool, thought: bool) -> Context:

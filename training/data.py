@@ -1,10 +1,10 @@
 """Records and where they come from: JSON lines, YAML lists of them, webdataset shards, or the synthetic world.
 
-A JSON line: {"instruction": …, "instruction_qwen": …, "think_content": …, "input_images": [paths], "output_image": path,
-"gt_prompt": …, "reply": …}. All keys but `instruction` are optional; the others of OmniGen's format
+A JSON line: {"instruction": …, "instruction_qwen": …, "think_content": …, "input_images": [paths],
+"output_image": path, "gt_prompt": …, "reply": …}. All keys but `instruction` are optional; others of OmniGen's format
 (`task_type`, `input_image`, `output_images`) are not. Paths are relative to `image_root`, or to the file.
-A YAML file: {datasets: [{json_path: …, image_dir: …}]}. A shard: NAME.png or .jpg with NAME.txt (a caption) or NAME.json
-(a record without `output_image`).
+A YAML file: {datasets: [{json_path: …, image_dir: …}]}. A shard: NAME.png or .jpg with NAME.txt (a caption) or
+NAME.json (a record without `output_image`).
 
 A stream is infinite and in a fixed order that its seed decides, so its position is one number.
 """

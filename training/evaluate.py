@@ -1,7 +1,7 @@
 """`python -m training evaluate CHECKPOINT`: exact accuracy on the synthetic world, with confidence intervals.
 
-Prompts are held out from reinforcement learning: scenes and sums that it never asked for. Every picture is judged by the
-exact verifier, every text by what it says. Greedy text, Euler sampling, one seed for a whole record.
+Prompts are held out from reinforcement learning: scenes and sums that it never asked for. Every picture is judged by
+the exact verifier, every text by what it says. Greedy text, Euler sampling, one seed for a whole record.
 """
 
 from __future__ import annotations

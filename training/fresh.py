@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,39 +48,48 @@ TEMPLATE = (
 def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_layers: int = 2) -> ModelConfig:
     """The small model's sizes for a vocabulary; width is the hidden size of language model and decoder."""
     rope = RopeConfig(kind="plain", theta=10000.0, original_max_positions=1024, max_positions=1024)
-    stack = dict(
+    stack: dict[str, Any] = dict(
         hidden_size=width, num_heads=4, num_kv_heads=4, intermediate_size=5 * width // 2, rms_norm_eps=1e-5, rope=rope
     )
     head = width // 4 // 2
     sections = (head // 4, (head - head // 4) // 2, head - head // 4 - (head - head // 4) // 2)
     return ModelConfig(
         vision=VisionConfig(
-            hidden_size=width // 2, num_layers=2, num_heads=4, intermediate_size=width, out_hidden_size=width,
+            hidden_size=width // 2,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=width,
+            out_hidden_size=width,
             window_size=84,
-        ),  # fmt: skip
+        ),
         language=LanguageConfig(
             stack=StackConfig(
-                hidden_size=width, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=3 * width,
-                rms_norm_eps=1e-6, qkv_bias=True,
+                hidden_size=width,
+                num_layers=3,
+                num_heads=4,
+                num_kv_heads=2,
+                intermediate_size=3 * width,
+                rms_norm_eps=1e-6,
+                qkv_bias=True,
                 rope=RopeConfig(
                     kind="mrope", theta=10000.0, mrope_section=sections, original_max_positions=1024, max_positions=1024
                 ),
             ),
-            vocab_size=vocab_size, max_positions=1024, image_token_id=SPECIAL.index("<|image_pad|>"),
+            vocab_size=vocab_size,
+            max_positions=1024,
+            image_token_id=SPECIAL.index("<|image_pad|>"),
             vision_start_token_id=SPECIAL.index("<|vision_start|>"),
             vision_end_token_id=SPECIAL.index("<|vision_end|>"),
         ),
         connector=ConnectorConfig(
-            input_size=width, stack=StackConfig(num_layers=connector_layers, fused=True, **stack)  # type: ignore[arg-type]
+            input_size=width, stack=StackConfig(num_layers=connector_layers, fused=True, **stack)
         ),
-        decoder=DecoderConfig(
-            stack=StackConfig(num_layers=4, fused=True, **stack), text_vocab_size=vocab_size  # type: ignore[arg-type]
-        ),
+        decoder=DecoderConfig(stack=StackConfig(num_layers=4, fused=True, **stack), text_vocab_size=vocab_size),
         vae=vae,
         image=ImageConfig(min_pixels=56 * 56, max_pixels=112 * 112),
         generation=GenerationConfig(eos_token_ids=(SPECIAL.index("<|im_end|>"), SPECIAL.index("<|endoftext|>"))),
         edit_features="vit+vae",
-    )  # fmt: skip
+    )
 
 
 def write_tokenizer(folder: Path, words: Iterable[str]) -> int:

@@ -161,7 +161,7 @@ def report(config: Config, model_config: ModelConfig | None = None, gpus: Sequen
         if count:
             lines.append(f"  {count:>15,}  {part}.*")
     lines.append(
-        f"memory of each GPU in GiB (predicted; batch {config.optim.batch}, image {config.data.image_size} px, 512 tokens)"
+        f"GiB of each GPU (predicted; batch {config.optim.batch}, {config.data.image_size} pixels, 512 text tokens)"
     )
     names = [f.name for f in dataclasses.fields(Plan)][1:]
     lines.append("  " + "  ".join(f"{n:>11}" for n in ("GPUs", *names, "total")))

@@ -106,6 +106,17 @@ class Log:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
 
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line in evaluation.jsonl."""
+        if not self._writes:
+            return
+        line = {"step": step, **{k: round(v, 6) for k, v in figures.items()}}
+        with (self.path.parent / "evaluation.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"evaluation/{name}", value, step)
+
     def __enter__(self) -> Log:
         return self
 

@@ -84,6 +84,24 @@ def shard(stage: Stage, bf16: bool) -> None:
     fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
+def recompute_blocks(stage: Stage) -> None:
+    """Blocks keep only their input for the backward pass and run forward again there."""
+    from torch.utils.checkpoint import checkpoint
+
+    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(*arguments)
+            out: Tensor = checkpoint(forward, *arguments, use_reentrant=False)
+            return out
+
+        return run
+
+    for module in stage.model.modules():
+        if isinstance(module, Block):
+            module.forward = again(module.forward)  # type: ignore[method-assign]
+
+
 class Trainer:
     """One run of one stage."""
 
@@ -93,13 +111,17 @@ class Trainer:
         stage: Stage,
         stream: Stream,
         on_step: Callable[[int, Any], None] | None = None,
+        evaluate: Callable[[Stage], dict[str, float]] | None = None,
         bar: bool = True,
     ) -> None:
         self.config, self.stage, self.stream, self.on_step, self.bar = config, stage, stream, on_step, bar
+        self.evaluate = evaluate
         self.rank, self.processes = world()
         if config.optim.batch % self.processes:
             raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
         chosen = set(stage.choose_trainable())
+        if config.recompute:
+            recompute_blocks(stage)
         if self.processes > 1:
             wants_bf16 = config.precision == "bf16" or (
                 config.precision == "auto" and stage.contexts.device.type == "cuda"
@@ -147,15 +169,24 @@ class Trainer:
         self.resume()
         steps = self.config.optim.steps
         with self._signals(), Log(self.config, self.step, self.rank == 0, self.bar) as log:
+            if self.step == 0:
+                self._evaluated(log)
             while self.step < steps:
                 figures = self._one()
-                if self.step % self.config.log_every == 0 or self.step == steps:
-                    log.write(self.step, figures, SHOW)
                 last = self.step == steps
+                if self.step % self.config.log_every == 0 or last:
+                    log.write(self.step, figures, SHOW)
+                if last or (self.config.evaluate_every and self.step % self.config.evaluate_every == 0):
+                    self._evaluated(log)
                 if self._stop or last or self.step % self.config.save_every == 0:
                     self.save()
                 if self._stop and not last:
                     raise Interrupted(f"stopped after step {self.step}, saved; the same command resumes")
+
+    def _evaluated(self, log: Log) -> None:
+        if self.evaluate is not None and self.config.evaluate_every:
+            self.stage.eval()
+            log.evaluation(self.step, self._mean(self.evaluate(self.stage)))
 
     def _one(self) -> dict[str, float]:
         """One optimizer step (or `updates` of them, over one set of rollouts)."""
@@ -169,6 +200,7 @@ class Trainer:
             draws = Draws(self.config.seed, self.step, part, o.batch, first, here)
             torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1009 + part * 31 + self.rank)  # dropout
             parts.append((mine, draws, self.stage("prepare", mine, draws)))
+        self._agree(sum(self.stage.passes(p) for _, _, p in parts))
         prepared = time.perf_counter()
         self.stage.train()
         rate = learning_rate(o, self.step)
@@ -210,6 +242,19 @@ class Trainer:
                 for name, parameter in self.trained.items():
                     self.ema[name].lerp_(parameter, 1 - o.ema)
         return {**self._mean(sums), "grad_norm": float(norm)}
+
+    def _agree(self, passes: int) -> None:
+        """Stops processes whose records need different forward passes, which would wait for each other for ever."""
+        if self.processes == 1:
+            return
+        mine = torch.tensor([passes], device=self.stage.contexts.device)
+        everyone = [torch.zeros_like(mine) for _ in range(self.processes)]
+        torch.distributed.all_gather(everyone, mine)
+        if len({int(e) for e in everyone}) > 1:
+            raise MindOmniError(
+                f"step {self.step + 1}: the processes drew different kinds of records (forward passes "
+                f"{[int(e) for e in everyone]}); raise optim.batch, or train each kind in a run of its own"
+            )
 
     def _mean(self, sums: dict[str, float]) -> dict[str, float]:
         """The mean over processes, so that every log shows the whole batch."""

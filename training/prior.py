@@ -60,6 +60,9 @@ class Prior(Stage):
             raise BadRequestError(f"stage prior: nothing to learn from this batch with prior.rounds = {rounds!r}")
         return Schooling(paintings, writing)
 
+    def passes(self, prepared: Schooling) -> int:
+        return 2 * len(prepared.paintings) + (prepared.writing is not None)
+
     def terms(self, prepared: Schooling) -> Terms:
         weights = {"flow": self.config.prior.paint, "text": self.config.prior.text}
         parts: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Rewards of stage 3: small functions in a registry. A user adds one by naming it `module:function` in the configuration."""
+"""Rewards of stage 3: small functions in a registry. A user's own is named `module:function` in the configuration."""
 
 from __future__ import annotations
 

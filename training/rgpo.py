@@ -203,6 +203,9 @@ class Rgpo(Stage):
 
     # The loss
 
+    def passes(self, prepared: Experience) -> int:
+        return 1 + (prepared.replay is not None)
+
     def terms(self, prepared: Experience) -> Terms:
         settings, batch = self.config.rgpo, prepared.batch
         with self.autocast():

@@ -74,7 +74,7 @@ def write(
         token = _choose(model.logits(x[:, -1]).float(), temperature, generator)
         chosen.append(torch.where(done, ends[0], token))
         done = done | torch.isin(token, ends)
-        if bool(done.all()) or index + 1 == max_new_tokens:
+        if _everywhere(done) or index + 1 == max_new_tokens:
             break
         tables = _tables(contexts, np.broadcast_to((following + index)[None, :, None], (3, count, 1)))
         mask = real[:, None, None, : start + 1]
@@ -85,6 +85,15 @@ def write(
         end = next((i for i, t in enumerate(row) if t in contexts.config.generation.eos_token_ids), len(row) - 1)
         out.append(Written(row[: end + 1], not finished))
     return out
+
+
+def _everywhere(done: Tensor) -> bool:
+    """Whether all rows are done in all processes: sharded weights are gathered by all of them, or by none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        left = (~done).sum()
+        torch.distributed.all_reduce(left)
+        return int(left) == 0
+    return bool(done.all())
 
 
 def _cached(cache: StaticCache, layer: int, start: int, mask: Tensor) -> Attend:
@@ -136,7 +145,7 @@ def branch(
     stack, device = decoder.config.stack, condition.device
     count, longest = condition.shape[:2]
     features = torch.from_numpy(time_features(timesteps(steps)[:-1], decoder.config.time_frequencies))
-    features = features.to(device, decoder.time_token.mlp[0].weight.dtype)
+    features = features.to(device, decoder.x_embedder.proj.weight.dtype)
     times = decoder.time_token(features).expand(count, -1, -1)
     x = torch.cat([condition, times.to(condition.dtype)], 1)
     made = [

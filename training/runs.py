@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +18,11 @@ from mindomni_rt.model.save import save_model
 from mindomni_rt.prompts import Chat
 
 from .adapters import merge_adapters
-from .config import BadConfigError, Config
+from .config import Config, DataConfig
 from .contexts import Contexts
 from .logs import dump_rollouts
 from .loop import Stream, Trainer, start_processes, world
-from .stage import Stage
+from .stage import Draws, Stage
 
 if TYPE_CHECKING:
     from .rgpo import Experience, Reward
@@ -83,7 +86,7 @@ def start(config: Config, bar: bool = True) -> Trainer:
     contexts = open_contexts(config.model, device, config.data.image_size, config.data.cache_latents, bf16)
     stage = make_stage(config, contexts)
     dump = _dumper(config) if config.stage == "rgpo" else None
-    return Trainer(config, stage, make_stream(config), on_step=dump, bar=bar)
+    return Trainer(config, stage, make_stream(config), dump, make_evaluation(config), bar)
 
 
 def finish(trainer: Trainer) -> Path:
@@ -97,7 +100,7 @@ def finish(trainer: Trainer) -> Path:
         if trainer.rank:
             return out
         # A fresh, unsharded copy takes the gathered weights.
-        single = _single(trainer.config)
+        single = replace(trainer.config, device="cpu")
         contexts = open_contexts(single.model, torch.device("cpu"), single.data.image_size)
         stage = make_stage(single, contexts)
         stage.choose_trainable()
@@ -109,17 +112,56 @@ def finish(trainer: Trainer) -> Path:
     return out
 
 
-def _single(config: Config) -> Config:
-    import dataclasses
-
-    return dataclasses.replace(config, device="cpu")
-
-
 def make_stream(config: Config) -> Stream:
     """Records of a configuration. Every process reads the same ones; the loop takes each process's slice."""
     from . import data
 
     return data.open_stream(config.data, config.stage, config.seed)
+
+
+def make_evaluation(config: Config) -> Callable[[Stage], dict[str, float]] | None:
+    """What `evaluate_every` asks for: the world's suites, or the loss terms of the validation records."""
+    if not config.evaluate_every:
+        return None
+    if config.data.source == "world":
+        return partial(_suites, config)
+    held = replace(config.data, paths=config.data.validation, drop=0.0)
+    return partial(_validate, config, held)
+
+
+def _suites(config: Config, stage: Stage) -> dict[str, float]:
+    from .evaluate import Settings, evaluate
+
+    wanted = {
+        "prior": ("teacher", "questions"),
+        "pretrain": ("captions",),
+        "sft": ("riddles", "direct", "captions"),
+        "rgpo": ("riddles", "direct", "captions", "questions"),
+    }[config.stage]
+    found = evaluate(stage.contexts, wanted, Settings(n=config.evaluate_count))
+    return {
+        f"{suite}/{name}": value["share"] if isinstance(value, dict) else value
+        for suite, scores in found.items()
+        for name, value in scores.items()
+    }
+
+
+@torch.no_grad()
+def _validate(config: Config, held: DataConfig, stage: Stage) -> dict[str, float]:
+    """Loss terms of the first evaluate_count records, at noise and times that are the same every time."""
+    from .data import open_stream
+
+    stream, batch = open_stream(held, config.stage, 0), config.optim.batch
+    sums: dict[str, float] = {}
+    rounds = max(1, config.evaluate_count // batch)
+    rank, processes = world()
+    here = batch // processes
+    for index in range(rounds):
+        mine = stream.next_batch(batch)[rank * here : (rank + 1) * here]
+        terms = stage("terms", stage("prepare", mine, Draws(0, index, 0, batch, rank * here, here)))
+        for name, value in {**{n: t.item() for n, t in terms.parts.items()}, **terms.figures}.items():
+            sums[name] = sums.get(name, 0.0) + value / rounds
+    return sums
 
 
 def make_rewards(config: Config, contexts: Contexts) -> dict[str, Reward]:

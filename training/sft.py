@@ -67,6 +67,9 @@ class Sft(Stage):
         reading = [context_of(self.contexts, r, think=False, thought=False) for r in read]
         return Lesson(self.paintings(records, draws, make), self.contexts.batch(reading) if reading else None)
 
+    def passes(self, prepared: Lesson) -> int:
+        return 2 * len(prepared.paintings) + (prepared.reading is not None)
+
     def terms(self, prepared: Lesson) -> Terms:
         parts: dict[str, torch.Tensor] = {}
         with self.autocast():

@@ -106,6 +106,10 @@ class Stage(nn.Module):
         """The loss of what `prepare` made."""
         raise NotImplementedError
 
+    def passes(self, prepared: Any) -> int:
+        """How many forward passes `terms` makes of what `prepare` made: the same in all processes, or none may run."""
+        return len(prepared) if isinstance(prepared, list) else 1
+
     def forward(self, action: str, *arguments: Any) -> Any:
         return getattr(self, action)(*arguments)
 
@@ -151,10 +155,13 @@ class Stage(nn.Module):
         hit = draws.uniform("drop") < self.config.data.drop
         dropped = {i: prompts[(draws.step + draws.first + i) % len(prompts)] if bool(hit[i]) else "" for i in rows}
         made = {i: make(records[i], dropped[i]) for i in rows}
-        latents = dict(zip(rows, self.contexts.latents([records[i].output_image for i in rows]), strict=True))
+        latents = dict(zip(rows, self.contexts.latents.targets([records[i].output_image for i in rows]), strict=True))
         times, noise = draws.times(), draws.noise(tuple(latents[rows[0]].shape))
         device = self.contexts.device
-        groups = [[i for i in rows if (made[i].latents is None) == alone] for alone in (True, False)]
+        # Several processes must make the same calls of a sharded model: there, all stay together.
+        groups = [rows]
+        if draws.here == draws.count:
+            groups = [[i for i in rows if (made[i].latents is None) == alone] for alone in (True, False)]
         return [
             Painting(
                 self.contexts.batch([made[i] for i in group]),

@@ -1,4 +1,4 @@
-"""One toy run as its own process: `python run_toy.py STAGE MODEL OUT STEPS SECONDS_A_STEP`. Writes final.pt at the end."""
+"""One toy run as its own process: `python run_toy.py STAGE MODEL OUT STEPS PAUSE`; writes final.pt at the end."""
 
 from __future__ import annotations
 

@@ -152,8 +152,8 @@ def test_adapters_start_as_nothing_and_merge_exactly(folder, tmp_path):
 
 def test_a_loss_that_is_no_number_names_term_and_record(folder, tmp_path):
     stage, stream, _ = make("pretrain", folder, tmp_path, optim={"steps": 2, "batch": 3})
-    poison = [r for r in ToyStream((0, 1, 2)).next_batch(3)][1]
-    encode = stage.contexts.latents
+    poison = ToyStream((0, 1, 2)).next_batch(3)[1]
+    encode = stage.contexts.latents.targets
 
     def broken(images):
         latents = encode(images)
@@ -162,6 +162,6 @@ def test_a_loss_that_is_no_number_names_term_and_record(folder, tmp_path):
                 latents[row] = float("nan")
         return latents
 
-    stage.contexts.latents = broken
+    stage.contexts.latents.targets = broken
     with pytest.raises(NonFiniteError, match=rf"step 1: loss term flow.* record {poison.source} is the cause"):
         Trainer(stage.config, stage, stream, bar=False).run()

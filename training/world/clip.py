@@ -7,6 +7,7 @@ hacking show, as reward that rises while the exact verifier does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ class WorldClip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = (3, 16, 32, 64)
-        self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(sizes))
         self.image = nn.Linear(64 * 6 * 6, _WIDTH)
         self.words = nn.Embedding(len(_WORDS) + 1, _WIDTH)
         self.text = nn.Sequential(nn.Linear(_WIDTH, 128), nn.GELU(), nn.Linear(128, _WIDTH))

@@ -1,8 +1,8 @@
 """Scenes, their pictures, and the exact verifier.
 
-A picture has 96x96 pixels: 36 image tokens of 16 pixels, 9 vision tokens of 28 (after the resize to 84). Each of the 3x3
-cells covers 2x2 image tokens. Arrangements are those of a die: with free places, counting took a small model an order
-of magnitude more samples.
+A picture has 96x96 pixels: 36 image tokens of 16 pixels, 9 vision tokens of 28 (after the resize to 84). Each of the
+3x3 cells covers 2x2 image tokens. Arrangements are those of a die: with free places, counting took a small model
+an order of magnitude more samples.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _shape(pen: ImageDraw.ImageDraw, shape: str, x: int, y: int, size: int, colo
 
 def _templates() -> tuple[NDArray[np.float32], list[tuple[str, str] | None]]:
     """(17, 32, 32, 3): an empty cell, then every colour and shape."""
-    cells: list[NDArray[np.float32]] = [np.ones((CELL, CELL, 3), np.float32)]
+    cells: list[NDArray[np.float32]] = [np.ones((CELL, CELL, 3), dtype=np.float32)]
     names: list[tuple[str, str] | None] = [None]
     for colour in COLOURS:
         for shape in SHAPES:

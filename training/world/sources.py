@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ..data import Record
 from .scene import BRIGHTNESS, Scene, all_scenes, render
 from .text import caption, description, edit, question, riddle, slip
 
-# Of stage 0's thoughts: how many go systematically wrong, and how many lack a tag. Reinforcement learning is to mend both.
+# Of stage 0's thoughts: how many go systematically wrong, and how many lack a tag. Stage 3 is to mend both.
 _WRONG, _MALFORMED = 0.6, 0.12
 MIXTURES: dict[str, dict[str, float]] = {
     "prior": {
@@ -64,7 +65,7 @@ def make(kind: str, draw: np.random.Generator, source: str = "world") -> Record:
         scenes = [s for s in scenes if not s.held_out]
     scene = scenes[int(draw.integers(len(scenes)))]
     features = ("vit", "vit+vae")[int(draw.integers(2))]
-    common = {"source": source, "gt_prompt": caption(scene)}
+    common: dict[str, Any] = {"source": source, "gt_prompt": caption(scene)}
     if kind in ("caption", "description"):
         text = caption(scene) if kind == "caption" else description(scene)
         return Record(instruction=text, output_image=_picture(scene, draw), **{**common, "gt_prompt": text})
@@ -84,7 +85,7 @@ def make(kind: str, draw: np.random.Generator, source: str = "world") -> Record:
     return _riddle(kind, scene, draw, common)
 
 
-def _riddle(kind: str, scene: Scene, draw: np.random.Generator, common: dict[str, str]) -> Record:
+def _riddle(kind: str, scene: Scene, draw: np.random.Generator, common: dict[str, Any]) -> Record:
     task = riddle(scene, draw, held_out=False if kind == "prompt" else None)
     if kind == "prompt":
         return Record(instruction=task.instruction, **common)
@@ -105,7 +106,7 @@ def _riddle(kind: str, scene: Scene, draw: np.random.Generator, common: dict[str
     return Record(instruction=task.instruction, think_content=thought, answer=answer, **common)
 
 
-def _edit(scene: Scene, draw: np.random.Generator, features: str, common: dict[str, str], paint: bool) -> Record:
+def _edit(scene: Scene, draw: np.random.Generator, features: str, common: dict[str, Any], paint: bool) -> Record:
     task = edit(scene, draw)
     assert task.source is not None
     return Record(
