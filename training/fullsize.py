@@ -29,6 +29,7 @@ from mindomni_rt.prompts import Chat
 
 from .config import Config
 from .contexts import Contexts
+from .data import Record
 from .fresh import write_tokenizer
 from .stage import Draws, Stage
 
@@ -124,6 +125,8 @@ def _activations(stage: Stage, text_tokens: int) -> float:
 
     def stack(config: Any, tokens: int) -> float:
         width = _KEPT_HIDDEN * config.hidden_size + _KEPT_MLP * config.intermediate_size
+        if stage.config.recompute:  # every block's input, and one block in full
+            return 2.0 * tokens * (config.num_layers * config.hidden_size + width)
         return 2.0 * tokens * config.num_layers * width
 
     # The decoder is differentiated through whenever the image decides, trained or not; the MLLM where it trains.
@@ -170,18 +173,6 @@ def report(config: Config, model_config: ModelConfig | None = None, gpus: Sequen
         values = [getattr(plan, n) for n in names]
         lines.append("  " + "  ".join(f"{v:>11}" for v in (str(count), *(f"{x:.1f}" for x in (*values, plan.total)))))
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    instruction: str
-    output_image: Any = None
-    gt_prompt: str = ""
-    input_images: tuple[Any, ...] = ()
-    think_content: str = ""
-    answer: str = ""
-    reply: str = ""
-    source: str = "fullsize"
 
 
 def gpu_step(
@@ -249,7 +240,8 @@ def _length_reward(rollouts: Sequence[Any]) -> NDArray[np.float64]:
 def _step(stage: Stage, optimizer: torch.optim.Optimizer, config: Config, turn: int) -> tuple[float, float]:
     size, count = config.data.image_size, config.optim.batch
     pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    records: Any = [_Prompt("draw a cat on the moon", pixels, "a cat on the moon")] * count
+    record = Record(instruction="draw a cat on the moon", output_image=pixels, gt_prompt="a cat on the moon")
+    records = [record] * count
     began = time.perf_counter()
     stage.eval()
     prepared = stage("prepare", records, Draws(0, turn, 0, count, 0, count))

@@ -83,8 +83,8 @@ def _templates() -> tuple[NDArray[np.float32], list[tuple[str, str] | None]]:
     names: list[tuple[str, str] | None] = [None]
     for colour in COLOURS:
         for shape in SHAPES:
-            pixels = np.asarray(render(Scene(1, colour, shape)), np.float32) / 255
-            cells.append(pixels[CELL : 2 * CELL, CELL : 2 * CELL])
+            pixels = np.asarray(render(Scene(1, colour, shape)), np.float32) / np.float32(255)
+            cells.append(pixels[CELL : 2 * CELL, CELL : 2 * CELL].astype(np.float32))
             names.append((colour, shape))
     return np.stack(cells), names
 
