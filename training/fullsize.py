@@ -251,7 +251,7 @@ def _step(stage: Stage, optimizer: torch.optim.Optimizer, config: Config, turn: 
     terms.total.backward()
     nn.utils.clip_grad_norm_([p for p in stage.parameters() if p.requires_grad], 1.0)
     optimizer.step()
-    loss = float(terms.total)
+    loss = float(terms.total.detach())
     if stage.contexts.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began, loss

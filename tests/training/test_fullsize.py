@@ -76,7 +76,7 @@ def test_gpu_step_needs_a_gpu_and_says_so():
 
 
 def test_gpu_step_runs_on_a_toy():
-    settings = ["data.image_size=32", "optim.batch=2", "precision=fp32", "data.cache_latents=''"]
+    settings = ["data.image_size=32", "optim.batch=2", "precision=bf16", "data.cache_latents=''"]
     pretrain = load_config(CONFIGS / "pretrain-full.toml", settings)
     small = ["optim.batch=1", "rgpo.max_new_tokens=4", "rgpo.image_steps=2", "rgpo.group=2", "lora.rank=2"]
     rgpo = load_config(CONFIGS / "rgpo-full.toml", [*settings, *small])
