@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
-    for name in ("evaluate", "ablate"):
+    for name in ("evaluate", "ablate", "pack"):
         commands.add_parser(name, add_help=False, help=f"see `python -m training {name} --help`")
     return parser
 
@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import ablate
 
             return ablate.main(arguments[1:])
+        if arguments[:1] == ["pack"]:
+            from . import pack
+
+            return pack.main(arguments[1:])
         return _run(_parser().parse_args(arguments))
     except MindOmniError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -63,8 +63,17 @@ def test_all_stages_in_turn(runs, capsys):
     assert [e["step"] for e in evaluations] == [0, 2] and "captions/image" in evaluations[0]
     header = json.loads((runs / "rgpo" / "runs.jsonl").read_text().splitlines()[0])
     assert header["config"]["stage"] == "rgpo" and header["commit"]
+    record = runs / "evaluate-rgpo.json"
+    assert main(["evaluate", str(before), "--suite", "captions", "--n", "2", "--steps", "2", "--out", str(record)]) == 0
+    packed = runs / "assets"
+    stages = [x for s in ("prior", "pretrain", "sft", "rgpo") for x in ("--run", str(runs / s))]
+    assert main(["pack", str(before), str(packed), "--record", f"stage 3={record}", *stages]) == 0
+    card = (packed / "README.md").read_text()
+    share = json.loads(record.read_text())["scores"]["captions"]["image"]["share"]
+    assert f"| captions | {100 * share:.1f} % (" in card and "n = 2 a suite" in card
+    assert "`sft`: 2 steps of 8" in card and "<unk>" in card
     # The result is a checkpoint like any other.
-    result = load(before, device="cpu").generate(
+    result = load(packed, device="cpu").generate(
         "draw (1 + 1) things of the colour of a lemon, shaped like a coin", height=96, width=96, num_inference_steps=2,
         max_new_tokens=4, seed=0,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
 from mindomni_rt.errors import BadCheckpointError
+from mindomni_rt.model.mindomni import load_model
 from training import checkpointing
 from training.checkpointing import StorageError
 from training.config import OptimConfig
@@ -80,7 +81,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder, tmp_path):
 
 
 def together(*arguments):
-    """The command in two processes that find each other, as torchrun starts them."""
+    """A command in two processes that find each other, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,14 +89,14 @@ def together(*arguments):
     for rank in range(2):
         network = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
         environment = {**ENVIRONMENT, **network, "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [p.communicate(timeout=240)[1] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], errors[0][-2000:]
 
 
 def test_two_processes_give_the_losses_of_one(folder, tmp_path):
     finish("pretrain", folder, tmp_path / "one", 20)
-    together("pretrain", folder, tmp_path / "two", 20)
+    together(*command("pretrain", folder, tmp_path / "two", 20))
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == len(two) == 20
     for a, b in zip(one, two, strict=True):
@@ -110,13 +111,35 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
 
 
 def test_rgpo_on_two_processes_with_frozen_bf16_weights(folder, tmp_path):
-    together("rgpo", folder, tmp_path, 2)
+    together(*command("rgpo", folder, tmp_path, 2))
     first, second = lines(tmp_path)
     # Exactly zero in one process (test_stages); sharded bf16 weights leave rounding, 1.0e-5 measured.
     assert first["policy/ratio"] == 1.0 and abs(first["loss/kl_text"]) < 1e-4 and first["loss/kl_image"] < 1e-4
     assert second["loss"] == second["loss"] and second["grad_norm"] > 0
     state = checkpointing.latest(tmp_path / "checkpoints")
     assert all(".lora_" in name and weight.dtype == torch.float32 for name, weight in state.weights.items())
+
+
+def test_two_processes_write_a_whole_model(folder, tmp_path):
+    config = HERE.parents[1] / "training" / "configs" / "shapes-sft.toml"
+    settings = ["sft.decoder=lora", "lora.rank=2", "distill.weight=0.0", "optim.steps=2", "optim.batch=4"]
+    places = [f"model={folder}", f"out={tmp_path}", f"data.cache_latents={tmp_path / 'latents'}", "data.image_size=32"]
+    together(
+        sys.executable, "-m", "training", "sft", "--quiet", "--config", str(config), *settings, *places, "device=cpu",
+        "data.drop_prompts=['<cfg>']",
+    )  # fmt: skip
+    model, _ = load_model(tmp_path / "model")
+    start, _ = load_model(folder)
+    state = checkpointing.latest(tmp_path / "checkpoints")
+    linear = model.connector[0].weight
+    assert torch.equal(linear, state.weights["connector.0.weight"])
+    assert not torch.equal(linear, start.connector[0].weight)
+    # The adapters' product, merged: B A at alpha = rank.
+    name = "decoder.llm.layers.0.self_attn.qkv_proj"
+    product = state.weights[f"{name}.lora_B.default.weight"] @ state.weights[f"{name}.lora_A.default.weight"]
+    merged = model.get_submodule(name).weight - start.get_submodule(name).weight
+    torch.testing.assert_close(merged, product, atol=1e-6, rtol=1e-4)
+    assert torch.equal(model.language.embed_tokens.weight, start.language.embed_tokens.weight)
 
 
 def test_recomputed_activations_change_nothing(folder, tmp_path):
