@@ -68,16 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-budget", metavar="SIZE", help="8GiB; default: the device's memory")
     plan.set_defaults(run=_plan)
 
-    rehearse = commands.add_parser(
-        "rehearse", help="build at published size with random weights; measures time and memory"
-    )
+    rehearse = commands.add_parser("rehearse", help="time and memory of a build at published size")
     rehearse.add_argument("part", choices=("language", "connector", "decoder", "vae"))
     rehearse.add_argument("--target", required=True)
     rehearse.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"], default="bf16")
     rehearse.add_argument("--layers", type=int, help="default: all of them")
-    rehearse.add_argument(
-        "--folder", type=Path, help="for the weights while it runs; default: the system's temporary one"
-    )
+    rehearse.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
     rehearse.add_argument("--out", type=Path, help="a JSON file to append the result to")
     rehearse.set_defaults(run=_rehearse)
     for command in (build, verify, inspect, plan, rehearse):

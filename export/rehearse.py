@@ -206,7 +206,7 @@ def table(rows: list[Rehearsal]) -> str:
     for r in rows:
         lines.append(
             f"{r.graph:10} {r.layers:6} {r.target:8} {r.precision:9} {r.parameters / 1e6:8.0f} {r.export_seconds:8.1f} "
-            f"{r.export_peak / 1e9:6.2f} {r.build_seconds:8.1f} {r.build_peak / 1e9:6.2f} {r.engine_bytes / 1e9:10.3f}  "
-            f"{'fused' if r.fused_attention else 'decomposed'}"
+            f"{r.export_peak / 1e9:6.2f} {r.build_seconds:8.1f} {r.build_peak / 1e9:6.2f} "
+            f"{r.engine_bytes / 1e9:10.3f}  {'fused' if r.fused_attention else 'decomposed'}"
         )
     return "\n".join(lines)

@@ -45,7 +45,7 @@ class WeightStore:
             offset,
             length,
             value.dtype,
-            shape=ir.Shape(value.shape),
+            shape=ir.Shape(value.shape),  # type: ignore[arg-type]  # a constant's sizes are numbers
             name=name,
             base_dir=str(self.path.parent),
         )

@@ -42,7 +42,7 @@ def test_int8_weights_are_rounded_to_nearest_by_channel(bundles: Callable[[str],
         weight = whole[name.removesuffix(".int8")]
         scale = np.abs(weight).max(axis=0) / 127
         np.testing.assert_allclose(rounded[name.replace(".int8", ".scale")], scale, rtol=1e-6)
-        assert np.abs(rounded[name] * scale - weight).max(axis=0) <= pytest.approx(scale / 2, rel=1e-3)
+        assert (np.abs(rounded[name] * scale - weight).max(axis=0) <= scale * 0.5005).all()
         assert np.abs(rounded[name]).max() == 127
 
 
