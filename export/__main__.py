@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION", help="for one stage")
     build.add_argument("--profile", choices=PROFILES, default="1024", help="image sizes an engine serves")
     build.add_argument("--first-step", choices=("full", "condition_only"), default="full")
+    build.add_argument(
+        "--attention", choices=("native", "triton"), default="native", help="triton: our kernel (tensorrt)"
+    )
     build.add_argument("--calibration", type=Path, metavar="FILE", help="prompts, one a line, for int8, fp8 and nvfp4")
     build.add_argument("--calibration-size", type=int, default=512, metavar="PIXELS")
     build.add_argument("--out", required=True, type=Path)
@@ -94,6 +97,7 @@ def _build(options: argparse.Namespace) -> int:
         target=target,
         choice=choice,
         profile=options.profile,
+        attention=options.attention,
         condition_only=options.first_step == "condition_only",
         prompts=read_prompts(options.calibration) if options.calibration else DEFAULT_PROMPTS,
         calibration_size=options.calibration_size,

@@ -48,7 +48,9 @@ _FILES = (".json", ".txt", ".jinja", ".model")
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
     """What to build. prompts: for calibration, at `calibration_size` pixels. condition_only: also the engine of that
-    first step, which doubles the denoiser on disk (ONNX graphs share their weights, so there it is always built)."""
+    first step, which doubles the denoiser on disk (ONNX graphs share their weights, so there it is always built).
+    attention: "native" is the runtime's own; "triton" puts our kernel into engines of `tensorrt`, while onnxruntime and
+    TensorRT-RTX run what it means in standard operators."""
 
     checkpoint: Path
     out: Path
@@ -56,6 +58,7 @@ class BuildRequest:
     choice: Choice
     profile: str = "1024"
     condition_only: bool = False
+    attention: str = "native"
     prompts: Sequence[str] = quantize.DEFAULT_PROMPTS
     calibration_size: int = 512
     cache: Path | None = None
@@ -144,7 +147,7 @@ def _graphs(model: MindOmniModel, names: Sequence[str], request: BuildRequest, w
                 stores[_DATA[name]] = WeightStore(work / f"{_DATA[name]}.data")
             store = stores[_DATA[name]]
             quantized = precision in quantize.PASSES
-            export_graph(model, name, choice.dtype, work, store, change if quantized else None)
+            export_graph(model, name, choice.dtype, work, store, change if quantized else None, request.attention)
             report["export_seconds"] = round(time.perf_counter() - began, 2)
             reports[name] = report
             logger.info("%s: traced in %.1f s", name, report["export_seconds"])

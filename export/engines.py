@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.onnx_function import DOMAIN, NAME
 from mindomni_rt.backends.trt_module import import_tensorrt, make_logger
 from mindomni_rt.bundle import sha256
 from mindomni_rt.contracts import GraphSpec, Profile
@@ -73,6 +74,8 @@ def build_engine(
     Raises MissingExtraError, UnsupportedDeviceError, EngineBuildError.
     """
     trt = import_tensorrt(runtime)
+    if runtime == "tensorrt" and (node := plugin_node(onnx)):
+        _register(trt, spec, node, sms)
     kept = None if cache is None else cache / f"{_key(onnx, spec, profile, trt, sms)}.plan"
     note = None if kept is None else kept.with_suffix(".json")
     if kept is not None and note is not None and kept.exists() and note.exists():
@@ -114,7 +117,7 @@ def _build(
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(_with_fixed_axes(onnx, spec, profile), str(onnx)):
+    if not parser.parse(_with_fixed_axes(onnx, spec, profile, inline=trt.__name__ != "tensorrt"), str(onnx)):
         said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise EngineBuildError(f"{spec.name}: {trt.__name__} does not take the graph: {said}")
     attention = _declare_attention(trt, network, fused)
@@ -134,11 +137,17 @@ def _build(
     return attention
 
 
-def _with_fixed_axes(path: Path, spec: GraphSpec, profile: Profile) -> bytes:
-    """The graph with axes of one size written into it: the parser wants a KV cache's capacity fixed."""
+def _with_fixed_axes(path: Path, spec: GraphSpec, profile: Profile, inline: bool) -> bytes:
+    """The graph with axes of one size written into it: the parser wants a KV cache's capacity fixed.
+
+    inline: write functions of our own domain out as standard operators, for a runtime without plugins.
+    """
     import onnx
+    import onnx.inliner
 
     model = onnx.load(str(path), load_external_data=False)
+    if inline and model.functions:
+        model = onnx.inliner.inline_local_functions(model)
     tensors = {t.name: t for t in spec.inputs + spec.outputs}
     for value in (*model.graph.input, *model.graph.output):
         least, _, most = profile.shapes(tensors[value.name])
@@ -261,6 +270,36 @@ def _this_gpu() -> str:
     from cuda.core import Device
 
     return str(Device().name)
+
+
+def plugin_node(onnx: Path) -> dict[str, int] | None:
+    """Heads of the graph's `mindomni::SegmentAttention` nodes, None for a graph without."""
+    import onnx as onnx_package
+
+    model = onnx_package.load(str(onnx), load_external_data=False)
+    found = next((n for n in model.graph.node if n.domain == DOMAIN and n.op_type == NAME), None)
+    if found is None:
+        return None
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.input}
+    return {"heads": shapes["keys"][2].dim_value, "head_dim": shapes["keys"][4].dim_value}
+
+
+def _register(trt: Any, spec: GraphSpec, node: dict[str, int], sms: Sequence[str]) -> None:
+    """Our attention kernel for TensorRT, as machine code inside the engine."""
+    import importlib
+
+    from kernels.tensorrt_plugin import register
+
+    if len(sms) != 1:
+        raise EngineBuildError(f"{spec.name}: --attention triton builds for one architecture, not for {list(sms)}")
+    logger.warning(
+        "%s: attention is our Triton kernel through tensorrt.plugin. This path has not been executed yet: certify the "
+        "engine with `python -m export verify`",
+        spec.name,
+    )
+    heads = node["heads"]
+    plugins = importlib.import_module("tensorrt.plugin")
+    register(trt, plugins, int(sms[0].removeprefix("sm_")), node["head_dim"], heads, heads)
 
 
 def external_files(onnx: Path) -> list[str]:

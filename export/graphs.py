@@ -16,11 +16,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.onnx_function import add_function, segment_attention_node
 from mindomni_rt.contracts import MASKED, OPSET, GraphSpec, graph_specs, resolve
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.attention import attention, segment_attention
@@ -192,11 +194,14 @@ class PrefixGraph(nn.Module):
 
 
 class DenoiserGraph(nn.Module):
-    """One step over image tokens. condition_only: without time_keys and time_values, keys are the condition's alone."""
+    """One step over image tokens. condition_only: without time_keys and time_values, keys are the condition's alone.
 
-    def __init__(self, model: MindOmniModel, condition_only: bool = False) -> None:
+    node: leave attention as one node of our own domain (`kernels.onnx_function`), which TensorRT runs as our kernel.
+    """
+
+    def __init__(self, model: MindOmniModel, condition_only: bool = False, node: bool = False) -> None:
         super().__init__()
-        self.decoder, self.condition_only = model.decoder, condition_only
+        self.decoder, self.condition_only, self.node = model.decoder, condition_only, node
         self.embed = _PatchLinear(model.decoder.x_embedder.proj)
 
     def forward(self, latents: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> Tensor:
@@ -209,6 +214,9 @@ class DenoiserGraph(nn.Module):
                 if not self.condition_only:
                     time_k, time_v = (t[index].unsqueeze(2) for t in times)
                     segments += [(time_k, time_v), (k, v)]
+                    if self.node:
+                        joined = segment_attention_node(q, *segments)
+                        return joined.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
                 return segment_attention(q, segments)
 
             x = layer(x, cos, sin, attend)
@@ -323,16 +331,19 @@ def export_graph(
     folder: Path,
     store: WeightStore,
     change: Callable[[ir.Model], object] | None = None,
+    attention: str = "native",
 ) -> Path:
     """Traces one graph and writes `folder`/NAME.onnx, its weights into `store` (which other graphs may share).
 
     dtype: the type the graph computes in; the model's parameters must have it already. change: edits
-    the traced model (quantization). Returns the file.
+    the traced model (quantization). attention "triton" makes the denoiser's a function of our own domain. Returns the
+    file.
     """
     if name not in available(model):
         raise BadRequestError(f"graph {name!r}: this checkpoint has {', '.join(available(model))}")
     spec = graph_specs(model.config)[name]
-    wrapper = _WRAPPERS[name](model).eval()
+    ours = attention == "triton" and name == "denoiser"
+    wrapper = (DenoiserGraph(model, node=True) if ours else _WRAPPERS[name](model)).eval()
     args = sample_inputs(spec, dtype)
     dynamic = tuple(
         {i: f"{t.name}_{i}" for i, axis in enumerate(t.axes) if isinstance(axis, str)} or None for t in spec.inputs
@@ -354,6 +365,9 @@ def export_graph(
         program.optimize()
     path = folder / f"{name}.onnx"
     write_graph(program.model, spec, path, store, change)
+    if ours:
+        graph = onnx.load(str(path), load_external_data=False)
+        onnx.save(add_function(graph), str(path))
     return path
 
 

@@ -169,3 +169,34 @@ def test_a_budget_lets_stages_take_turns(bundles: Callable[[str], Path]) -> None
     pipe.backend._resident = frozenset({"vae"})
     assert np.array_equal(pipe.generate("a cat", **options).images, whole.images)
     assert pipe.backend._loaded == {"vae"}
+
+
+@pytest.mark.timeout(900)
+def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    """--attention triton: one node a layer, which onnxruntime runs by its body and TensorRT-RTX builds inlined."""
+    import numpy as np
+
+    import mindomni_rt
+    from export.engines import build_engine, plugin_node
+
+    out = tmp_path / "ours"
+    assert main(["build", str(PARITY), "--target", "cpu", "--attention", "triton", "--out", str(out)]) == 0
+    config = read_manifest(out).model
+    nodes = onnx.load(str(out / "denoiser.onnx"), load_external_data=False).graph.node
+    assert sum(n.domain == "mindomni" for n in nodes) == config.decoder.stack.num_layers
+    stack = config.decoder.stack
+    assert plugin_node(out / "denoiser.onnx") == {"heads": stack.num_heads, "head_dim": stack.head_dim}
+    assert plugin_node(bundles("fp32") / "denoiser.onnx") is None
+    options = dict(height=32, width=48, num_inference_steps=3, max_new_tokens=6, seed=1, output="numpy")
+    found, wanted = (mindomni_rt.load(b).generate("two cats", **options) for b in (out, bundles("fp32")))
+    assert np.abs(found.images - wanted.images).max() < 1 / 255
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT for RTX")
+    report = build_engine(
+        out / "denoiser.onnx",
+        tmp_path / "denoiser.plan",
+        graph_specs(config)["denoiser"],
+        profile("512", config),
+        dtype="float32",
+        sms=("sm_89",),
+    )
+    assert report.attention == stack.num_layers

@@ -1,4 +1,4 @@
-"""Engines built with no GPU, by TensorRT-RTX. That they run is for `export verify` on a card; here: they build, or not."""
+"""Engines built with no GPU, by TensorRT-RTX. That they run is for `export verify` on a card; here: they build."""
 
 from __future__ import annotations
 
