@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import TENSOR_CORES, Launch, for_sm, interpreting, sm_of, split_head, upcast, use_triton
+from .launch import TENSOR_CORES, Launch, for_sm, for_width, interpreting, sm_of, split_head, upcast, use_triton
 from .quantize import quantize_rows_torch, round_e4m3
 from .segment_attention import LOG2_E
 from .spec import Spec, make_spec, pointers
@@ -252,7 +252,7 @@ def int8_attention(
     for name, (k, v) in (("condition", condition), ("time", time), ("image", image)):
         if k.stride() != v.stride() or k.stride(-1) != 1:
             raise ValueError(f"{name}: K and V need the same strides and a contiguous last axis")
-    launch = launch or for_sm(LAUNCHES, sm_of(q))
+    launch = launch or for_width(for_sm(LAUNCHES, sm_of(q)), q.dtype == torch.float32)
     fp8, prefixes, capacity = pv == "fp8", *condition[0].shape[0::2][:2]
     if lengths is None:
         lengths = torch.full((prefixes,), capacity, dtype=torch.int32, device=q.device)
@@ -282,7 +282,7 @@ def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[S
     """What `kernels.aot` compiles: both kinds of P·V where the SM has them, and their packing. Nothing on Turing."""
     if sm < TENSOR_CORES:
         return
-    launch = for_sm(LAUNCHES, sm)
+    launch = for_width(for_sm(LAUNCHES, sm), dtype == "fp32")
     d0, d1 = split_head(head_dim)
     own = dict(GROUP=group, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, EMULATE=False, UPCAST=False)
     floats = dict(k="i8", k_scale="fp32", v_scale="fp32")
