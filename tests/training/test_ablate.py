@@ -1,0 +1,60 @@
+"""Ablations as data: every arm is a configuration that reads, the table's figures, the plot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_loop import folder  # noqa: F401 a fixture
+
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.model.mindomni import load_model
+from training.ablate import CONFIGS, STUDIES, fresh_connector, main, run_arm, table
+from training.config import load_config
+from training.plots import plot_study, read_metrics, smooth
+
+
+def test_every_arm_is_a_configuration_that_reads():
+    assert set(STUDIES) == {"stages", "connector", "distillation", "image KL", "text KL", "group size", "rewards"}
+    for arms in STUDIES.values():
+        assert len({a.name for a in arms}) == len(arms)
+        for arm in arms:
+            for leg in arm.legs:
+                config = load_config(CONFIGS / f"shapes-{leg.stage}.toml", leg.overrides)
+                assert config.stage == leg.stage
+                assert config.optim.batch * config.rgpo.group == 64 or leg.stage != "rgpo"  # equal rollouts a step
+
+
+@pytest.mark.parametrize("layers", [0, 1, 4])
+def test_another_connector_in_the_published_layout(folder, tmp_path, layers):  # noqa: F811
+    model, _ = load_model(fresh_connector(folder, tmp_path / "deep", layers, 0))
+    assert model.config.connector.stack.num_layers == layers
+    assert len(model.connector) == layers + 1
+
+
+def test_table_by_hand():
+    row = {"direct": 0.0, "caption": 1.0, "format": 1.0, "text": 0.5}
+    rows = [{"arm": "a", "seed": s, "image": x, **row} for s, x in enumerate((0.25, 0.75))]
+    shown = table({"study": rows})
+    assert (
+        "| a | 2 | 50.0 (50 to 50) | 50.0 (25 to 75) | 0.0 (0 to 0) | 100.0 (100 to 100) | 100.0 (100 to 100) |"
+        in shown
+    )
+
+
+def test_plot_shows_curves_and_results(tmp_path):
+    metrics = tmp_path / "runs" / "on" / "0" / "pretrain" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("".join(json.dumps({"step": s, "loss/flow": 1 / s}) + "\n" for s in range(1, 30)))
+    rows = [{"arm": "on", "seed": 0, "stage": "pretrain", "text": 0.1, "image": 0.2, "direct": 0.3, "caption": 0.4}]
+    plot_study("distillation", rows, tmp_path / "runs", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    assert read_metrics(metrics)["loss/flow"][1] == 0.5
+    assert smooth([1, 2, 3, 4], 2) == [1.0, 1.5, 2.5, 3.5]
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(BadRequestError, match="--only 'depth'"):
+        main(["--only", "depth"])
+    with pytest.raises(BadRequestError, match=r"run_small\.sh"):
+        run_arm(STUDIES["stages"][0], tmp_path, tmp_path / "out", 0, 1.0, 4)

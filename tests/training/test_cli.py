@@ -1,0 +1,118 @@
+"""The command line from outside: whole stages in turn, and one line with exit code 2 for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from toy import toy_folder
+
+from mindomni_rt.loading import load
+from training.__main__ import main
+from training.ablate import CONFIGS
+from training.world.clip import WorldClip, save_clip
+from training.world.vae import CONFIG as VAE_CONFIG
+from training.world.vae import AutoencoderKL, save_vae
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """An untrained autoencoder and reward model, as `python -m training.world` leaves trained ones."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    save_vae(AutoencoderKL(VAE_CONFIG), folder / "vae")
+    save_clip(WorldClip(), folder / "reward")
+    return folder
+
+
+def test_all_stages_in_turn(runs, capsys):
+    assert main(["new", str(runs / "fresh"), "--vae", str(runs / "vae"), "--width", "32"]) == 0
+    before = runs / "fresh"
+    for stage in ("prior", "pretrain", "sft", "rgpo"):
+        small = ["optim.steps=2", "optim.batch=8", "optim.warmup=1", "device=cpu", "data.image_size=96"]
+        if stage == "rgpo":
+            small += [
+                "optim.batch=2",
+                "rgpo.group=2",
+                "rgpo.max_new_tokens=5",
+                "rgpo.image_steps=2",
+                "rgpo.dump_every=1",
+            ]
+            small += [f"rgpo.reward_model={runs / 'reward'}"]
+        if stage == "pretrain":
+            small += ["evaluate_every=2", "evaluate_count=4"]
+        arguments = [stage, "--quiet", "--config", str(CONFIGS / f"shapes-{stage}.toml"), *small]
+        arguments += [f"model={before}", f"out={runs / stage}", f"data.cache_latents={runs / 'latents'}"]
+        assert main(arguments) == 0, capsys.readouterr().err
+        before = runs / stage / "model"
+    assert f"model: {before}" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (runs / "rgpo" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    wanted = {
+        "reward/format", "reward/format_std", "reward/consistency", "reward/zero_std_groups", "loss/kl_text",
+        "loss/kl_image", "policy/entropy", "policy/clip_fraction", "policy/ratio", "completion/length",
+        "completion/truncated", "grad_norm", "time/rollout", "time/reward", "time/update", "lr",
+    }  # fmt: skip
+    assert wanted <= set(lines[0])
+    assert lines[0]["policy/ratio"] == 1.0 and lines[0]["loss/kl_text"] == 0.0 and lines[0]["loss/kl_image"] == 0.0
+    assert (runs / "rgpo" / "rollouts" / "step-000001.png").exists()
+    assert len((runs / "rgpo" / "rollouts" / "step-000001.jsonl").read_text().splitlines()) == 4
+    evaluations = [json.loads(x) for x in (runs / "pretrain" / "evaluation.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in evaluations] == [0, 2] and "captions/image" in evaluations[0]
+    header = json.loads((runs / "rgpo" / "runs.jsonl").read_text().splitlines()[0])
+    assert header["config"]["stage"] == "rgpo" and header["commit"]
+    record = runs / "evaluate-rgpo.json"
+    assert main(["evaluate", str(before), "--suite", "captions", "--n", "2", "--steps", "2", "--out", str(record)]) == 0
+    packed = runs / "assets"
+    stages = [x for s in ("prior", "pretrain", "sft", "rgpo") for x in ("--run", str(runs / s))]
+    assert main(["pack", str(before), str(packed), "--record", f"stage 3={record}", *stages]) == 0
+    card = (packed / "README.md").read_text()
+    share = json.loads(record.read_text())["scores"]["captions"]["image"]["share"]
+    assert f"| captions | {100 * share:.1f} % (" in card and "n = 2 a suite" in card
+    assert "`sft`: 2 steps of 8" in card and "<unk>" in card
+    # The result is a checkpoint like any other.
+    result = load(packed, device="cpu").generate(
+        "draw (1 + 1) things of the colour of a lemon, shaped like a coin", height=96, width=96, num_inference_steps=2,
+        max_new_tokens=4, seed=0,
+    )  # fmt: skip
+    assert result.images[0].size == (96, 96)
+
+
+MISTAKES = {
+    "no such file": (["pretrain", "--config", "none.toml"], "none.toml: No such file"),
+    "unknown key": (["sft", "--config", "{configs}/shapes-sft.toml", "optim.speed=1"], "unknown key optim.speed"),
+    "another stage": (["sft", "--config", "{configs}/shapes-rgpo.toml"], "is for stage rgpo"),
+    "no model": (["sft", "--config", "{configs}/shapes-sft.toml", "model=/none"], "no folder at /none"),
+    "unknown reward": (
+        ["rgpo", "--config", "{configs}/shapes-rgpo.toml", "model={toy}", "rgpo.rewards=['beauty','format']"],
+        "reward 'beauty'",
+    ),
+    "no data": (
+        ["sft", "--config", "{configs}/sft-full.toml", "model={toy}", "data.paths=['none.jsonl']", "out={out}"],
+        "none.jsonl: No such file",
+    ),
+    "no GPU": (["sft", "--config", "{configs}/shapes-sft.toml", "model={toy}", "device=cuda"], "no CUDA device"),
+    "bad width": (["new", "{out}", "--vae", "{vae}", "--width", "33"], "multiple of 32"),
+    "no evaluation data": (
+        ["sft", "--config", "{configs}/sft-full.toml", "model={toy}", "evaluate_every=5"],
+        "evaluate_every needs data.validation",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_one_line(name, runs, tmp_path, capsys):
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    arguments, message = MISTAKES[name]
+    places = {"configs": CONFIGS, "toy": toy_folder(runs / "toy"), "out": tmp_path / "out", "vae": runs / "vae"}
+    assert main([a.format(**places) if "{" in a else a for a in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_dry_run_prints_the_plan(capsys):
+    assert main(["dry-run", "--config", str(CONFIGS / "pretrain-full.toml"), "--gpus", "4"]) == 0
+    assert "237.5 M parameters train" in capsys.readouterr().out

@@ -1,0 +1,203 @@
+"""Data files and rewards: what reads, what resumes, and the named error for each way a file can be wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy import picture
+
+from mindomni_rt.errors import BadRequestError
+from training.config import DataConfig
+from training.data import BadDataError, Record, open_stream
+from training.rewards import Rollout, make
+from training.world.clip import WorldClip, load_clip, save_clip
+
+
+def write(folder, lines):
+    picture(0).save(folder / "a.png")
+    path = folder / "data.jsonl"
+    path.write_text("".join(x + "\n" for x in lines), encoding="utf-8")
+    return path
+
+
+def stream(path, seed=0, **options):
+    return open_stream(DataConfig(source="jsonl", paths=(str(path),), **options), "sft", seed)
+
+
+def test_a_line_as_a_record(tmp_path):
+    line = {
+        "instruction": "draw two", "instruction_qwen": "two cats", "think_content": "one and one",
+        "input_images": ["a.png"], "output_image": "a.png", "gt_prompt": "two cats on a wall",
+    }  # fmt: skip
+    path = write(tmp_path, [json.dumps(line)])
+    found = stream(path).next_batch(1)[0]
+    assert found == Record(
+        instruction="draw two", think_content="one and one", answer="two cats", gt_prompt="two cats on a wall",
+        input_images=(tmp_path / "a.png",), output_image=tmp_path / "a.png", source=f"{path}:1",
+    )  # fmt: skip
+
+
+def test_every_record_once_a_pass_in_a_new_order_and_resumable(tmp_path):
+    path = write(tmp_path, [json.dumps({"instruction": f"draw {i}"}) for i in range(10)] + ["", "  "])
+    reader = stream(path, seed=3)
+    first = [r.instruction for r in reader.next_batch(10)]
+    middle = reader.next_batch(4)
+    state = reader.state_dict()
+    rest = reader.next_batch(9)
+    assert sorted(first) == sorted(f"draw {i}" for i in range(10))
+    again = stream(path, seed=3)
+    assert [r.instruction for r in again.next_batch(10)] == first
+    assert again.next_batch(4) == middle
+    resumed = stream(path, seed=3)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert resumed.next_batch(9) == rest
+    assert [r.instruction for r in stream(path, seed=4).next_batch(10)] != first
+    second = [r.instruction for r in middle] + [r.instruction for r in rest[:6]]
+    assert sorted(second) == sorted(first) and second != first
+
+
+def test_a_file_that_changed_is_not_resumed(tmp_path):
+    path = write(tmp_path, ['{"instruction": "a"}'])
+    state = stream(path).state_dict()
+    path.write_text('{"instruction": "a"}\n{"instruction": "b"}\n')
+    with pytest.raises(BadDataError, match="2 records, the run that is resumed had 1"):
+        stream(path).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"instruction": "a"', "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"instruction": " "}', "'instruction' is missing or empty"),
+        ('{"instruction": 3}', "instruction is int"),
+        ('{"instruction": "a", "output_image": "none.png"}', "none.png does not exist"),
+        ('{"instruction": "a", "input_images": ["none.png"]}', "none.png does not exist"),
+        ('{"instruction": "a", "input_images": "a.png"}', "expected a list of paths"),
+        ('{"instruction": "a", "output_image": ["a.png"]}', "expected a path"),
+        ('{"instruction": "a", "task": "t2i"}', "unknown key 'task'"),
+        ('{"instruction": "a", "reply": "yes"}', "a reply needs the picture"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, line, match):
+    path = write(tmp_path, ['{"instruction": "fine"}', line])
+    with pytest.raises(BadDataError, match=match) as error:
+        stream(path).next_batch(2)
+    assert f"{path}:2" in str(error.value)
+
+
+def test_a_list_of_files(tmp_path):
+    write(tmp_path, ['{"instruction": "a", "output_image": "a.png"}'])
+    listed = tmp_path / "all.yaml"
+    listed.write_text("datasets:\n  - {json_path: data.jsonl, image_dir: .}\n")
+    assert stream(listed).next_batch(1)[0].output_image == tmp_path / "a.png"
+    listed.write_text("datasets: 3\n")
+    with pytest.raises(BadDataError, match=r"all\.yaml: expected"):
+        stream(listed)
+    with pytest.raises(BadDataError, match="No such file"):
+        stream(tmp_path / "none.jsonl")
+
+
+def shard(path, count, broken=False):
+    with tarfile.open(path, "w") as tar:
+        for index in range(count):
+            held = io.BytesIO()
+            picture(index).save(held, "PNG")
+            parts = {"png": held.getvalue()[: 40 if broken else None], "txt": f"caption {index}".encode()}
+            for kind, data in parts.items():
+                info = tarfile.TarInfo(f"{index:03}.{kind}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_shards_stream_shuffled_and_resume(tmp_path):
+    pytest.importorskip("webdataset", reason="shards need the train extra")
+    shard(tmp_path / "a.tar", 12)
+    config = DataConfig(source="webdataset", paths=(str(tmp_path / "a.tar"),), shuffle=4)
+    reader = open_stream(config, "pretrain", 0)
+    first = reader.next_batch(12)
+    assert sorted(r.instruction for r in first) == sorted(f"caption {i}" for i in range(12))
+    assert [r.instruction for r in first] != [f"caption {i}" for i in range(12)]
+    named = next(r for r in first if r.instruction == "caption 5")
+    assert np.array_equal(np.asarray(named.output_image), np.asarray(picture(5)))
+    state = reader.state_dict()
+    following = [r.instruction for r in reader.next_batch(5)]
+    resumed = open_stream(config, "pretrain", 0)
+    resumed.load_state_dict(state)
+    assert [r.instruction for r in resumed.next_batch(5)] == following
+
+
+def test_a_bad_shard_is_named(tmp_path):
+    pytest.importorskip("webdataset", reason="shards need the train extra")
+    with pytest.raises(BadDataError, match=r"none\.tar: no such shard"):
+        open_stream(DataConfig(source="webdataset", paths=("none.tar",)), "pretrain", 0)
+    shard(tmp_path / "b.tar", 2, broken=True)
+    config = DataConfig(source="webdataset", paths=(str(tmp_path / "b.tar"),), shuffle=1)
+    with pytest.raises(BadDataError, match=r"b\.tar"):
+        open_stream(config, "pretrain", 0).next_batch(1)
+
+
+def rollout(text="", image=None, prompt="three yellow circles"):
+    image = np.zeros((96, 96, 3), np.uint8) if image is None else image
+    return Rollout(prompt="p", text=text, image=image, gt_prompt=prompt, token_ids=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("<think> a </think><answer> b </answer>", 1),
+        ("so: <think> a\nb </think> \n <answer></answer> and more", 1),
+        ("<think> a <answer> b </answer>", 0),
+        ("<answer> b </answer><think> a </think>", 0),
+        ("<think> a </think> then <answer> b </answer>", 0),
+        ("", 0),
+    ],
+)
+def test_format_reward(text, wanted):
+    assert make("format")([rollout(text)]).tolist() == [wanted]
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine_rewards.py").write_text(
+        "import numpy as np\ndef brief(rollouts): return np.array([1 / len(r.token_ids) for r in rollouts])\n"
+        "def broken(rollouts): return np.zeros(1)\ndef nan(rollouts): return np.full(len(rollouts), np.nan)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert make("mine_rewards:brief")([rollout(), rollout()]).tolist() == [0.5, 0.5]
+    for name in ("broken", "nan"):
+        with pytest.raises(BadRequestError, match="expected one finite number each"):
+            make(f"mine_rewards:{name}")([rollout(), rollout()])
+    for name, match in (
+        ("beauty", "expected one of format, consistency"),
+        ("mine_rewards:no", "no attribute"),
+        ("no:no", "No module"),
+    ):
+        with pytest.raises(BadRequestError, match=match):
+            make(name)
+
+
+def test_consistency_is_a_cosine_cut_at_zero(tmp_path):
+    with pytest.raises(BadRequestError, match=r"needs rgpo\.reward_model"):
+        make("consistency")
+    save_clip(WorldClip(), tmp_path)
+    score = make("consistency", str(tmp_path))
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (96, 96, 3), dtype=np.uint8) for _ in range(3)]
+    found = score([rollout(image=i) for i in images])
+    clip = load_clip(tmp_path)
+    pairs = clip.images(np.stack(images)).numpy() @ clip.captions(["three yellow circles"]).numpy()[0]
+    np.testing.assert_allclose(found, np.clip(pairs, 0, None), atol=1e-5)
+    floats = score([rollout(image=(i / 255).astype(np.float32)) for i in images])
+    np.testing.assert_allclose(found, floats, atol=1e-4)
+
+
+def test_pictures_from_arrays_and_files_alike(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    write(tmp_path, ['{"instruction": "a", "output_image": "x.png"}'])
+    assert stream(tmp_path / "data.jsonl").next_batch(1)[0].output_image.name == "x.png"

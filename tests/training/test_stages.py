@@ -1,0 +1,167 @@
+"""Each stage: what trains, what stays bit-identical, what is exactly zero at the first step."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from toy import ToyStream, toy_config, toy_contexts, toy_folder
+
+from training.adapters import merge_adapters
+from training.loop import NonFiniteError, Trainer
+from training.pretrain import Pretrain
+from training.prior import Prior
+from training.rgpo import Rgpo
+from training.sft import Sft
+from training.stage import Draws, digest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_folder(tmp_path_factory.mktemp("toy"))
+
+
+def wordy(rollouts):
+    """A reward with some spread: the share of distinct tokens."""
+    return np.array([len(set(r.token_ids)) / 6 for r in rollouts])
+
+
+CASES = {
+    "prior": (Prior, (0, 1, 2, 3), r"(decoder|language|vision)\..*", {}),
+    "prior-paint": (Prior, (0, 1, 2), r"decoder\..*", {"prior": {"rounds": "paint"}}),
+    "prior-text": (Prior, (1, 3), r"(language|vision)\..*", {"prior": {"rounds": "text"}}),
+    "pretrain": (Pretrain, (0, 1, 2), r"connector\..*", {"distill": {"weight": 16.0}, "data": {"drop": 0.3}}),
+    "sft-lora": (
+        Sft,
+        (0, 1, 2),
+        r"connector\..*|decoder\.llm\.layers\.\d+\.self_attn\.(qkv_proj|o_proj)\.weight",
+        {"lora": {"rank": 2}, "distill": {"weight": 16.0}},
+    ),
+    "sft-full": (
+        Sft,
+        (0, 1, 2, 3),
+        r"connector\..*|decoder\.(?!llm\.embed_tokens).*|language\..*",
+        {"sft": {"decoder": "full", "text": 1.0}, "distill": {"weight": 16.0}},
+    ),
+    "rgpo-lora": (
+        Rgpo,
+        (0, 1),
+        r"language\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
+        {"lora": {"rank": 2}, "rgpo": {"replay": 1}},
+    ),
+    "rgpo-full": (Rgpo, (0, 1), r"language\..*", {"rgpo": {"image_term": "velocity", "beta_image": 1.0}}),
+}
+
+
+def make(name, folder, tmp_path, **extra):
+    kind, kinds, pattern, tables = CASES[name]
+    merged = {k: {**tables.get(k, {}), **extra.get(k, {})} for k in {*tables, *extra}}
+    if kind is Rgpo:
+        merged["rgpo"] = {"rewards": ["wordy"], "weights": [1.0], **merged.get("rgpo", {})}
+        merged["optim"] = {"batch": 2, "steps": 3, "lr": 1e-2, **merged.get("optim", {})}
+    config = toy_config(kind.name, folder, tmp_path / "run", **merged)
+    contexts = toy_contexts(folder)
+    arguments = ({"wordy": wordy},) if kind is Rgpo else ()
+    return kind(contexts.model, contexts, config, *arguments), ToyStream(kinds), pattern
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_trains_changes_and_what_is_frozen_does_not(name, folder, tmp_path):
+    before = digest(toy_contexts(folder).model)
+    stage, stream, pattern = make(name, folder, tmp_path)
+    trainer = Trainer(stage.config, stage, stream, bar=False)
+    trained = set(trainer.trained)
+    trainer.run()
+    merge_adapters(stage.model)
+    after = digest(stage.model)
+    assert after.keys() == before.keys()  # adapters merged: the published names again
+    changed = {n for n in after if after[n] != before[n]}
+    assert changed
+    odd = sorted(n for n in changed if not re.fullmatch(pattern, n))
+    assert not odd, f"frozen, yet changed: {odd[:3]}"
+    bases = {re.sub(r"\.lora_[AB]\.default\.weight$", ".weight", n) for n in trained}
+    assert all(re.fullmatch(pattern, n) for n in bases)
+    # Everything that trains gets a gradient, but for what this data never reaches.
+    idle = bases - changed
+    allowed = (
+        r"decoder\.input_x_embedder.*" if name == "sft-full" else r"^$|language\.layers\.\d+\.self_attn\.k_proj\.bias"
+    )
+    assert not [n for n in idle if not re.fullmatch(allowed, n)]
+
+
+@pytest.mark.parametrize("name", ["rgpo-lora", "rgpo-full"])
+def test_first_rgpo_step_has_ratio_one_and_no_kl(name, folder, tmp_path):
+    stage, stream, _ = make(name, folder, tmp_path)
+    stage.choose_trainable()
+    terms = stage("terms", stage("prepare", stream.next_batch(2), Draws(0, 0, 0, 2, 0, 2)))
+    assert terms.figures["policy/ratio"] == 1.0
+    assert terms.figures["policy/clip_fraction"] == 0.0
+    assert terms.parts["kl_text"].item() == 0.0
+    assert terms.parts["kl_image"].item() == 0.0
+    assert terms.figures["policy/entropy"] > 0
+    for name in ("reward/wordy", "reward/wordy_std", "reward/zero_std_groups", "completion/truncated", "time/rollout"):
+        assert name in terms.figures
+
+
+def test_rgpo_follows_the_reward(folder, tmp_path):
+    stage, stream, _ = make(
+        "rgpo-lora", folder, tmp_path, optim={"steps": 30, "lr": 2e-2, "batch": 2}, rgpo={"group": 8, "beta_image": 0.0}
+    )
+    rewards = []
+    Trainer(stage.config, stage, stream, bar=False, on_step=lambda _, e: rewards.append(np.mean(e.totals))).run()
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.05
+
+
+def test_several_updates_of_one_set_of_rollouts_leave_ratio_one(folder, tmp_path):
+    stage, stream, _ = make("rgpo-full", folder, tmp_path, rgpo={"updates": 3}, optim={"steps": 1, "lr": 1e-2})
+    Trainer(stage.config, stage, stream, bar=False).run()
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"policy/ratio": 1.0' not in log
+
+
+def test_distillation_is_zero_where_student_and_teacher_see_the_same(folder, tmp_path):
+    from training import losses
+
+    stage, stream, _ = make("pretrain", folder, tmp_path)
+    painting = stage.prepare(stream.next_batch(3), Draws(0, 0, 0, 3, 0, 3))[0]
+    once, twice = stage.teacher_features(painting), stage.teacher_features(painting)
+    assert losses.feature_kl(once, twice).item() == 0.0
+    assert len(once) == stage.contexts.config.decoder.stack.num_layers + 1
+
+
+def test_adapters_start_as_nothing_and_merge_exactly(folder, tmp_path):
+    stage, stream, _ = make("sft-lora", folder, tmp_path)
+    plain = toy_contexts(folder)
+    context = plain.paint("draw one", think=False)
+
+    def velocity(contexts):
+        batch = contexts.batch([context])
+        condition, spans = contexts.condition(batch, contexts.states(batch))
+        with torch.no_grad():
+            return contexts.model.decoder(condition, torch.ones(1, 4, 4, 4), torch.tensor([0.5]), batch.lengths, spans)
+
+    assert torch.equal(velocity(stage.contexts), velocity(plain))
+    Trainer(stage.config, stage, stream, bar=False).run()
+    adapted = velocity(stage.contexts)
+    assert not torch.allclose(adapted, velocity(plain))
+    merge_adapters(stage.model)
+    torch.testing.assert_close(velocity(stage.contexts), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_names_term_and_record(folder, tmp_path):
+    stage, stream, _ = make("pretrain", folder, tmp_path, optim={"steps": 2, "batch": 3})
+    poison = ToyStream((0, 1, 2)).next_batch(3)[1]
+    encode = stage.contexts.latents.targets
+
+    def broken(images):
+        latents = encode(images)
+        for row, image in enumerate(images):
+            if np.array_equal(np.asarray(image), np.asarray(poison.output_image)):
+                latents[row] = float("nan")
+        return latents
+
+    stage.contexts.latents.targets = broken
+    with pytest.raises(NonFiniteError, match=rf"step 1: loss term flow.* record {poison.source} is the cause"):
+        Trainer(stage.config, stage, stream, bar=False).run()

@@ -1,0 +1,229 @@
+"""The paper's ablations at small scale: one command, one table with seed ranges, one plot a study.
+
+    python -m training ablate --base runs/shapes --out runs/ablate [--only NAME …] [--seeds 0 1 2] [--scale 1.0]
+
+Each study is data: its arms are the stages to run, from which model of the base run, with which settings changed. An
+arm that is finished is not run again, so the command can be stopped and repeated. Budgets: where a short budget could
+decide the order, a study has the arm at the base's budget and at one where it no longer improves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.model.connector import Connector
+from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.model.save import save_model
+
+from .config import load_config
+from .logs import commit
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One stage of an arm: its overrides, and its steps as a share of the base configuration's."""
+
+    stage: str
+    overrides: tuple[str, ...] = ()
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of the table. start: the base's model that it begins with. layers: a new connector of that depth."""
+
+    name: str
+    start: str
+    legs: tuple[Leg, ...]
+    layers: int | None = None
+
+
+def _rgpo(name: str, *overrides: str) -> Arm:
+    return Arm(name, "sft", (Leg("rgpo", overrides),))
+
+
+STUDIES: dict[str, tuple[Arm, ...]] = {
+    "stages": (
+        Arm("1", "pretrain", ()),
+        Arm("1+2", "sft", ()),
+        Arm("1+3", "pretrain", (Leg("rgpo"),)),
+        Arm("1+2+3", "sft", (Leg("rgpo"),)),
+    ),
+    "connector": tuple(
+        Arm(f"{depth} layers, {share:g} x budget", "prior", (Leg("pretrain", (), share),), depth)
+        for depth in (0, 1, 2, 4)
+        for share in (0.5, 1.0)
+    ),
+    "distillation": (
+        Arm("on, 0.4 x budget", "prior", (Leg("pretrain", (), 0.4),), 2),
+        Arm("off, 0.4 x budget", "prior", (Leg("pretrain", ("distill.weight=0.0",), 0.4),), 2),
+        Arm("on, 1 x budget", "prior", (Leg("pretrain"),), 2),
+        Arm("off, 1 x budget", "prior", (Leg("pretrain", ("distill.weight=0.0",)),), 2),
+        Arm("off, 2 x budget", "prior", (Leg("pretrain", ("distill.weight=0.0",), 2.0),), 2),
+    ),
+    "image KL": (
+        _rgpo("0", "rgpo.beta_image=0.0"),
+        _rgpo("base / 10", "rgpo.beta_image=32.0"),
+        _rgpo("base"),
+        _rgpo("velocity error", "rgpo.image_term=velocity", "rgpo.beta_image=10.0"),
+    ),
+    "text KL": (_rgpo("0", "rgpo.beta_text=0.0"), _rgpo("base"), _rgpo("10 x base", "rgpo.beta_text=0.4")),
+    "group size": tuple(
+        _rgpo(f"G = {group}, {64 // group} prompts", f"rgpo.group={group}", f"optim.batch={64 // group}")
+        for group in (2, 4, 8)
+    ),
+    "rewards": (
+        _rgpo("format", "rgpo.rewards=['format']", "rgpo.weights=[1.0]"),
+        _rgpo("consistency", "rgpo.rewards=['consistency']", "rgpo.weights=[1.0]"),
+        _rgpo("both"),
+    ),
+}
+
+
+COLUMNS = ("text", "image", "direct", "caption", "format")
+
+
+def score(model: Path, count: int, seed: int) -> dict[str, float]:
+    """Shares of held-out prompts that come out right, by the exact verifier.
+
+    text: the thought's answer names the scene asked for; image: the picture shows it, with thinking; direct: without;
+    caption: plain captions painted right; format: closed tags.
+    """
+    from .evaluate import Settings, evaluate
+    from .runs import open_contexts
+
+    contexts = open_contexts(str(model), torch.device("cpu"), 96)
+    found = evaluate(contexts, ("riddles", "direct", "captions"), Settings(n=count, seed=seed))
+    riddles = found["riddles"]
+    shares = {n: riddles[n]["share"] for n in ("text", "image", "format")}
+    return {**shares, "direct": found["direct"]["image"]["share"], "caption": found["captions"]["image"]["share"]}
+
+
+def fresh_connector(source: Path, out: Path, layers: int, seed: int) -> Path:
+    """The checkpoint `source` with an untrained connector of another depth."""
+    model, _ = load_model(source)
+    stack = replace(model.config.connector.stack, num_layers=layers)
+    torch.manual_seed(seed)
+    model.connector = Connector(replace(model.config.connector, stack=stack))
+    save_model(model, out, source=source)
+    return out
+
+
+def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int) -> dict[str, Any]:
+    """Runs an arm with a seed unless its result is there; returns the result."""
+    from .runs import finish, start
+
+    result = out / "result.json"
+    if result.exists():
+        return dict(json.loads(result.read_text(encoding="utf-8")))
+    began, model = time.perf_counter(), base / arm.start / "model"
+    if not model.is_dir():
+        raise BadRequestError(f"{model} is not there: --base wants a folder that run_small.sh has filled")
+    if arm.layers is not None:
+        model = fresh_connector(model, out / "start", arm.layers, seed)
+    run: dict[str, Any] = {}
+    for leg in arm.legs:
+        path = CONFIGS / f"shapes-{leg.stage}.toml"
+        whole = load_config(path)
+        steps = max(1, round(whole.optim.steps * leg.share * scale))
+        folder = out / leg.stage
+        settings = [f"model={model}", f"out={folder}", f"seed={seed}", f"optim.steps={steps}", *leg.overrides]
+        settings += [f"data.cache_latents={base / 'latents'}", f"rgpo.reward_model={base / 'reward'}", "device=cpu"]
+        trainer = start(load_config(path, settings), bar=False)
+        trainer.run()
+        model = finish(trainer)
+        run = {"stage": leg.stage, "steps": steps}
+    found = {
+        "arm": arm.name,
+        "seed": seed,
+        **run,
+        **score(model, count, seed),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: each study, each arm, mean and range over seeds in per cent."""
+    lines = []
+    for study, rows in results.items():
+        lines += [f"### {study}", "", f"| arm | seeds | {' | '.join(COLUMNS)} |", "| --- " * (2 + len(COLUMNS)) + "|"]
+        for name in dict.fromkeys(r["arm"] for r in rows):
+            mine = [r for r in rows if r["arm"] == name]
+            cells = []
+            for column in COLUMNS:
+                values = [100 * r[column] for r in mine]
+                spread = f" ({min(values):.0f} to {max(values):.0f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Prints the table; writes ablation.json, ablation.md and a PNG for each study."""
+    parser = argparse.ArgumentParser(prog="python -m training ablate", description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", type=Path, default=Path("runs/shapes"), help="what run_small.sh made")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--only", nargs="+", metavar="STUDY", help=f"of: {', '.join(STUDIES)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scale", type=float, default=1.0, help="of every budget")
+    parser.add_argument("--count", type=int, default=200, help="prompts of each evaluation")
+    options = parser.parse_args(argv)
+    unknown = sorted(set(options.only or ()) - set(STUDIES))
+    if unknown:
+        raise BadRequestError(f"--only {unknown[0]!r}: expected one of {', '.join(STUDIES)}")
+    results: dict[str, list[dict[str, Any]]] = {}
+    for study, arms in STUDIES.items():
+        if options.only and study not in options.only:
+            continue
+        for arm in arms:
+            for seed in options.seeds:
+                folder = options.out / _slug(study) / _slug(arm.name) / str(seed)
+                found = run_arm(arm, options.base, folder, seed, options.scale, options.count)
+                results.setdefault(study, []).append(found)
+                shown = " ".join(f"{k} {found[k]:.3f}" for k in COLUMNS)
+                print(f"{study}: {arm.name}, seed {seed}: {shown} ({found['seconds']} s)", flush=True)
+                _write(options, results)
+    print(table(results))
+    return 0
+
+
+def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    from .plots import plot_study
+
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread of {platform.processor() or 'CPU'}",
+        "torch": torch.__version__,
+        "scale": options.scale,
+        "prompts": options.count,
+        "seeds": options.seeds,
+        "not_run": [s for s in STUDIES if s not in results],
+        "results": results,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "ablation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
+    for study in results:
+        plot_study(study, results[study], options.out / _slug(study), options.out / f"{_slug(study)}.png")
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -1,0 +1,152 @@
+"""Training checkpoints: written whole or not at all, the newest N kept, resumed exactly.
+
+    run/checkpoints/step-00000500/state.pt   trained weights, optimizer, EMA, step, data position
+
+Every random draw of a step derives from (seed, step), so there is no generator to store; frozen weights come from the
+model the run started from.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mindomni_rt.errors import BadCheckpointError, MindOmniError
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class StorageError(MindOmniError, OSError):
+    """A checkpoint or log that could not be written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after `step` steps. weights and ema by parameter name; optimizer by name too."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    ema: dict[str, Tensor]
+    data: Any
+    fingerprint: dict[str, Any]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered if it is sharded (all processes must call)."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().cpu().clone()
+
+
+def capture(
+    step: int,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor],
+    data: Any,
+    fingerprint: Mapping[str, Any],
+) -> State:
+    """The state of a run, gathered on every process."""
+    moments = {
+        name: {k: whole(v) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
+        for name, p in trained.items()
+    }
+    return State(
+        step,
+        {n: whole(p) for n, p in trained.items()},
+        moments,
+        {n: whole(t) for n, t in ema.items()},
+        data,
+        dict(fingerprint),
+    )
+
+
+def restore(
+    state: State, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]
+) -> None:
+    """Puts a state back, bit for bit. Raises BadCheckpointError if it belongs to other parameters."""
+    if set(state.weights) != set(trained):
+        odd = sorted(set(state.weights) ^ set(trained))[0]
+        raise BadCheckpointError(f"the checkpoint trains other parameters than this run ({odd}); use a new `out`")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if tuple(state.weights[name].shape) != tuple(parameter.shape):
+                raise BadCheckpointError(
+                    f"{name}: {tuple(state.weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} here"
+                )
+            parameter.copy_(_like(state.weights[name], parameter))
+            optimizer.state[parameter] = {
+                k: (_like(v, parameter) if v.ndim else v.clone()) if isinstance(v, Tensor) else v
+                for k, v in state.optimizer[name].items()
+            }
+        for name in ema:
+            ema[name].copy_(_like(state.ema[name], ema[name]))
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor in the layout of a (perhaps sharded) one."""
+    if not hasattr(target, "device_mesh"):
+        return value.to(target.device, copy=True)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    sharded: Any = target
+    assert isinstance(sharded, DTensor)
+    return distribute_tensor(value.to(target.device), sharded.device_mesh, sharded.placements)
+
+
+def save(folder: Path, state: State, keep: int) -> Path:
+    """Writes a checkpoint beside the others, then removes all but the newest `keep`.
+
+    Raises StorageError if the disk is full or not writable; the earlier checkpoints stay.
+    """
+    target = folder / f"step-{state.step:08d}"
+    partial = folder / f".{target.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with (partial / "state.pt").open("wb") as file:
+            torch.save(state.__dict__, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+    except (OSError, RuntimeError) as error:  # torch's writer wraps a failed write in RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if isinstance(error, RuntimeError) and not full and "write" not in str(error):
+            raise
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise StorageError(
+            f"checkpoint {target} could not be written: {reason}. Earlier checkpoints are whole; free space and run "
+            "the same command again to resume"
+        ) from error
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / "state.pt").is_file())
+
+
+def latest(folder: Path) -> State | None:
+    """The newest checkpoint, or None. Raises BadCheckpointError for one that does not read."""
+    found = _all(folder)
+    if not found:
+        return None
+    path = found[-1] / "state.pt"
+    try:
+        return State(**torch.load(path, map_location="cpu", weights_only=False))
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged file
+        raise BadCheckpointError(
+            f"{path} does not read ({error}); delete its folder to resume from an earlier one"
+        ) from error

@@ -1,0 +1,37 @@
+#!/bin/sh
+# The small model from nothing to assets: autoencoder and reward model, stage 0 (ours), stages 1 to 3, evaluation.
+# Every stage resumes where it stopped: run the same command again. RUNS, PYTHON, SEED,
+# COUNT (prompts of an evaluation) and ASSETS (a folder for the packed model) may be set.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+RUNS=${RUNS:-runs/shapes}
+SEED=${SEED:-0}
+ASSETS=${ASSETS:-}
+COUNT=${COUNT:-500}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+mkdir -p "$RUNS"
+
+[ -f "$RUNS/vae/config.json" ] && [ -f "$RUNS/reward/world_clip.safetensors" ] ||
+    $PYTHON -m training.world "$RUNS" --seed "$SEED"
+[ -f "$RUNS/fresh/connector.safetensors" ] ||
+    $PYTHON -m training new "$RUNS/fresh" --vae "$RUNS/vae" --seed "$SEED"
+
+from=fresh
+records=""
+for stage in prior pretrain sft rgpo; do
+    reward=""
+    [ "$stage" = rgpo ] && reward="rgpo.reward_model=$RUNS/reward"
+    [ -f "$RUNS/$stage/model/connector.safetensors" ] ||
+        $PYTHON -m training "$stage" --config "training/configs/shapes-$stage.toml" seed="$SEED" \
+            model="$RUNS/$from" out="$RUNS/$stage" data.cache_latents="$RUNS/latents" $reward
+    from=$stage/model
+    [ -f "$RUNS/evaluate-$stage.json" ] ||
+        $PYTHON -m training evaluate "$RUNS/$from" --n "$COUNT" --reward-model "$RUNS/reward" \
+            --out "$RUNS/evaluate-$stage.json"
+    records="$records --record $stage=$RUNS/evaluate-$stage.json --run $RUNS/$stage"
+done
+
+if [ -n "$ASSETS" ]; then
+    $PYTHON -m training pack "$RUNS/rgpo/model" "$ASSETS" $records
+fi
