@@ -61,9 +61,17 @@ def check_device(precision: Precision, capability: tuple[int, int]) -> None:
 
 
 def choose(
-    config: ModelConfig, dtype: str, precision: str | None, memory_budget: str | float | None, device: str
+    config: ModelConfig,
+    dtype: str,
+    precision: str | None,
+    memory_budget: str | float | None,
+    device: str,
+    work: Workload | None = None,
 ) -> tuple[Precision, tuple[str, ...] | None]:
-    """(how weights are kept, parts that stay loaded or None for all). Raises OutOfMemoryError when nothing fits."""
+    """(how weights are kept, parts that stay loaded or None for all). work: the largest request, 1024² unless given.
+
+    Raises OutOfMemoryError when nothing fits.
+    """
     if precision is not None:
         wanted: Precision | None = parse_precision(precision, dtype)
     else:
@@ -75,7 +83,8 @@ def choose(
         return wanted, None
     budget = parse_bytes(memory_budget)
     reserve = RESERVE if device.startswith("cuda") else 0
-    found = plan(config, Workload(joint=True), precision=wanted, budget=budget, reserve=reserve)
+    work = replace(work or Workload(), joint=True)
+    found = plan(config, work, precision=wanted, budget=budget, reserve=reserve)
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
     log("memory budget %s: %s", gigabytes(budget), found.summary())
     return found.precision, found.resident

@@ -43,6 +43,13 @@ def test_ours_and_the_baselines_compute_the_same(report: tuple[dict, str]) -> No
     assert 1e-4 < sections["decoder=int8"]["error_to_eager"] < sections["decoder=fp8"]["error_to_eager"] < 0.05
 
 
+def test_a_budget_swaps_parts(report: tuple[dict, str]) -> None:
+    data, table = report
+    (found,) = (s for name, s in data["sections"].items() if name.startswith("budget "))
+    assert found["under"] and found["resident"] == ["language"] and found["loads"] >= 6
+    assert "## Budgets" in table
+
+
 def test_sweep(tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--preset", "toy", "--sweep", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
