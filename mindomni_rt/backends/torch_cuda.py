@@ -32,6 +32,7 @@ from .torch_attention import Attention, candidates, choose, eight_bit
 from .torch_cache import StepCache
 from .torch_decode import DecodeState, FastLanguageRun
 from .torch_denoise import DenoiseLoop, Shape
+from .torch_graph import memory_of
 from .torch_products import Dense, EightBit, Product, make_product
 from .torch_stack import FastBlock, FastStack
 from .torch_tune import choose_eight_bit, choose_one_row
@@ -148,6 +149,12 @@ class TorchCudaBackend(TorchBackend):
         image_tokens: int,
         blocks: Sequence[tuple[int, int]] = (),
     ) -> TorchPrefix:
+        with memory_of("prefix"):
+            return self._prefix(condition, times, image_tokens, blocks)
+
+    def _prefix(
+        self, condition: Tensor, times: NDArray[np.float64], image_tokens: int, blocks: Sequence[tuple[int, int]]
+    ) -> TorchPrefix:
         self.residency.need("decoder")
         decoder, fast, length = self.model.decoder, self.decoder_stack, condition.shape[1]
         stack, steps = self.config.decoder.stack, len(times)
@@ -180,6 +187,10 @@ class TorchCudaBackend(TorchBackend):
 
     @torch.inference_mode()
     def denoiser(self, request: DenoiseRequest) -> Iterator[tuple[Tensor, Tensor]]:
+        with memory_of("denoiser"):
+            yield from self._denoise(request)
+
+    def _denoise(self, request: DenoiseRequest) -> Iterator[tuple[Tensor, Tensor]]:
         self.residency.need("decoder")
         prefixes = [b for b in (request.guided, request.unguided) if isinstance(b, TorchPrefix)]
         kept = [p.kv for p in prefixes]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PARITY
 
 import mindomni_rt
 from mindomni_rt.backends.torch_attention import Segments, candidates, choose
@@ -100,3 +101,24 @@ def test_a_replay_without_a_graph_runs_the_step() -> None:
     replay()
     replay()
     assert counter == 2
+
+
+@pytest.mark.parametrize("stage", ["language", "prefix", "denoiser"])
+def test_no_memory_is_told_by_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    pipe = mindomni_rt.load(PARITY, device="cpu", fast=True)
+    options: dict[str, Any] = dict(height=32, width=32, num_inference_steps=2, max_new_tokens=2)
+    calls = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    owner, name = {
+        "language": (pipe.backend.language_stack, "forward"),  # type: ignore[attr-defined]
+        "prefix": (pipe.backend.model.decoder, "modulation"),  # type: ignore[attr-defined]
+        "denoiser": (pipe.backend, "_loop"),
+    }[stage]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(mindomni_rt.OutOfMemoryError, match=f"stage {stage}.*2 GiB.*memory_budget"):
+        pipe.generate("two cats", **options)
+    assert calls
