@@ -322,8 +322,7 @@ def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[S
     """What `kernels.aot` compiles: both kinds of P·V where the SM has them, and their packing. Nothing on Turing."""
     if sm < TENSOR_CORES:
         return
-    launch = for_width(for_sm(LAUNCHES, sm), dtype == "fp32")
-    d0, d1 = split_head(head_dim)
+    launch, (d0, d1) = for_width(for_sm(LAUNCHES, sm), dtype == "fp32"), split_head(head_dim)
     own = dict(GROUP=group, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, EMULATE=False, UPCAST=False)
     floats = dict(k="i8", k_scale="fp32", v_scale="fp32")
     sizes = ("images", "total", "heads", "share")

@@ -62,26 +62,31 @@ def test_the_fastest_attention_that_is_right_is_taken(caplog: pytest.LogCaptureF
     assert choose({"sdpa": tried["sdpa"]}, q, k, v, segments) == "sdpa"  # by the real clock
 
 
-def test_one_row_products_are_chosen_once_a_shape() -> None:
+def test_one_row_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
     products = [Dense(torch.randn(6, 8), None, "torch") for _ in range(3)] + [Dense(torch.randn(5, 8), None, "torch")]
-    times = iter([2.0, 1.0, 1.0, 2.0])
-    choose_one_row(products, lambda run: (run(), next(times))[1])
+    times = iter([6.0, 3.0, 1.0, 2.0])
+    with caplog.at_level(logging.INFO):
+        choose_one_row(products, lambda run: (run(), next(times))[1])
     assert [p.one_row for p in products] == ["gemv"] * 3 + ["library"]
+    assert "library 2.0000 ms, gemv 1.0000 ms" in caplog.text  # three of a shape share the clock's time
 
 
 def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    products = [EightBit(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 48)]
+    products = [EightBit(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 16, 16, 16, 48)]
     times = iter([2.0, 1.0, 1.0, 2.0])
     with caplog.at_level(logging.INFO):
         choose_eight_bit(products, 20, lambda run: (run(), next(times))[1])
-    assert [p.how for p in products] == ["triton", "triton", "library"] and "1.000 ms" in caplog.text
+    assert [p.how for p in products] == ["triton"] * 5 + ["library"] and "1.0000 ms" in caplog.text
 
     def clock(run: Any) -> float:
         run()
         raise RuntimeError("no such product")
 
-    with caplog.at_level(logging.INFO), pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no int8 product"):
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no product of int8 rows of 16x32"),
+    ):
         choose_eight_bit(products, 20, clock)
     assert "no such product" in caplog.text
 
