@@ -35,7 +35,7 @@ from .torch_denoise import DenoiseLoop, Shape
 from .torch_graph import memory_of
 from .torch_products import Dense, EightBit, Product, make_product
 from .torch_stack import FastBlock, FastStack
-from .torch_tune import choose_eight_bit, choose_one_row
+from .torch_tune import choose_eight_bit, choose_fused_rows, choose_one_row
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class TorchCudaBackend(TorchBackend):
         if "language" not in self._tuned and self.device.startswith("cuda"):
             self._tuned.add("language")
             choose_one_row(p for p in (*_products(self.language_stack), self._head) if isinstance(p, Dense))
+            choose_fused_rows(self.language_stack)
         return self._state
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kernels.language import REFUSALS
 
 from ..errors import UnsupportedDeviceError
 from .torch_products import Dense, EightBit
+from .torch_stack import FastBlock, FastStack
 
 logger = logging.getLogger(__name__)
 RUNS = 7
@@ -109,3 +110,27 @@ def choose_eight_bit(products: Iterable[EightBit], rows: int, clock: Clock = mil
         _fastest(few, f"{few[0].rows} rows of {n}x{k}", ("library", "triton"), choose, x, clock)
         for product in group[4:]:
             product.how = few[0].how
+
+
+def choose_fused_rows(stack: FastStack, clock: Clock = milliseconds) -> None:
+    """Sets `fused_rows` of a stack to whether one row passes its norms, products and gates faster fused."""
+    blocks = [block for block in stack.blocks if isinstance(block, FastBlock)]
+    if any(p.row_weight() is None for block in blocks for p in (block.qkv, block.gate_up)):
+        return
+    like = blocks[0].norm1
+    x = torch.randn(1, stack.config.hidden_size, dtype=like.dtype, device=like.device)
+    times = {}
+    for fused in (False, True):
+
+        def halves(fused: bool = fused) -> None:
+            for block in blocks:
+                stack._normed(block.qkv, x, block.norm1, block.eps, x, fused)
+                stack._gated(block, x, x, fused)
+
+        try:
+            times[fused] = clock(halves) / len(blocks)
+        except REFUSALS as error:
+            logger.info("norm and product of one row as one kernel do not run: %s", str(error).split("\n")[0])
+    stack.fused_rows = times.get(True, float("inf")) < times[False]
+    measured = ", ".join(f"{'fused' if fused else 'apart'} {t:.4f} ms" for fused, t in times.items())
+    logger.info("norm, product and gate of one row: %s (%s)", "fused" if stack.fused_rows else "apart", measured)

@@ -15,7 +15,7 @@ from mindomni_rt.backends.torch_attention import Segments, candidates, choose
 from mindomni_rt.backends.torch_graph import Replay
 from mindomni_rt.backends.torch_load import check_device
 from mindomni_rt.backends.torch_products import Dense, EightBit
-from mindomni_rt.backends.torch_tune import choose_eight_bit, choose_one_row
+from mindomni_rt.backends.torch_tune import choose_eight_bit, choose_fused_rows, choose_one_row
 from mindomni_rt.memory import Precision
 
 
@@ -89,6 +89,22 @@ def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFix
     ):
         choose_eight_bit(products, 20, clock)
     assert "no such product" in caplog.text
+
+
+@pytest.mark.parametrize("precision", [None, "language=int8", "language=int4"])
+def test_fused_rows(precision: str | None) -> None:
+    """Norm, product and gate as one kernel give the text that they give apart; chosen when it is faster."""
+    pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, precision=precision)
+    stack = pipe.backend.language_stack  # type: ignore[attr-defined]
+    options: dict[str, Any] = dict(height=32, width=32, num_inference_steps=1, max_new_tokens=12, output="numpy")
+    apart = pipe.generate("two cats", **options)
+    for times, fused in (((1.0, 2.0), False), ((2.0, 1.0), True)):
+        clock = iter(times)
+        choose_fused_rows(stack, lambda run, clock=clock: (run(), next(clock))[1])
+        assert stack.fused_rows == (fused and precision != "language=int4")  # 4-bit weights have no such kernel
+    found = pipe.generate("two cats", **{**options, "latents": apart.latents * 0})
+    again = pipe.generate("two cats", **{**options, "latents": apart.latents * 0})
+    assert found.token_ids == apart.token_ids == again.token_ids
 
 
 def test_types_that_a_gpu_lacks() -> None:
