@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoint import LoadReport
 from ..config import StackConfig
+from ..errors import UnsupportedDeviceError
 from ..images import ImagePatches
 from ..memory import Precision
 from ..model.attention import attention as plain_attention
@@ -28,7 +29,7 @@ from ..schedule import Solver, guide, within
 from ..shapes import PARTS
 from .base import DenoiseRequest, LanguageRequest
 from .torch import TorchBackend, TorchPrefix
-from .torch_attention import Attention, candidates, choose, eight_bit
+from .torch_attention import Attention, candidates, choose, eight_bit, ours
 from .torch_cache import StepCache
 from .torch_decode import DecodeState, FastLanguageRun
 from .torch_denoise import DenoiseLoop, Shape
@@ -262,8 +263,12 @@ class TorchCudaBackend(TorchBackend):
         if wanted == "int8":
             capable = torch.cuda.is_available() and torch.cuda.get_device_capability(self.device) >= (8, 9)
             return eight_bit(impl, "fp8" if capable else "16bit")
+        if wanted in ("auto", "segment"):  # on CUDA "auto" measures once the buffers are there
+            return ours(impl)
         tried = candidates(torch.device(self.device), self.config.decoder.stack.head_dim, impl)
-        return tried.get(wanted if wanted != "auto" else "segment", tried["sdpa"])
+        if wanted not in tried:
+            raise UnsupportedDeviceError(f"attention {wanted!r} does not run on {self.device}; use 'auto'")
+        return tried[wanted]
 
     def _measured_attention(self, loop: DenoiseLoop) -> Attention:
         """The fastest of the candidates on one layer's shapes, with random queries, keys and values."""
