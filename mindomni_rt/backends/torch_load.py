@@ -36,6 +36,7 @@ def load_fast(
     chosen, resident = choose(checkpoint.config, dtype, precision, memory_budget, device)
     if device.startswith("cuda"):
         check_device(chosen, torch.cuda.get_device_capability(device))
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors are on
     model, report = load_model(checkpoint, _DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
     if memory_budget is not None and device.startswith("cuda"):
