@@ -16,6 +16,7 @@ from kernels.int4_linear import int4_linear, quantize_int4
 from kernels.int8_attention import int8_attention
 from kernels.language import REFUSALS
 from kernels.linear8 import linear8, linear8_library, quantize_weight
+from kernels.norm_gemv import norm_gemv
 from kernels.norms import add_norm
 from kernels.quantize import quantize_rows
 from kernels.rope import rope, split_heads
@@ -289,6 +290,24 @@ def _one_row(config: ModelConfig, sizes: Sizes, draw: Callable[..., Tensor]) -> 
         bound=sizes.tolerance,
         variants={"ours": lambda: gemv(x, eight), "16 bits": lambda: F.linear(x, weight)},
         bytes=float(weight.numel()),
+    )
+    r, norm = draw(1, k), draw(k)
+
+    def check_gate() -> float:
+        total = (x + r).double()
+        normed = total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+        first, second = (normed @ weight.double().T).chunk(2, -1)
+        return relative_error(norm_gemv(x, weight, norm, 1e-6, r, gate=True)[0], F.silu(first) * second)
+
+    yield Case(
+        name="norm_gemv_gate",
+        check=check_gate,
+        bound=sizes.tolerance,
+        variants={
+            "ours": lambda: norm_gemv(x, weight, norm, 1e-6, r, gate=True),
+            "apart": lambda: swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),  # type: ignore[arg-type]
+        },
+        bytes=float(weight.numel() * weight.element_size()),
     )
     four, several = quantize_int4(weight), draw(5, k)
     wide = four.dequantize().double()

@@ -47,6 +47,7 @@ def markdown(data: Mapping[str, Any]) -> str:
         *_ceilings(sections),
         *_kernels(sections),
         *_stages(sections),
+        *_budgets(sections),
         *_targets(data),
     ]
     trouble = [f"- {k}: {v.get('failed') or v.get('skipped')}" for k, v in sections.items() if _trouble(v)]
@@ -137,6 +138,23 @@ def _stages(sections: Mapping[str, Any]) -> Iterator[str]:
         planned = _get(sections, "request", "planned_bytes")
         yield f"Peak memory {peak / 1e9:.2f} GB; weights {weights / 1e9:.2f} GB; planned {planned / 1e9:.2f} GB."
         yield ""
+
+
+def _budgets(sections: Mapping[str, Any]) -> Iterator[str]:
+    found = {name.removeprefix("budget "): s for name, s in sections.items() if name.startswith("budget ")}
+    measured = {name: s for name, s in found.items() if "total_s" in s}
+    if not measured:
+        return
+    yield "## Budgets"
+    yield ""
+    yield joined(["budget", "peak", "under it", "whole request", "kept as", "stays loaded"])
+    yield joined(["---"] * 6)
+    for name, section in measured.items():
+        peak = f"{section['peak_bytes'] / 1e9:.2f} GB"
+        under = "yes" if section["under"] else "NO"
+        stays = ", ".join(section["resident"]) or "nothing"
+        yield joined([name, peak, under, f"{section['total_s']:.3g} s", section["precision"], stays])
+    yield ""
 
 
 def _pair(ours: float | None, theirs: float | None) -> list[str]:

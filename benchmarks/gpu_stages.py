@@ -18,6 +18,7 @@ from mindomni_rt.config import ModelConfig
 from mindomni_rt.memory import Precision
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.schedule import timesteps
+from mindomni_rt.shapes import Workload
 
 from .gpu_baselines import EagerDecoder
 from .gpu_measure import Meter, relative_error
@@ -38,6 +39,18 @@ class Preset:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    def work(self, side: int) -> Workload:
+        """The request at a size, for the planner."""
+        return Workload(
+            prompt_tokens=self.prompt,
+            new_tokens=self.new,
+            negative_tokens=self.negative,
+            height=side,
+            width=side,
+            steps=self.steps,
+            joint=True,
+        )
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -199,6 +212,8 @@ def whole_request(preset: Preset, backend: TorchCudaBackend, meter: Meter, side:
     return {"stages_s": spent, "total_s": sum(spent.values()), "peak_bytes": meter.peak(), "latents": latents.float()}
 
 
-def make_backend(preset: Preset, model: MindOmniModel, device: str, precision: Precision) -> TorchCudaBackend:
+def make_backend(
+    model: MindOmniModel, device: str, precision: Precision, resident: tuple[str, ...] | None = None
+) -> TorchCudaBackend:
     """The fast path over a model, whose block weights it takes."""
-    return TorchCudaBackend(model, device, options=FastOptions(precision=precision))
+    return TorchCudaBackend(model, device, options=FastOptions(precision=precision, resident=resident))

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
+from mindomni_rt.backends.torch_load import RESERVE, choose
 from mindomni_rt.memory import Precision
-from mindomni_rt.planner import plan
+from mindomni_rt.planner import gigabytes, plan
 from mindomni_rt.precision import parse_precision
-from mindomni_rt.shapes import Workload
 
 from .gpu_baselines import language_generate, omnigen_step, omnigen_transformer, transformers_language
 from .gpu_kernels import Sizes, cases, run_case
@@ -95,6 +95,9 @@ class Suite:
         for name in ("decoder=fp8", "decoder=int8", "language=int8,head=int8", "language=int4,head=int8"):
             section(meter, name, 30, partial(self._precision, name))
             self._clean()
+        for budget in self._budgets():
+            section(meter, f"budget {gigabytes(budget)}", 40, partial(self._budget, budget))
+            self._clean()
         section(meter, "diffusers", 30, self._diffusers)
         self._clean()
         return self.record.data
@@ -106,7 +109,7 @@ class Suite:
         for side in sides:
             section(meter, f"eager {side}", 20, partial(self._eager_steps, model, side))
         section(meter, "transformers", 60, partial(self._transformers, model))
-        exact = make_backend(self.preset, model, str(self.device), self._exact())
+        exact = make_backend(model, str(self.device), self._exact())
         for side in sides:
             section(meter, f"ours {side}", 20, partial(self._ours, exact, side))
         section(meter, "decoding", 20, partial(self._decoding, exact))
@@ -187,17 +190,8 @@ class Suite:
             distance = relative_error(found.pop("latents"), exact)
             lossy[name] = {"denoiser_s": found["stages_s"]["denoiser"], "latent_distance": distance}
         weights = sum(t.numel() * t.element_size() for t in _tensors(backend))
-        preset = self.preset
-        work = Workload(
-            prompt_tokens=preset.prompt,
-            new_tokens=preset.new,
-            negative_tokens=preset.negative,
-            height=side,
-            width=side,
-            steps=preset.steps,
-            joint=True,
-        )
-        planned = plan(preset.config, work, precision=backend.options.precision).peak
+        work = self.preset.work(side)
+        planned = plan(self.preset.config, work, precision=backend.options.precision).peak
         return {
             **base,
             "side": side,
@@ -208,11 +202,33 @@ class Suite:
 
     def _precision(self, name: str) -> dict[str, Any]:
         model = random_model(self.preset, self.device)
-        backend = make_backend(self.preset, model, str(self.device), parse_precision(name, self.preset.dtype))
+        backend = make_backend(model, str(self.device), parse_precision(name, self.preset.dtype))
         side = self.preset.sides[0]
         if name.startswith("decoder"):
             return our_steps(self.preset, backend, self.meter, side, self._eager.get(side))
         return self._decoding(backend)
+
+    def _budgets(self) -> list[int]:
+        """Bytes of cards that people own; at toy size, too little for everything to stay."""
+        if self.cuda:
+            return [size * 10**9 for size in (8, 12, 16, 24)]
+        work = self.preset.work(self.preset.sides[0])
+        return [int(0.7 * plan(self.preset.config, work, precision=Precision.uniform(self.preset.dtype)).peak)]
+
+    def _budget(self, budget: int) -> dict[str, Any]:
+        """A whole request within a budget, twice: parts come and go, and the peak must stay below."""
+        preset, side = self.preset, self.preset.sides[0]
+        device = str(self.device)
+        precision, resident = choose(preset.config, preset.dtype, None, budget, device, preset.work(side))
+        backend = make_backend(random_model(preset, self.device), device, precision, resident)
+        self._clean()
+        whole_request(preset, backend, self.meter, side)
+        found = whole_request(preset, backend, self.meter, side)
+        del found["latents"]
+        room = budget - (RESERVE if self.cuda else 0)
+        loads = backend.residency.loads
+        return {**found, "precision": str(precision), "resident": resident, "loads": loads, "room_bytes": room,
+                "under": found["peak_bytes"] <= room}  # fmt: skip
 
     def _diffusers(self) -> dict[str, Any]:
         theirs = omnigen_transformer(self.preset.config, self.preset.torch_dtype, self.device)

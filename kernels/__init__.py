@@ -14,6 +14,7 @@ MODULES = (
     "linear8",
     "int4_linear",
     "gemv",
+    "norm_gemv",
     "int8_attention",
 )
 """Modules with a `specs(sm, dtype)` generator of what is compiled ahead of time."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import Launch, for_sm, sm_of, upcast, use_triton
+from .launch import Launch, for_sm, for_width, sm_of, upcast, use_triton
 from .segment_attention import LOG2_E
 from .spec import Spec, make_spec, pointers
 
@@ -175,7 +175,7 @@ def decode_attention(
         return decode_attention_torch(q, keys, values, length)
     if any(t.stride(-1) != 1 or t.dtype != q.dtype for t in (q, keys, values)):
         raise ValueError("q, keys and values need one dtype and a contiguous last axis")
-    launch = launch or for_sm(LAUNCHES, sm_of(q))
+    launch = launch or for_width(for_sm(LAUNCHES, sm_of(q)), q.dtype == torch.float32)
     group, rows = heads // kv_heads, heads // kv_heads * tokens
     part = torch.empty(batch * kv_heads, splits, rows, head_dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(batch * kv_heads, splits, rows, 2, dtype=torch.float32, device=q.device)
@@ -194,7 +194,7 @@ def decode_attention(
 
 def specs(sm: int, dtype: str, head_dim: int = 128, group: int = 7) -> Iterator[Spec]:
     """What `kernels.aot` compiles: the language model's decoding, one token and a guess of eight."""
-    launch = for_sm(LAUNCHES, sm)
+    launch = for_width(for_sm(LAUNCHES, sm), dtype == "fp32")
     types = pointers(partial_kernel, dtype, length="i32", part="fp32", stats="fp32")
     for name, block in (("", launch.block_m), ("_guess", 64)):
         yield make_spec(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import TENSOR_CORES, Launch, for_sm, interpreting, sm_of, split_head, upcast, use_triton
+from .launch import TENSOR_CORES, Launch, for_sm, for_width, interpreting, sm_of, split_head, upcast, use_triton
 from .quantize import quantize_rows_torch, round_e4m3
 from .segment_attention import LOG2_E
 from .spec import Spec, make_spec, pointers
@@ -95,6 +95,59 @@ def pack_kernel(
 
 
 @triton.jit
+def attend_eight(
+    acc0: tl.tensor,
+    acc1: tl.tensor,
+    top: tl.tensor,
+    sums: tl.tensor,
+    q0: tl.tensor,
+    q1: tl.tensor,
+    q_scale: tl.tensor,
+    k_rows: tl.tensor,
+    k_scale: tl.tensor,
+    v_rows: tl.tensor,
+    keep: tl.tensor,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+    FP8: tl.constexpr,
+    EMULATE: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """One block of keys under the running softmax; k_rows, v_rows, k_scale: pointers (BN,)."""
+    d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    if MASKED:
+        k0 = tl.load(k_rows[None, :] + d0[:, None], mask=keep[None, :], other=0)
+        k1 = tl.load(k_rows[None, :] + d1[:, None], mask=keep[None, :], other=0)
+        v0 = tl.load(v_rows[:, None] + d0[None, :], mask=keep[:, None], other=0.0)
+        v1 = tl.load(v_rows[:, None] + d1[None, :], mask=keep[:, None], other=0.0)
+        scale = tl.load(k_scale, mask=keep, other=0.0)
+    else:
+        k0, k1 = tl.load(k_rows[None, :] + d0[:, None]), tl.load(k_rows[None, :] + d1[:, None])
+        v0, v1 = tl.load(v_rows[:, None] + d0[None, :]), tl.load(v_rows[:, None] + d1[None, :])
+        scale = tl.load(k_scale)
+    scores = tl.dot(q0, k0, out_dtype=tl.int32)
+    scores = tl.dot(q1, k1, scores, out_dtype=tl.int32)
+    s = scores.to(tl.float32) * (q_scale[:, None] * scale[None, :])
+    if MASKED:
+        s = tl.where(keep[None, :], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    sums = sums * shrink + tl.sum(p, 1)
+    if FP8:
+        p = p * 448.0
+        if EMULATE:
+            p = round_e4m3(p)
+    if UPCAST:
+        v0, v1 = v0.to(tl.float32), v1.to(tl.float32)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
+    acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+    return acc0, acc1, new_top, sums
+
+
+@triton.jit
 def attend_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -145,33 +198,20 @@ def attend_kernel(
     sums = tl.zeros([BM], dtype=tl.float32)
     columns = tl.arange(0, BN)
     length = images + 1 + tl.load(lengths_ptr + batch // share)
-    for start in range(0, length, BN):
+    keys, values, scales = k_ptr + kv * total * D, v_ptr + kv * total * D, k_scale_ptr + kv * total
+    whole = (length // BN) * BN
+    for start in range(0, whole, BN):
         n = start + columns
-        keep = n < length
-        place = kv * total + n
-        k0 = tl.load(k_ptr + place[None, :] * D + d0[:, None], mask=keep[None, :], other=0)
-        k1 = tl.load(k_ptr + place[None, :] * D + d1[:, None], mask=keep[None, :], other=0)
-        scores = tl.dot(q0, k0, out_dtype=tl.int32)
-        scores = tl.dot(q1, k1, scores, out_dtype=tl.int32)
-        k_scale = tl.load(k_scale_ptr + place, mask=keep, other=0.0)
-        s = scores.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
-        s = tl.where(keep[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
-        sums = sums * shrink + tl.sum(p, 1)
-        v0 = tl.load(v_ptr + place[:, None] * D + d0[None, :], mask=keep[:, None], other=0.0)
-        v1 = tl.load(v_ptr + place[:, None] * D + d1[None, :], mask=keep[:, None], other=0.0)
-        if FP8:
-            p = p * 448.0
-            if EMULATE:
-                p = round_e4m3(p)
-        if UPCAST:
-            v0, v1 = v0.to(tl.float32), v1.to(tl.float32)
-        p = p.to(v0.dtype)
-        acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
-        top = new_top
+        acc0, acc1, top, sums = attend_eight(
+            acc0, acc1, top, sums, q0, q1, q_scale, keys + n * D, scales + n, values + n * D, n < length,
+            D0, D1, False, FP8, EMULATE, UPCAST,
+        )  # fmt: skip
+    if whole < length:
+        n = whole + columns
+        acc0, acc1, top, sums = attend_eight(
+            acc0, acc1, top, sums, q0, q1, q_scale, keys + n * D, scales + n, values + n * D, n < length,
+            D0, D1, True, FP8, EMULATE, UPCAST,
+        )  # fmt: skip
     o_rows = o_ptr + batch * o_b + head * o_h + rows[:, None] * o_n
     weight = 1.0 / sums[:, None]
     if FP8:
@@ -252,7 +292,7 @@ def int8_attention(
     for name, (k, v) in (("condition", condition), ("time", time), ("image", image)):
         if k.stride() != v.stride() or k.stride(-1) != 1:
             raise ValueError(f"{name}: K and V need the same strides and a contiguous last axis")
-    launch = launch or for_sm(LAUNCHES, sm_of(q))
+    launch = launch or for_width(for_sm(LAUNCHES, sm_of(q)), q.dtype == torch.float32)
     fp8, prefixes, capacity = pv == "fp8", *condition[0].shape[0::2][:2]
     if lengths is None:
         lengths = torch.full((prefixes,), capacity, dtype=torch.int32, device=q.device)
@@ -282,8 +322,7 @@ def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[S
     """What `kernels.aot` compiles: both kinds of P·V where the SM has them, and their packing. Nothing on Turing."""
     if sm < TENSOR_CORES:
         return
-    launch = for_sm(LAUNCHES, sm)
-    d0, d1 = split_head(head_dim)
+    launch, (d0, d1) = for_width(for_sm(LAUNCHES, sm), dtype == "fp32"), split_head(head_dim)
     own = dict(GROUP=group, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, EMULATE=False, UPCAST=False)
     floats = dict(k="i8", k_scale="fp32", v_scale="fp32")
     sizes = ("images", "total", "heads", "share")

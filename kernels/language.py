@@ -22,6 +22,6 @@ else:
     TritonError = RuntimeError  # type: ignore[misc,assignment]
 
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, ValueError, TritonError)
-"""What a launch raises when a kernel does not fit a device: too many registers, too much memory, no such instruction."""
+"""What a launch raises when a kernel does not fit a device: registers, memory, an instruction it lacks."""
 
 __all__ = ["HAS_TRITON", "REFUSALS", "tl", "triton"]

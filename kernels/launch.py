@@ -7,7 +7,7 @@ SM numbers are compute capabilities without the dot: 75 Turing, 80 and 86 Ampere
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -58,6 +58,13 @@ def for_sm(table: Mapping[int, T], sm: int) -> T:
     """
     known = [key for key in sorted(table) if key <= sm]
     return table[known[-1] if known else min(table)]
+
+
+def for_width(launch: Launch, wide: bool) -> Launch:
+    """The launch for 32-bit numbers (tests, not speed): tables are made for 16 bits, whose tiles are half as large."""
+    if not wide:
+        return launch
+    return replace(launch, block_n=max(launch.block_n // 2, 16), stages=min(launch.stages, 2))
 
 
 @lru_cache(maxsize=16)

@@ -32,6 +32,13 @@ def segment_attention_node(
     )
 
 
+def attend_by_node(
+    q: Tensor, condition: tuple[Tensor, Tensor], time: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The node with its heads apart again, (B, Hq, N, D): what a block's `attend` returns. The block joins them."""
+    return segment_attention_node(q, condition, time, image).unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
+
+
 def function(opset: int = 24) -> FunctionProto:
     """The node's meaning: join the segments, attend, join the heads. opset: of the standard operators, 23 or later."""
     node = helper.make_node

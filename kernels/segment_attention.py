@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .language import tl, triton
-from .launch import Launch, for_sm, sm_of, split_head, upcast, use_triton
+from .launch import Launch, for_sm, for_width, sm_of, split_head, upcast, use_triton
 from .spec import Spec, make_spec, pointers
 
 # Reasons in docs/kernels.md. Turing: 64 KiB and no asynchronous copies. 86, 89, 120, 121: 99 KiB. Hopper and the data
@@ -250,7 +250,7 @@ def segment_attention(
     if not use_triton(impl, q, d0 > 0, f"head_dim {head_dim} is not the sum of two powers of two of 16 or more"):
         result = segment_attention_torch(q, condition, time, image, lengths, scale)
         return result if out is None else out.copy_(result)
-    launch = launch or for_sm(LAUNCHES, sm_of(q))
+    launch = launch or for_width(for_sm(LAUNCHES, sm_of(q)), q.dtype == torch.float32)
     if out is None:
         out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     ck, cv = condition
@@ -296,7 +296,7 @@ def _check(
 
 def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[Spec]:
     """What `kernels.aot` compiles: the decoder's attention, with the time token and (first step's quirk) without."""
-    launch = for_sm(LAUNCHES, sm)
+    launch = for_width(for_sm(LAUNCHES, sm), dtype == "fp32")
     d0, d1 = split_head(head_dim)
     for has_time in (True, False):
         yield make_spec(

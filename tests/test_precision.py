@@ -66,6 +66,9 @@ def test_attention_in_8_bits_is_near() -> None:
         *_, (latents, _) = backend.denoiser(request)
         found[attention] = latents.numpy()
     assert relative(found["segment"], found["sdpa"]) < 1e-5
+    pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, precision="attention=flash")
+    with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="attention 'flash'"):
+        pipe.generate("x", height=32, width=32, num_inference_steps=1, max_new_tokens=1)
     assert 1e-6 < relative(found["int8"], found["sdpa"]) < 2e-2
 
 

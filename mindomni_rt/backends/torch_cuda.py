@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoint import LoadReport
 from ..config import StackConfig
+from ..errors import UnsupportedDeviceError
 from ..images import ImagePatches
 from ..memory import Precision
 from ..model.attention import attention as plain_attention
@@ -28,13 +29,14 @@ from ..schedule import Solver, guide, within
 from ..shapes import PARTS
 from .base import DenoiseRequest, LanguageRequest
 from .torch import TorchBackend, TorchPrefix
-from .torch_attention import Attention, candidates, choose, eight_bit
+from .torch_attention import Attention, candidates, choose, eight_bit, ours
 from .torch_cache import StepCache
 from .torch_decode import DecodeState, FastLanguageRun
 from .torch_denoise import DenoiseLoop, Shape
+from .torch_graph import memory_of
 from .torch_products import Dense, EightBit, Product, make_product
 from .torch_stack import FastBlock, FastStack
-from .torch_tune import choose_eight_bit, choose_one_row
+from .torch_tune import choose_eight_bit, choose_fused_rows, choose_one_row
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,7 @@ class TorchCudaBackend(TorchBackend):
         if "language" not in self._tuned and self.device.startswith("cuda"):
             self._tuned.add("language")
             choose_one_row(p for p in (*_products(self.language_stack), self._head) if isinstance(p, Dense))
+            choose_fused_rows(self.language_stack)
         return self._state
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -147,6 +150,12 @@ class TorchCudaBackend(TorchBackend):
         times: NDArray[np.float64],
         image_tokens: int,
         blocks: Sequence[tuple[int, int]] = (),
+    ) -> TorchPrefix:
+        with memory_of("prefix"):
+            return self._prefix(condition, times, image_tokens, blocks)
+
+    def _prefix(
+        self, condition: Tensor, times: NDArray[np.float64], image_tokens: int, blocks: Sequence[tuple[int, int]]
     ) -> TorchPrefix:
         self.residency.need("decoder")
         decoder, fast, length = self.model.decoder, self.decoder_stack, condition.shape[1]
@@ -180,6 +189,10 @@ class TorchCudaBackend(TorchBackend):
 
     @torch.inference_mode()
     def denoiser(self, request: DenoiseRequest) -> Iterator[tuple[Tensor, Tensor]]:
+        with memory_of("denoiser"):
+            yield from self._denoise(request)
+
+    def _denoise(self, request: DenoiseRequest) -> Iterator[tuple[Tensor, Tensor]]:
         self.residency.need("decoder")
         prefixes = [b for b in (request.guided, request.unguided) if isinstance(b, TorchPrefix)]
         kept = [p.kv for p in prefixes]
@@ -250,8 +263,12 @@ class TorchCudaBackend(TorchBackend):
         if wanted == "int8":
             capable = torch.cuda.is_available() and torch.cuda.get_device_capability(self.device) >= (8, 9)
             return eight_bit(impl, "fp8" if capable else "16bit")
+        if wanted in ("auto", "segment"):  # on CUDA "auto" measures once the buffers are there
+            return ours(impl)
         tried = candidates(torch.device(self.device), self.config.decoder.stack.head_dim, impl)
-        return tried.get(wanted if wanted != "auto" else "segment", tried["sdpa"])
+        if wanted not in tried:
+            raise UnsupportedDeviceError(f"attention {wanted!r} does not run on {self.device}; use 'auto'")
+        return tried[wanted]
 
     def _measured_attention(self, loop: DenoiseLoop) -> Attention:
         """The fastest of the candidates on one layer's shapes, with random queries, keys and values."""

@@ -24,7 +24,7 @@ from ..model.cache import StaticCache
 from ..positions import rope_tables
 from ..speculative import PromptLookup, accepted
 from .base import LanguageRequest
-from .torch_graph import Replay
+from .torch_graph import Replay, memory_of
 
 if TYPE_CHECKING:
     from .torch_cuda import TorchCudaBackend
@@ -192,7 +192,9 @@ class FastLanguageRun:
 
     @torch.inference_mode()
     def _prefill(self) -> Tensor:
-        logits = self._state.prefill(self._request)
+        self._backend.residency.need("language")
+        with memory_of("language"):
+            logits = self._state.prefill(self._request)
         self._ready = True
         return logits
 

@@ -23,7 +23,7 @@ from .torch_attention import Attention, Segments
 from .torch_graph import Replay
 from .torch_stack import FastStack
 
-ROUND = 64  # prefix capacities are multiples of this, so that prompts of like length share buffers and graphs
+ROUND = 128  # prefix capacities are multiples of this, so that prompts of like length share buffers and graphs
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from ..errors import OutOfMemoryError
 
 WARM_UP = 1  # runs before capture: kernels compile, libraries choose
 
@@ -44,3 +47,15 @@ class Replay:
             self._graph.replay()
         else:
             self._step()
+
+
+@contextmanager
+def memory_of(stage: str) -> Iterator[None]:
+    """Turns a device's refusal of memory into OutOfMemoryError with what to do."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"no memory left in stage {stage}: {str(error).splitlines()[0]} "
+            "Load with a memory_budget or a smaller precision, or choose a smaller image or fewer images at once"
+        ) from error

@@ -36,6 +36,7 @@ def load_fast(
     chosen, resident = choose(checkpoint.config, dtype, precision, memory_budget, device)
     if device.startswith("cuda"):
         check_device(chosen, torch.cuda.get_device_capability(device))
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors are on
     model, report = load_model(checkpoint, _DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
     if memory_budget is not None and device.startswith("cuda"):
@@ -61,9 +62,17 @@ def check_device(precision: Precision, capability: tuple[int, int]) -> None:
 
 
 def choose(
-    config: ModelConfig, dtype: str, precision: str | None, memory_budget: str | float | None, device: str
+    config: ModelConfig,
+    dtype: str,
+    precision: str | None,
+    memory_budget: str | float | None,
+    device: str,
+    work: Workload | None = None,
 ) -> tuple[Precision, tuple[str, ...] | None]:
-    """(how weights are kept, parts that stay loaded or None for all). Raises OutOfMemoryError when nothing fits."""
+    """(how weights are kept, parts that stay loaded or None for all). work: the largest request, 1024² unless given.
+
+    Raises OutOfMemoryError when nothing fits.
+    """
     if precision is not None:
         wanted: Precision | None = parse_precision(precision, dtype)
     else:
@@ -75,7 +84,8 @@ def choose(
         return wanted, None
     budget = parse_bytes(memory_budget)
     reserve = RESERVE if device.startswith("cuda") else 0
-    found = plan(config, Workload(joint=True), precision=wanted, budget=budget, reserve=reserve)
+    work = replace(work or Workload(), joint=True)
+    found = plan(config, work, precision=wanted, budget=budget, reserve=reserve)
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
     log("memory budget %s: %s", gigabytes(budget), found.summary())
     return found.precision, found.resident

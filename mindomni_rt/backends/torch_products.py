@@ -34,6 +34,10 @@ class Product(nn.Module):
     def __call__(self, x: Tensor | Rows) -> Tensor:
         return self.forward(x)
 
+    def row_weight(self) -> Tensor | Rows | None:
+        """The weight as `norm_gemv` takes it, where it can."""
+        return None
+
 
 class Dense(Product):
     """A weight as it was loaded. One row on CUDA goes to whichever of `one_row`'s candidates is set."""
@@ -50,6 +54,9 @@ class Dense(Product):
         if self.one_row == "gemv" and x.numel() == self.weight.shape[1]:
             return gemv(x, self.weight, self.bias, impl=self.impl)
         return F.linear(x, self.weight, self.bias)
+
+    def row_weight(self) -> Tensor | Rows | None:
+        return self.weight
 
 
 class EightBit(Product):
@@ -87,6 +94,9 @@ class WeightOnly8(Product):
     def forward(self, x: Tensor | Rows) -> Tensor:
         assert isinstance(x, Tensor)
         return gemv(x, Rows(self.values, self.scale), self.bias, impl=one_row_impl(self.impl, x))
+
+    def row_weight(self) -> Tensor | Rows | None:
+        return Rows(self.values, self.scale)
 
 
 class FourBit(Product):

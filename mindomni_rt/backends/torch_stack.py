@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from kernels.norm_gemv import norm_gemv
 from kernels.norms import add_norm
 from kernels.quantize import Rows
 from kernels.rope import rope
@@ -76,6 +77,7 @@ class FastStack(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.impl, self.stored = config, impl, stored
+        self.fused_rows = False  # norm, product and gate of one row as one kernel; `torch_tune` measures
         fast = []
         for block in blocks:
             assert isinstance(block, Block)
@@ -87,16 +89,33 @@ class FastStack(nn.Module):
     def forward(self, x: Tensor, rotate: Rotate, attend: Attend, first: int = 0, last: int | None = None) -> Tensor:
         """x (B, S, C) through blocks first…last-1 (all of them) -> (B, S, C)."""
         pending, stream = x, None
+        fused = self.fused_rows and x.numel() == x.shape[-1]
         for layer in range(first, len(self.blocks) if last is None else last):
             block = cast(FastBlock, self.blocks[layer])
-            normed, stream = add_norm(pending, block.norm1, block.eps, stream, block.qkv.rows, impl=self.impl)
-            q, k, v = rotate(layer, block.qkv(normed))
+            qkv, stream = self._normed(block.qkv, pending, block.norm1, block.eps, stream, fused)
+            q, k, v = rotate(layer, qkv)
             attended = attend(layer, q, k, v).transpose(1, 2).flatten(2)
-            normed, stream = add_norm(
-                block.o(attended), block.norm2, block.eps, stream, block.gate_up.rows, impl=self.impl
-            )
-            pending = block.down(swiglu(block.gate_up(normed), block.down.rows, impl=self.impl))
+            inner, stream = self._gated(block, block.o(attended), stream, fused)
+            pending = block.down(inner)
         return pending if stream is None else pending + stream
+
+    def _normed(
+        self, product: Product, x: Tensor, norm: Tensor, eps: float, stream: Tensor | None, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(product of norm(x + stream), x + stream)."""
+        weight = product.row_weight() if fused else None
+        if weight is not None:
+            return norm_gemv(x, weight, norm, eps, stream, product.bias, impl=self.impl)
+        normed, total = add_norm(x, norm, eps, stream, product.rows, impl=self.impl)
+        return product(normed), total
+
+    def _gated(self, block: FastBlock, x: Tensor, stream: Tensor | None, fused: bool) -> tuple[Tensor | Rows, Tensor]:
+        """(what `down` takes, x + stream)."""
+        weight = block.gate_up.row_weight() if fused else None
+        if weight is not None:
+            return norm_gemv(x, weight, block.norm2, block.eps, stream, gate=True, impl=self.impl)
+        both, total = self._normed(block.gate_up, x, block.norm2, block.eps, stream, False)
+        return swiglu(both, block.down.rows, impl=self.impl), total
 
     def keys_values(self, layer: int, x: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
         """K and V of one block's input: all that the last block of a prefix pass is needed for."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PARITY
 
 import mindomni_rt
 from mindomni_rt.backends.torch_attention import Segments, candidates, choose
 from mindomni_rt.backends.torch_graph import Replay
 from mindomni_rt.backends.torch_load import check_device
 from mindomni_rt.backends.torch_products import Dense, EightBit
-from mindomni_rt.backends.torch_tune import choose_eight_bit, choose_one_row
+from mindomni_rt.backends.torch_tune import choose_eight_bit, choose_fused_rows, choose_one_row
 from mindomni_rt.memory import Precision
 
 
@@ -61,28 +62,49 @@ def test_the_fastest_attention_that_is_right_is_taken(caplog: pytest.LogCaptureF
     assert choose({"sdpa": tried["sdpa"]}, q, k, v, segments) == "sdpa"  # by the real clock
 
 
-def test_one_row_products_are_chosen_once_a_shape() -> None:
+def test_one_row_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
     products = [Dense(torch.randn(6, 8), None, "torch") for _ in range(3)] + [Dense(torch.randn(5, 8), None, "torch")]
-    times = iter([2.0, 1.0, 1.0, 2.0])
-    choose_one_row(products, lambda run: (run(), next(times))[1])
+    times = iter([6.0, 3.0, 1.0, 2.0])
+    with caplog.at_level(logging.INFO):
+        choose_one_row(products, lambda run: (run(), next(times))[1])
     assert [p.one_row for p in products] == ["gemv"] * 3 + ["library"]
+    assert "library 2.0000 ms, gemv 1.0000 ms" in caplog.text  # three of a shape share the clock's time
 
 
 def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    products = [EightBit(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 48)]
+    products = [EightBit(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 16, 16, 16, 48)]
     times = iter([2.0, 1.0, 1.0, 2.0])
     with caplog.at_level(logging.INFO):
         choose_eight_bit(products, 20, lambda run: (run(), next(times))[1])
-    assert [p.how for p in products] == ["triton", "triton", "library"] and "1.000 ms" in caplog.text
+    assert [p.how for p in products] == ["triton"] * 5 + ["library"] and "1.0000 ms" in caplog.text
 
     def clock(run: Any) -> float:
         run()
         raise RuntimeError("no such product")
 
-    with caplog.at_level(logging.INFO), pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no int8 product"):
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no product of int8 rows of 16x32"),
+    ):
         choose_eight_bit(products, 20, clock)
     assert "no such product" in caplog.text
+
+
+@pytest.mark.parametrize("precision", [None, "language=int8", "language=int4"])
+def test_fused_rows(precision: str | None) -> None:
+    """Norm, product and gate as one kernel give the text that they give apart; chosen when it is faster."""
+    pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, precision=precision)
+    stack = pipe.backend.language_stack  # type: ignore[attr-defined]
+    options: dict[str, Any] = dict(height=32, width=32, num_inference_steps=1, max_new_tokens=12, output="numpy")
+    apart = pipe.generate("two cats", **options)
+    for times, fused in (((1.0, 2.0), False), ((2.0, 1.0), True)):
+        clock = iter(times)
+        choose_fused_rows(stack, lambda run, clock=clock: (run(), next(clock))[1])
+        assert stack.fused_rows == (fused and precision != "language=int4")  # 4-bit weights have no such kernel
+    found = pipe.generate("two cats", **{**options, "latents": apart.latents * 0})
+    again = pipe.generate("two cats", **{**options, "latents": apart.latents * 0})
+    assert found.token_ids == apart.token_ids == again.token_ids
 
 
 def test_types_that_a_gpu_lacks() -> None:
@@ -100,3 +122,24 @@ def test_a_replay_without_a_graph_runs_the_step() -> None:
     replay()
     replay()
     assert counter == 2
+
+
+@pytest.mark.parametrize("stage", ["language", "prefix", "denoiser"])
+def test_no_memory_is_told_by_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    pipe = mindomni_rt.load(PARITY, device="cpu", fast=True)
+    options: dict[str, Any] = dict(height=32, width=32, num_inference_steps=2, max_new_tokens=2)
+    calls = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    owner, name = {
+        "language": (pipe.backend.language_stack, "forward"),  # type: ignore[attr-defined]
+        "prefix": (pipe.backend.model.decoder, "modulation"),  # type: ignore[attr-defined]
+        "denoiser": (pipe.backend, "_loop"),
+    }[stage]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(mindomni_rt.OutOfMemoryError, match=f"stage {stage}.*2 GiB.*memory_budget"):
+        pipe.generate("two cats", **options)
+    assert calls

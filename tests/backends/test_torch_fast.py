@@ -17,7 +17,7 @@ import mindomni_rt
 from mindomni_rt import BadRequestError, Pipeline
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
 from mindomni_rt.backends.torch_cuda import FastOptions, TorchCudaBackend
-from mindomni_rt.memory import Precision
+from mindomni_rt.memory import Precision, stage_memory
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.planner import plan
 from mindomni_rt.residency import Residency
@@ -150,6 +150,25 @@ def test_every_budget_gives_the_same_image(slow: Pipeline) -> None:
 
 def _float32() -> Precision:
     return Precision.uniform("float32")
+
+
+def test_the_plan_counts_the_joint_buffers(fast: Pipeline) -> None:
+    """What running both branches at once adds to the plan: K/V of both conditions side by side, and their rows."""
+    fast.generate("two cats", **SMALL)
+    backend = fast.backend
+    assert isinstance(backend, TorchCudaBackend)
+    loop = next(iter(backend._loops.values()))
+    work = Workload(prompt_tokens=loop.shape.capacity, new_tokens=0, negative_tokens=loop.shape.capacity)
+    precision = _float32()
+    one, both = (
+        next(s for s in stage_memory(fast.config, replace(work, joint=joint), precision) if s.stage == "denoiser")
+        for joint in (False, True)
+    )
+    stack, tokens = fast.config.decoder.stack, work.image_tokens
+    workspace = 2 * 2 * stack.hidden_size * (loop.shape.capacity + 1 + tokens) * 4
+    block = tokens * (3 * stack.hidden_size + 4 * stack.intermediate_size) * 4
+    rows = max(block, tokens * 11 * stack.hidden_size * 4)
+    assert both.activations - one.activations == loop.keys.nbytes + loop.values.nbytes - workspace + rows
 
 
 def test_residency_moves_and_tells() -> None:

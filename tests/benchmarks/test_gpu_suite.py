@@ -27,7 +27,7 @@ def test_every_section_ran(report: tuple[dict, str]) -> None:
     sections = data["sections"]
     assert not [k for k, v in sections.items() if "failed" in v or "skipped" in v]
     assert all(case["right"] and case["seconds"]["ours"] > 0 for case in sections["kernels"]["cases"])
-    assert len(sections["kernels"]["cases"]) == 13 and data["wall_s"] < 60
+    assert len(sections["kernels"]["cases"]) == 14 and data["wall_s"] < 60
     for name in ("ours 96", "eager 96", "decoder=fp8", "diffusers"):
         assert sections[name]["step_s"] > 0
     assert "## Not measured" not in table and table.count("not yet measured") == len(TARGETS)
@@ -41,6 +41,13 @@ def test_ours_and_the_baselines_compute_the_same(report: tuple[dict, str]) -> No
     assert sections["decoding"]["tokens"] == sections["transformers"]["eager"]["tokens"]
     assert sections["decoding"]["tokens_as_transformers"] == 8
     assert 1e-4 < sections["decoder=int8"]["error_to_eager"] < sections["decoder=fp8"]["error_to_eager"] < 0.05
+
+
+def test_a_budget_swaps_parts(report: tuple[dict, str]) -> None:
+    data, table = report
+    (found,) = (s for name, s in data["sections"].items() if name.startswith("budget "))
+    assert found["under"] and found["resident"] == ["language"] and found["loads"] >= 6
+    assert "## Budgets" in table
 
 
 def test_sweep(tmp_path: Path) -> None:

@@ -172,11 +172,11 @@ class Attend(torch.nn.Module):
         self.o = torch.nn.Linear(2 * 32, 16)
 
     def forward(self, q, condition_k, condition_v, time_k, time_v, image_k, image_v):
-        from kernels.onnx_function import segment_attention_node
+        from kernels.onnx_function import attend_by_node
 
         pair = (condition_k, condition_v), (time_k, time_v), (image_k, image_v)
         if torch.onnx.is_in_onnx_export():
-            return self.o(segment_attention_node(q * 2, *pair))
+            return self.o(attend_by_node(q * 2, *pair).transpose(1, 2).flatten(2))  # as Attention.forward joins
         values = (q * 2, condition_k, condition_v, time_k, time_v, image_k, image_v)
         return self.o(meaning(dict(zip(INPUTS, values, strict=True))))
 
