@@ -18,6 +18,7 @@ from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.model.save import save_model
 from training import checkpointing
 from training.checkpointing import StorageError
 from training.config import OptimConfig
@@ -122,6 +123,8 @@ def test_rgpo_on_two_processes_with_frozen_bf16_weights(folder, tmp_path):
 
 def test_two_processes_write_a_whole_model(folder, tmp_path):
     config = HERE.parents[1] / "training" / "configs" / "shapes-sft.toml"
+    save_model(toy_contexts(folder).model, tmp_path / "start", source=folder)
+    folder = tmp_path / "start"
     settings = ["sft.decoder=lora", "lora.rank=2", "distill.weight=0.0", "optim.steps=2", "optim.batch=4"]
     places = [f"model={folder}", f"out={tmp_path}", f"data.cache_latents={tmp_path / 'latents'}", "data.image_size=32"]
     together(
