@@ -111,6 +111,7 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
         torch.testing.assert_close(resumed.weights[name], weight, atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_rgpo_on_two_processes_with_frozen_bf16_weights(folder, tmp_path):
     together(*command("rgpo", folder, tmp_path, 2))
     first, second = lines(tmp_path)
@@ -121,6 +122,7 @@ def test_rgpo_on_two_processes_with_frozen_bf16_weights(folder, tmp_path):
     assert all(".lora_" in name and weight.dtype == torch.float32 for name, weight in state.weights.items())
 
 
+@pytest.mark.slow
 def test_two_processes_write_a_whole_model(folder, tmp_path):
     config = HERE.parents[1] / "training" / "configs" / "shapes-sft.toml"
     save_model(toy_contexts(folder).model, tmp_path / "start", source=folder)
