@@ -197,6 +197,12 @@ def test_a_checkpoint_of_another_stage_is_refused(folder, tmp_path):
         checkpointing.restore(torn, run.trained, run.optimizer, run.ema)
 
 
+def test_a_run_of_another_seed_is_not_resumed(folder, tmp_path):
+    trainer(folder, tmp_path, optim={"steps": 1}).run()
+    with pytest.raises(BadCheckpointError, match="of another run"):
+        trainer(folder, tmp_path, optim={"steps": 2}, seed=7).run()
+
+
 def test_average_follows_its_formula(folder, tmp_path):
     run = trainer(folder, tmp_path, optim={"steps": 1, "ema": 0.75, "lr": 0.1})
     name = next(iter(run.trained))
