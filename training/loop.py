@@ -157,7 +157,8 @@ class Trainer:
             return False
         if state.fingerprint != self._fingerprint():
             raise BadCheckpointError(
-                f"{self.folder} is of another run ({state.fingerprint}, this one is {self._fingerprint()}); use a new `out`"
+                f"{self.folder} is of another run ({state.fingerprint}; this one is {self._fingerprint()}): "
+                "use a new `out`"
             )
         checkpointing.restore(state, self.trained, self.optimizer, self.ema)
         self.stream.load_state_dict(state.data)
