@@ -1,4 +1,4 @@
-"""python -m export build | verify | inspect | plan."""
+"""python -m export build | verify | inspect | plan | rehearse."""
 
 from __future__ import annotations
 
@@ -67,7 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--size", type=int, default=1024, metavar="PIXELS")
     plan.add_argument("--memory-budget", metavar="SIZE", help="8GiB; default: the device's memory")
     plan.set_defaults(run=_plan)
-    for command in (build, verify, inspect, plan):
+
+    rehearse = commands.add_parser(
+        "rehearse", help="build at published size with random weights; measures time and memory"
+    )
+    rehearse.add_argument("part", choices=("language", "connector", "decoder", "vae"))
+    rehearse.add_argument("--target", required=True)
+    rehearse.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"], default="bf16")
+    rehearse.add_argument("--layers", type=int, help="default: all of them")
+    rehearse.add_argument(
+        "--folder", type=Path, help="for the weights while it runs; default: the system's temporary one"
+    )
+    rehearse.add_argument("--out", type=Path, help="a JSON file to append the result to")
+    rehearse.set_defaults(run=_rehearse)
+    for command in (build, verify, inspect, plan, rehearse):
         command.add_argument("-v", "--verbose", action="count", default=0)
     return parser
 
@@ -132,6 +145,18 @@ def _plan(options: argparse.Namespace) -> int:
         budget=options.memory_budget,
     )
     print(report(plan))
+    return 0
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    target = parse_target(options.target)
+    choose(target, options.precision)
+    from .rehearse import record, rehearse, table
+
+    rows = rehearse(options.part, target, layers=options.layers, precision=options.precision, folder=options.folder)
+    print(table(rows))
+    if options.out:
+        record(rows, options.out)
     return 0
 
 

@@ -27,7 +27,9 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     dtype: str | None = None,
+    precision: str | None = None,
     memory_budget: str | float | None = None,
+    fast: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -36,6 +38,9 @@ def load(
 
     A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
     agree with it. memory_budget: "8GiB" or bytes; parts of the model that do not fit at once take turns.
+    precision (torch on CUDA): "fp8", "int8", "int4" or pairs such as "decoder=fp8,attention=int8" (`precision`). With a
+    memory_budget and no precision, the most exact one that fits is taken and logged. fast: our kernels and CUDA graphs;
+    None is on for CUDA.
     path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they do in
     huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA and float32 on
     the CPU. Raises BadCheckpointError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
@@ -44,6 +49,10 @@ def load(
         raise BadRequestError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     folder = resolve(path_or_repo_id, revision, token, local_files_only)
     if is_bundle(folder):
+        if precision is not None or fast is not None:
+            raise BadRequestError(
+                f"{folder} is a bundle: its precision was chosen at export; leave precision and fast out"
+            )
         return _load_bundle(folder, backend, device, dtype, memory_budget)
     if backend not in ("auto", "torch"):
         raise BadRequestError(
@@ -57,7 +66,8 @@ def load(
     from .backends.torch import load_torch
     from .pipeline import Pipeline
 
-    return Pipeline(load_torch(folder, device, dtype), folder)
+    loaded = load_torch(folder, device, dtype, precision=precision, memory_budget=memory_budget, fast=fast)
+    return Pipeline(loaded, folder)
 
 
 def _load_bundle(

@@ -124,12 +124,19 @@ def _prefix(config: ModelConfig, length: int, work: Workload, element: int) -> t
 
 
 def _denoiser(config: ModelConfig, work: Workload, element: int) -> int:
-    """One step's block, every branch's K/V buffer of one layer, positions, and latents in float32."""
+    """One step's block, every branch's K/V buffer of one layer, positions, and latents in float32.
+
+    joint: rows of all branches in one block, and their conditions' K/V of all layers copied side by side instead.
+    """
     stack, rows = config.decoder.stack, work.image_tokens * work.images
-    buffers = sum(
-        2 * stack.num_kv_heads * stack.head_dim * (length + 1 + work.image_tokens) * work.images * element
-        for length in work.branches
-    )
+    if work.joint:
+        rows *= len(work.branches)
+        buffers = len(work.branches) * _kv(stack, max(work.branches), element)
+    else:
+        buffers = sum(
+            2 * stack.num_kv_heads * stack.head_dim * (length + 1 + work.image_tokens) * work.images * element
+            for length in work.branches
+        )
     latents = 6 * work.images * config.decoder.latent_channels * (work.height // 8) * (work.width // 8) * 4
     tables = work.image_tokens * (stack.hidden_size * element + len(work.branches) * stack.head_dim * 4)
     return _block(stack, rows, element) + buffers + latents + tables

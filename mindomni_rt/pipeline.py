@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,10 @@ class Pipeline:
         "vit", or "vit+vae" on checkpoints trained with it; None is the checkpoint's own. max_image_tokens: cap on the
         reference image, None for none. preview_every: a preview each so many steps. output: "pil" or "numpy".
 
+        Lossy, off by default, not on every backend: guidance_interval (start, end) guides only steps that begin in it;
+        solver "multistep" is of second order, for fewer steps; step_cache reuses most of a step that changes less than
+        this threshold. draft_tokens: guesses verified at once while thinking; the text stays the same.
+
         callback sees every event and returns False to cancel. Raises BadRequestError, GenerationCancelled.
         """
         return self._last(self.stream(prompt, **options), callback)
@@ -140,6 +144,11 @@ class Pipeline:
             request = Request(prompt=prompt, **options)
         except TypeError as error:
             raise BadRequestError(f"generate: {error}".replace("Request.__init__() got", "got")) from error
+        lacking = [n for n in request.special() if n not in getattr(self.backend, "features", ())]
+        if lacking:
+            raise BadRequestError(
+                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option"
+            )
         return self._generate(request, cancel or threading.Event())
 
     def _generate(self, request: Request, cancel: threading.Event) -> Generator[Event, None, None]:
@@ -197,6 +206,7 @@ class Pipeline:
             messages = generate_messages(prompt, request.think, patches is not None, latent_tokens)
             tokens = request.max_new_tokens if request.think else 0
             language = self._language_request(messages, patches, embeds, tokens, request.temperature, seed, cancel)
+            language = replace(language, draft_tokens=request.draft_tokens)
             run = self.backend.language(language)
             text, new = yield from self._write(run, language, index, cancel, clock)
             texts.append(text)
@@ -287,6 +297,9 @@ class Pipeline:
             unguided=unguided,
             guidance_scale=request.guidance_scale,
             first_step=request.first_step,
+            guidance_interval=request.guidance_interval,
+            solver=request.solver,
+            step_cache=request.step_cache,
             cancelled=cancel.is_set,
         )
         current: Array = None

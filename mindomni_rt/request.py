@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from .backends.base import FIRST_STEPS
 from .errors import BadRequestError
 from .images import DEFAULT_IMAGE_TOKENS
 from .prompts import DEFAULT_NEGATIVE
+from .schedule import SOLVERS
 
 MAX_SIDE = 3072
 
@@ -40,6 +41,10 @@ class Request:
     max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS
     preview_every: int = 0
     output: str = "pil"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
+    step_cache: float = 0.0
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -59,6 +64,7 @@ class Request:
             ("first_step", FIRST_STEPS),
             ("edit_features", (None, "vit", "vit+vae")),
             ("output", ("pil", "numpy")),
+            ("solver", SOLVERS),
         ):
             if getattr(self, name) not in allowed:
                 raise BadRequestError(f"{name} = {getattr(self, name)!r}: expected one of {allowed}")
@@ -66,6 +72,13 @@ class Request:
             raise BadRequestError("cascade thinking needs think=True")
         if self.preview_every < 0:
             raise BadRequestError(f"preview_every = {self.preview_every}: expected 0 (none) or a number of steps")
+        start, end = self.guidance_interval if len(self.guidance_interval) == 2 else (1, 0)
+        if not 0 <= start < end <= 1:
+            raise BadRequestError(f"guidance_interval = {self.guidance_interval}: expected (start, end) within 0 to 1")
+        if not (math.isfinite(self.step_cache) and self.step_cache >= 0):
+            raise BadRequestError(f"step_cache = {self.step_cache}: expected 0 (off) or a small positive threshold")
+        if not 0 <= self.draft_tokens <= 16:
+            raise BadRequestError(f"draft_tokens = {self.draft_tokens}: expected 0 (off) to 16")
         if self.seed is not None and not isinstance(self.seed, int):
             raise BadRequestError(f"seed = {self.seed!r}: expected a whole number")
         if self.latents is not None and np.shape(self.latents) != self.latent_shape:
@@ -75,6 +88,12 @@ class Request:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(n, 4, H/8, W/8)."""
         return self.num_images, 4, self.height // 8, self.width // 8
+
+    def special(self) -> list[str]:
+        """Options in use that not every backend has: the lossy ones and drafts."""
+        defaults = {f.name: f.default for f in fields(self)}
+        names = ("guidance_interval", "solver", "step_cache", "draft_tokens")
+        return [n for n in names if getattr(self, n) != defaults[n]]
 
     def settings(self) -> dict[str, Any]:
         """What repeats the request, as plain data: everything but images and latents."""

@@ -24,6 +24,7 @@ class Workload:
 
     prompt_tokens: of the rendered chat, image tokens included. new_tokens: written while thinking (0: no thinking).
     patches: (rows, columns) of the input image's 14-pixel patches, (0, 0) for none. guidance: two branches or one.
+    joint: both branches in one launch, as the fast path of the torch backend runs them.
     """
 
     prompt_tokens: int = 100
@@ -35,6 +36,7 @@ class Workload:
     steps: int = 50
     images: int = 1
     guidance: bool = True
+    joint: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 0), ("negative_tokens", 0), ("steps", 1)):

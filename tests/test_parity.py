@@ -23,13 +23,14 @@ UNDERSTANDING = [c for c in CASES if c.startswith("understand")]
 
 
 # Relative error allowed, and the largest in a pixel.
-BOUNDS = {"torch": (1e-4, 1 / 255), "onnx": (1e-4, 1 / 255), "onnx fp16": (2e-2, 2e-2)}
+BOUNDS = {"torch": (1e-4, 1 / 255), "torch fast": (1e-4, 1 / 255), "onnx": (1e-4, 1 / 255), "onnx fp16": (2e-2, 2e-2)}
 
 
 @pytest.fixture(scope="module", params=BOUNDS)
 def pipe(request: pytest.FixtureRequest, parity: Path, bundles: Callable[[str], Path]) -> Pipeline:
     folder = {"onnx": "fp32", "onnx fp16": "fp16"}.get(request.param)
-    pipe = mindomni_rt.load(bundles(folder) if folder else parity, device="cpu")
+    fast = True if request.param == "torch fast" else None
+    pipe = mindomni_rt.load(bundles(folder) if folder else parity, device="cpu", fast=fast)
     pipe.bound, pipe.pixel_bound = BOUNDS[request.param]  # type: ignore[attr-defined]
     return pipe
 

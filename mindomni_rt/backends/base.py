@@ -31,7 +31,8 @@ class LanguageRequest:
 
     token_ids (S,); positions (3, S) and next_position as `positions.mrope_positions` gives them; image_embeds from
     stage `vision`, in the order of the image tokens. temperature 0 is greedy; above it each token is drawn with its
-    entry of `uniforms` (max_new_tokens,), so that every backend draws alike.
+    entry of `uniforms` (max_new_tokens,), so that every backend draws alike. draft_tokens: guesses verified at once
+    (`speculative`), where the backend can; the text is the same.
     """
 
     token_ids: NDArray[np.int64]
@@ -43,6 +44,7 @@ class LanguageRequest:
     repetition_penalty: float = 1.0
     temperature: float = 0.0
     uniforms: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    draft_tokens: int = 0
     cancelled: Callable[[], bool] = never
 
 
@@ -70,7 +72,8 @@ class DenoiseRequest:
 
     unguided None runs the guided branch alone (guidance scale 1 needs no other). first_step "condition_only" gives
     the first step the condition's keys only, as the released code does with its cache on; "full" is the model as
-    trained.
+    trained. guidance_interval, solver and step_cache are lossy (`schedule.within`, `schedule.Solver`,
+    `torch_cache.StepCache`); a backend names those it can in `features`.
     """
 
     latents: NDArray[np.float32]
@@ -79,6 +82,9 @@ class DenoiseRequest:
     unguided: Prefix | None
     guidance_scale: float
     first_step: str = "full"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
+    step_cache: float = 0.0
     cancelled: Callable[[], bool] = never
 
 

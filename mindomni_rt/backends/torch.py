@@ -24,18 +24,28 @@ from ..model.decoder import PrefixKV
 from ..model.mindomni import MindOmniModel, load_model
 from ..positions import image_positions, rope_tables, time_features
 from ..sampling import choose_token
-from ..schedule import guide
+from ..schedule import Solver, guide, within
+from ..speculative import PromptLookup
 from .base import DenoiseRequest, LanguageRequest
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_torch(path: Path, device: str = "auto", dtype: str | None = None) -> TorchBackend:
+def load_torch(
+    path: Path,
+    device: str = "auto",
+    dtype: str | None = None,
+    *,
+    precision: str | None = None,
+    memory_budget: str | float | None = None,
+    fast: bool | None = None,
+) -> TorchBackend:
     """A checkpoint folder on a device. device "auto" takes CUDA where there is one.
 
-    dtype by name; None is bfloat16 on CUDA and float32 on the CPU. Raises BadCheckpointError,
-    UnsupportedDeviceError.
+    dtype by name; None is bfloat16 on CUDA and float32 on the CPU. fast: our kernels, static buffers and CUDA graphs;
+    None is on for CUDA. precision and memory_budget as in `load`; they need the fast path.
+    Raises BadCheckpointError, BadRequestError, OutOfMemoryError, UnsupportedDeviceError.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,10 +57,17 @@ def load_torch(path: Path, device: str = "auto", dtype: str | None = None) -> To
     dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
     if dtype not in _DTYPES:
         raise BadRequestError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
-    # The VAE stays in float32: that is what the released code computes, and SDXL's overflows in float16.
-    model, report = load_model(path, _DTYPES[dtype], device, vae_dtype=torch.float32)
-    logger.info("%s", report)
-    return TorchBackend(model, device=device, report=report)
+    fast = kind == "cuda" if fast is None else fast
+    if not fast:
+        if precision is not None or memory_budget is not None:
+            raise BadRequestError("precision and memory_budget need the fast path: device='cuda', or fast=True")
+        # The VAE stays in float32: that is what the released code computes, and SDXL's overflows in float16.
+        model, report = load_model(path, _DTYPES[dtype], device, vae_dtype=torch.float32)
+        logger.info("%s", report)
+        return TorchBackend(model, device=device, report=report)
+    from .torch_load import load_fast
+
+    return load_fast(path, device, dtype, precision, memory_budget)
 
 
 @dataclass(frozen=True)
@@ -102,13 +119,13 @@ class TorchLanguageRun:
         cos, sin = self._backend.tensors(*rope_tables(stack.rope, stack.head_dim, positions, positions.shape[-1]))
         return cos, sin
 
-    def _advance(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Runs embeddings x through the stack, keeps their hidden states, returns the last one's logits."""
+    def _advance(self, x: Tensor, cos: Tensor, sin: Tensor, all_rows: bool = False) -> Tensor:
+        """Runs embeddings x through the stack, keeps their hidden states, returns the last one's logits, or all."""
         start, end = self._filled, self._filled + x.shape[1]
         hidden = self._backend.model.language(x, cos, sin, self._cache, start)
         self._hidden[:, start:end] = hidden
         self._filled = end
-        return self._backend.model.language.logits(hidden[:, -1])
+        return self._backend.model.language.logits(hidden if all_rows else hidden[:, -1])
 
     def __iter__(self) -> Iterator[int]:
         request = self._request
@@ -118,24 +135,46 @@ class TorchLanguageRun:
         with torch.inference_mode():
             logits = self._prefill()
             cos, sin = self._tables(request.next_position + np.arange(request.max_new_tokens))
-        seen = list(map(int, request.token_ids))
-        for index in range(request.max_new_tokens):
-            uniform = float(request.uniforms[index]) if request.temperature > 0 else 0.0
-            scores = logits[0].float().cpu().numpy()
-            token = choose_token(scores, seen, request.repetition_penalty, request.temperature, uniform)
-            seen.append(token)
-            yield token
-            if token in request.eos_token_ids or index + 1 == request.max_new_tokens or request.cancelled():
-                return
+        text = [int(t) for t in request.token_ids]
+        lookup = PromptLookup(text)
+        chosen = [self._choose(logits[0], text, 0)]
+        told = 0
+        while True:
+            for token in chosen:
+                text.append(token)
+                lookup.push(token)
+                told += 1
+                yield token
+                if token in request.eos_token_ids or told == request.max_new_tokens or request.cancelled():
+                    self._filled = len(text) - 1  # what a guess computed past the end is not part of the text
+                    return
+            room = request.max_new_tokens - told - 1
+            draft = lookup.draft(min(request.draft_tokens, room)) if request.draft_tokens else []
             with torch.inference_mode():
-                x = self._backend.model.language.embed(torch.tensor([[token]], device=self._backend.device))
-                logits = self._advance(x, cos[index : index + 1], sin[index : index + 1])
+                ids = torch.tensor([[text[-1], *draft]], device=self._backend.device)
+                x = self._backend.model.language.embed(ids)
+                rows = self._advance(
+                    x, cos[told - 1 : told + len(draft)], sin[told - 1 : told + len(draft)], all_rows=True
+                )
+            chosen = []
+            for place in range(len(draft) + 1):
+                chosen.append(self._choose(rows[0, place], text + chosen, told + place))
+                if place < len(draft) and draft[place] != chosen[place]:
+                    break
+            self._filled += len(chosen) - len(draft) - 1
+
+    def _choose(self, logits: Tensor, seen: Sequence[int], index: int) -> int:
+        request = self._request
+        uniform = float(request.uniforms[index]) if request.temperature > 0 else 0.0
+        scores = logits.float().cpu().numpy()
+        return choose_token(scores, seen, request.repetition_penalty, request.temperature, uniform)
 
 
 class TorchBackend:
     """The six stages on PyTorch modules. Runs wherever they are; float32 on the CPU is the reference."""
 
     name = "torch"
+    features = frozenset({"solver", "guidance_interval", "draft_tokens"})
 
     def __init__(self, model: MindOmniModel, device: str = "cpu", report: LoadReport | None = None) -> None:
         self.model, self.device, self.report = model, device, report
@@ -194,17 +233,23 @@ class TorchBackend:
         positions = self._positions(height // patch, width // patch)
         branches = [b for b in (request.guided, request.unguided) if isinstance(b, TorchPrefix)]
         tables = [self._image_tables(b, positions.shape[0], latents.shape[0]) for b in branches]
+        solver, before = Solver(request.solver), 0
         for step, (now, following) in enumerate(zip(request.times[:-1], request.times[1:], strict=True)):
             if request.cancelled():
                 return
             quirk = step == 0 and request.first_step == "condition_only"
+            count = len(branches) if within(float(now), request.guidance_interval) else 1
             velocities = [
-                self._velocity(b, t, step, latents, positions, quirk) for b, t in zip(branches, tables, strict=True)
+                self._velocity(b, t, step, latents, positions, quirk)
+                for b, t in zip(branches[:count], tables[:count], strict=True)
             ]
             velocity = velocities[0]
             if len(velocities) == 2:
                 velocity = guide(velocities[0], velocities[1], request.guidance_scale)
-            latents = latents + float(following - now) * velocity
+            if count != before:
+                solver.forget()
+            before, length = count, float(following - now)
+            latents = latents + length * solver.direction(velocity, length)
             yield latents, velocity
 
     def _velocity(
@@ -241,7 +286,8 @@ class TorchBackend:
         scaled = latents.float() / config.scaling_factor + config.shift_factor
         try:
             # One image at a time: decoding is the peak of memory, and a batch gains nothing on large images.
-            pixels = [self.model.vae.decode(row[None]) for row in scaled]
+            kind = self.model.vae.post_quant_conv.weight.dtype
+            pixels = [self.model.vae.decode(row[None].to(kind)).float() for row in scaled]
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError("no memory left to decode the image; choose a smaller size") from error
         images = torch.cat(pixels).mul_(0.5).add_(0.5).clamp_(0, 1)
@@ -252,7 +298,8 @@ class TorchBackend:
         config = self.config.vae
         if self.model.vae.encoder is None:
             raise BadRequestError("this checkpoint's VAE has no encoder; use edit_features='vit'")
-        mean, _ = self.model.vae.encode(self.tensors(pixels)[0])
+        kind = self.model.vae.post_quant_conv.weight.dtype
+        mean = self.model.vae.encode(self.tensors(pixels)[0].to(kind))[0].float()
         return (mean - config.shift_factor) * config.scaling_factor
 
     def numpy(self, array: Tensor) -> NDArray[np.float32]:

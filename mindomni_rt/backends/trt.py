@@ -15,7 +15,6 @@ import logging
 import mmap
 import os
 import re
-import tempfile
 import threading
 import weakref
 from collections.abc import Collection, Mapping
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, open_bundle, read_manifest
+from ..bundle import Bundle, open_bundle, read_manifest, write_whole
 from ..contracts import STAGES, graph_specs
 from ..errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
 from .arrays import NUMPY, DeviceArray
@@ -294,19 +293,6 @@ class _KernelCache:
             write_whole(self._path, bytes(self._cache.serialize()))
         except OSError as error:
             logger.warning("compiled kernels were not kept: %s", error)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
 
 
 def _driver() -> Any:

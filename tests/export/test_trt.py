@@ -15,7 +15,7 @@ from mindomni_rt import BadBundleError, BadRequestError, MissingExtraError, Unsu
 from mindomni_rt.backends import trt
 from mindomni_rt.backends.capture import STAGED_BYTES, Action, Captures, staged
 from mindomni_rt.backends.trt_module import import_tensorrt
-from mindomni_rt.bundle import MANIFEST, read_manifest
+from mindomni_rt.bundle import MANIFEST, read_manifest, write_whole
 
 
 def test_device_names() -> None:
@@ -62,9 +62,9 @@ def test_kernel_cache_file_is_of_one_gpu_and_release(monkeypatch: pytest.MonkeyP
 
 def test_write_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cache.bin"
-    trt.write_whole(path, b"first")
+    write_whole(path, b"first")
     with pytest.raises(TypeError):
-        trt.write_whole(path, "not bytes")  # type: ignore[arg-type]
+        write_whole(path, "not bytes")  # type: ignore[arg-type]
     assert path.read_bytes() == b"first" and [p.name for p in path.parent.iterdir()] == ["cache.bin"]
 
 

@@ -1,0 +1,311 @@
+"""Attention with 8-bit scores: int8 Q and K with a scale a token, then fp8 or 16-bit P·V.
+
+Two kernels. `pack` writes [image | time | condition] of K once as int8 (it must be read anyway, so joining the segments
+is free here) and V beside it, as fp8 or as it was. `attend` quantizes each query row while it is in registers, takes
+scores in int32 and the softmax in float32. Subtracting any one vector from all keys of a head leaves the softmax as it
+is; the mean of the image's keys is taken away first because it is what makes int8 too coarse (as SageAttention found).
+fp8 P·V: P is in [0, 1] and becomes e4m3 times 448, V has a scale a head and channel.
+
+Axes as in `segment_attention`; T = N + 1 + L tokens packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .language import tl, triton
+from .launch import TENSOR_CORES, Launch, for_sm, interpreting, sm_of, split_head, upcast, use_triton
+from .quantize import quantize_rows_torch, round_e4m3
+from .segment_attention import LOG2_E
+from .spec import Spec, make_spec, pointers
+
+LAUNCHES = {
+    80: Launch(block_m=128, block_n=64, warps=8, stages=3),
+    86: Launch(block_m=128, block_n=64, warps=8, stages=3),
+    89: Launch(block_m=128, block_n=64, warps=8, stages=3),
+    90: Launch(block_m=128, block_n=128, warps=8, stages=3),
+    100: Launch(block_m=128, block_n=64, warps=8, stages=3),
+    120: Launch(block_m=128, block_n=64, warps=8, stages=3),
+}
+PACK_ROWS = 16
+PV = ("fp8", "16bit")
+
+
+@triton.jit
+def pack_kernel(
+    ik_ptr: tl.tensor,
+    iv_ptr: tl.tensor,
+    tk_ptr: tl.tensor,
+    tv_ptr: tl.tensor,
+    ck_ptr: tl.tensor,
+    cv_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    images: tl.tensor,
+    total: tl.tensor,
+    heads: tl.tensor,
+    share: tl.tensor,
+    ik_b: tl.tensor,
+    ik_h: tl.tensor,
+    ik_n: tl.tensor,
+    tk_b: tl.tensor,
+    tk_h: tl.tensor,
+    ck_b: tl.tensor,
+    ck_h: tl.tensor,
+    ck_n: tl.tensor,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    EMULATE: tl.constexpr,
+) -> None:
+    """K and V of a segment share their strides. mean, v_scale (B, Hkv, D); k, v (B, Hkv, T, D); k_scale (B, Hkv, T)."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    index = tl.program_id(1).to(tl.int64)
+    batch, head = index // heads, index % heads
+    owner = batch // share
+    d = tl.arange(0, PADDED)
+    keep = (n < total)[:, None] & (d < D)[None, :]
+    at = batch * ik_b + head * ik_h + n * ik_n
+    time = owner * tk_b + head * tk_h
+    after = owner * ck_b + head * ck_h + (n - images - 1) * ck_n
+    k_rows = tl.where(n < images, ik_ptr + at, tl.where(n == images, tk_ptr + time, ck_ptr + after))
+    v_rows = tl.where(n < images, iv_ptr + at, tl.where(n == images, tv_ptr + time, cv_ptr + after))
+    k = tl.load(k_rows[:, None] + d[None, :], mask=keep, other=0.0).to(tl.float32)
+    k = k - tl.load(mean_ptr + index * D + d, mask=d < D, other=0.0)[None, :]
+    k = tl.where(keep, k, 0.0)
+    scale = tl.maximum(tl.max(tl.abs(k), 1) / 127.0, 1e-12)
+    k = (k / scale[:, None] + 12582912.0) - 12582912.0
+    place = index * total + n
+    tl.store(k_ptr + place[:, None] * D + d[None, :], k.to(tl.int8), mask=keep)
+    tl.store(k_scale_ptr + place, scale, mask=n < total)
+    v = tl.load(v_rows[:, None] + d[None, :], mask=keep, other=0.0)
+    if FP8:
+        v = v.to(tl.float32) / tl.load(v_scale_ptr + index * D + d, mask=d < D, other=1.0)[None, :]
+        v = tl.minimum(tl.maximum(v, -448.0), 448.0)
+        if EMULATE:
+            v = round_e4m3(v)
+    tl.store(v_ptr + place[:, None] * D + d[None, :], v.to(v_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    o_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    scale: tl.tensor,
+    queries: tl.tensor,
+    images: tl.tensor,
+    total: tl.tensor,
+    heads: tl.tensor,
+    share: tl.tensor,
+    q_b: tl.tensor,
+    q_h: tl.tensor,
+    q_n: tl.tensor,
+    o_b: tl.tensor,
+    o_h: tl.tensor,
+    o_n: tl.tensor,
+    GROUP: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FP8: tl.constexpr,
+    EMULATE: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    kv = batch * (heads // GROUP) + head // GROUP
+    D: tl.constexpr = D0 + D1
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    inside = rows[:, None] < queries
+    q_rows = q_ptr + batch * q_b + head * q_h + rows[:, None] * q_n
+    q0 = tl.load(q_rows + d0[None, :], mask=inside, other=0.0).to(tl.float32)
+    q1 = tl.load(q_rows + d1[None, :], mask=inside, other=0.0).to(tl.float32)
+    q_scale = tl.maximum(tl.maximum(tl.max(tl.abs(q0), 1), tl.max(tl.abs(q1), 1)) / 127.0, 1e-12)
+    q0 = ((q0 / q_scale[:, None] + 12582912.0) - 12582912.0).to(tl.int8)
+    q1 = ((q1 / q_scale[:, None] + 12582912.0) - 12582912.0).to(tl.int8)
+    q_scale = q_scale * scale
+
+    acc0 = tl.zeros([BM, D0], dtype=tl.float32)
+    acc1 = tl.zeros([BM, D1], dtype=tl.float32)
+    top = tl.full([BM], float("-inf"), dtype=tl.float32)
+    sums = tl.zeros([BM], dtype=tl.float32)
+    columns = tl.arange(0, BN)
+    length = images + 1 + tl.load(lengths_ptr + batch // share)
+    for start in range(0, length, BN):
+        n = start + columns
+        keep = n < length
+        place = kv * total + n
+        k0 = tl.load(k_ptr + place[None, :] * D + d0[:, None], mask=keep[None, :], other=0)
+        k1 = tl.load(k_ptr + place[None, :] * D + d1[:, None], mask=keep[None, :], other=0)
+        scores = tl.dot(q0, k0, out_dtype=tl.int32)
+        scores = tl.dot(q1, k1, scores, out_dtype=tl.int32)
+        k_scale = tl.load(k_scale_ptr + place, mask=keep, other=0.0)
+        s = scores.to(tl.float32) * (q_scale[:, None] * k_scale[None, :])
+        s = tl.where(keep[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        sums = sums * shrink + tl.sum(p, 1)
+        v0 = tl.load(v_ptr + place[:, None] * D + d0[None, :], mask=keep[:, None], other=0.0)
+        v1 = tl.load(v_ptr + place[:, None] * D + d1[None, :], mask=keep[:, None], other=0.0)
+        if FP8:
+            p = p * 448.0
+            if EMULATE:
+                p = round_e4m3(p)
+        if UPCAST:
+            v0, v1 = v0.to(tl.float32), v1.to(tl.float32)
+        p = p.to(v0.dtype)
+        acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
+        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+        top = new_top
+    o_rows = o_ptr + batch * o_b + head * o_h + rows[:, None] * o_n
+    weight = 1.0 / sums[:, None]
+    if FP8:
+        v_scale0 = tl.load(v_scale_ptr + kv * D + d0)
+        v_scale1 = tl.load(v_scale_ptr + kv * D + d1)
+        acc0 = acc0 * v_scale0[None, :] * (1.0 / 448.0)
+        acc1 = acc1 * v_scale1[None, :] * (1.0 / 448.0)
+    tl.store(o_rows + d0[None, :], (acc0 * weight).to(o_ptr.dtype.element_ty), mask=inside)
+    tl.store(o_rows + d1[None, :], (acc1 * weight).to(o_ptr.dtype.element_ty), mask=inside)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _statistics(condition: Pair, time: Pair, image: Pair, fp8: bool) -> tuple[Tensor, Tensor]:
+    """(mean of the image's keys, scale of each channel of V), float32 (B, Hkv, D)."""
+    mean = image[0].mean(2, dtype=torch.float32)
+    if not fp8:
+        return mean, mean
+    prefix = torch.maximum(condition[1].abs().amax(2), time[1].abs())
+    prefix = prefix.repeat_interleave(mean.shape[0] // prefix.shape[0], 0)
+    return mean, (torch.maximum(image[1].abs().amax(2), prefix).float() / 448).clamp_min(1e-12)
+
+
+def int8_attention_torch(
+    q: Tensor, condition: Pair, time: Pair, image: Pair, lengths: Tensor | None = None, pv: str = "fp8"
+) -> Tensor:
+    """The meaning of `int8_attention`, with every rounding but that of P against a running maximum."""
+    batch, group = q.shape[0], q.shape[1] // image[0].shape[1]
+    mean, v_scale = _statistics(condition, time, image, pv == "fp8")
+    share = batch // condition[0].shape[0]
+    out = []
+    for row in range(batch):
+        owner = row // share
+        length = condition[0].shape[2] if lengths is None else int(lengths[owner])
+        k, v = (
+            torch.cat([image[i][row], time[i][owner].unsqueeze(1), condition[i][owner][:, :length]], dim=1)
+            for i in (0, 1)
+        )
+        keys = quantize_rows_torch(k.float() - mean[row].unsqueeze(1), "int8").dequantize()
+        scores = quantize_rows_torch(q[row], "int8").dequantize() @ keys.repeat_interleave(group, 0).transpose(1, 2)
+        p = (scores * q.shape[-1] ** -0.5).float()
+        p = (p - p.amax(-1, keepdim=True)).exp()
+        sums = p.sum(-1, keepdim=True)
+        values = v.float()
+        if pv == "fp8":
+            scale = v_scale[row].unsqueeze(1)
+            values = (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+            p = (p * 448).to(torch.float8_e4m3fn).float() / 448
+        else:
+            p = p.to(q.dtype).float()
+        out.append(p @ values.repeat_interleave(group, 0) / sums)
+    return torch.stack(out).to(q.dtype)
+
+
+def int8_attention(
+    q: Tensor,
+    condition: Pair,
+    time: Pair,
+    image: Pair,
+    lengths: Tensor | None = None,
+    pv: str = "fp8",
+    impl: str = "auto",
+    launch: Launch | None = None,
+) -> Tensor:
+    """As `segment_attention`, in 8 bits. pv: "fp8" (Ada and later) or "16bit".
+
+    head_dim must be the sum of two powers of two of 32 or more. K and V of a segment must have the same strides.
+    Returns (B, Hq, N, D) stored as (B, N, Hq, D). Raises ValueError for what does not fit.
+    """
+    if pv not in PV:
+        raise ValueError(f"pv {pv!r}: expected one of {', '.join(PV)}")
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, images = image[0].shape[1:3]
+    d0, d1 = split_head(head_dim)
+    if not use_triton(impl, q, d1 >= 32, f"head_dim {head_dim} is not the sum of two powers of two of 32 or more"):
+        return int8_attention_torch(q, condition, time, image, lengths, pv)
+    for name, (k, v) in (("condition", condition), ("time", time), ("image", image)):
+        if k.stride() != v.stride() or k.stride(-1) != 1:
+            raise ValueError(f"{name}: K and V need the same strides and a contiguous last axis")
+    launch = launch or for_sm(LAUNCHES, sm_of(q))
+    fp8, prefixes, capacity = pv == "fp8", *condition[0].shape[0::2][:2]
+    if lengths is None:
+        lengths = torch.full((prefixes,), capacity, dtype=torch.int32, device=q.device)
+    mean, v_scale = _statistics(condition, time, image, fp8)
+    total = images + 1 + capacity
+    keys = torch.empty(batch, kv_heads, total, head_dim, dtype=torch.int8, device=q.device)
+    values = torch.empty_like(keys, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
+    k_scale = torch.empty(batch, kv_heads, total, dtype=torch.float32, device=q.device)
+    share = batch // prefixes
+    pack_kernel[triton.cdiv(total, PACK_ROWS), batch * kv_heads](
+        *image, *time, *condition, mean, v_scale, keys, k_scale, values, images, total, kv_heads, share,
+        *image[0].stride()[:3], *time[0].stride()[:2], *condition[0].stride()[:3],
+        ROWS=PACK_ROWS, D=head_dim, PADDED=triton.next_power_of_2(head_dim), FP8=fp8, EMULATE=interpreting(),
+        num_warps=4,
+    )  # fmt: skip
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    attend_kernel[triton.cdiv(queries, launch.block_m), batch * heads](
+        q, keys, k_scale, values, v_scale, out, lengths, head_dim**-0.5 * LOG2_E,
+        queries, images, total, heads, share, *q.stride()[:3], *out.stride()[:3],
+        GROUP=heads // kv_heads, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, FP8=fp8, EMULATE=interpreting(),
+        UPCAST=upcast(q) and not fp8, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out
+
+
+def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[Spec]:
+    """What `kernels.aot` compiles: both kinds of P·V where the SM has them, and their packing. Nothing on Turing."""
+    if sm < TENSOR_CORES:
+        return
+    launch = for_sm(LAUNCHES, sm)
+    d0, d1 = split_head(head_dim)
+    own = dict(GROUP=group, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, EMULATE=False, UPCAST=False)
+    floats = dict(k="i8", k_scale="fp32", v_scale="fp32")
+    sizes = ("images", "total", "heads", "share")
+    for pv in PV if sm >= 89 else PV[1:]:
+        v = "fp8e4nv" if pv == "fp8" else dtype
+        yield make_spec(
+            f"int8_attention_{head_dim}_{pv}",
+            attend_kernel,
+            {**pointers(attend_kernel, dtype, **floats, v=v, lengths="i32"), "scale": "fp32"},
+            dict(**own, FP8=pv == "fp8"),
+            launch.warps,
+            launch.stages,
+            unaligned=("queries", *sizes),
+        )
+        yield make_spec(
+            f"int8_attention_{head_dim}_pack_{pv}",
+            pack_kernel,
+            pointers(pack_kernel, dtype, **floats, v=v, mean="fp32"),
+            dict(
+                ROWS=PACK_ROWS, D=head_dim, PADDED=triton.next_power_of_2(head_dim), FP8=pv == "fp8", EMULATE=False
+            ),
+            4,
+            1,
+            unaligned=sizes,
+        )  # fmt: skip

@@ -1,0 +1,174 @@
+"""Matrix products of 8-bit rows: (a · scale_a) (w · scale_w)ᵀ with one scale a token and one a channel.
+
+int8 accumulates exactly in int32; fp8 in float32. The scales and the bias are applied while the result is in registers,
+which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). The library's own products are
+a third implementation: torch._scaled_mm (fp8, Ada and later) and torch._int_mm, the only one on Turing (Triton has no
+int8 product there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .language import tl, triton
+from .launch import TENSOR_CORES, Launch, for_sm, sm_of, tensor_cores, use_triton
+from .quantize import LARGEST, Rows, eight_bit_types, quantize_rows_torch
+from .spec import Spec, make_spec, pointers
+
+BLOCK_K = 128
+GROUP = 8  # row blocks that share a column block before moving on, for the L2
+LAUNCHES = {
+    80: Launch(block_m=128, block_n=128, warps=8, stages=3),
+    86: Launch(block_m=128, block_n=128, warps=8, stages=3),
+    87: Launch(block_m=128, block_n=128, warps=8, stages=3),
+    89: Launch(block_m=128, block_n=128, warps=8, stages=3),
+    90: Launch(block_m=128, block_n=256, warps=8, stages=4),
+    100: Launch(block_m=128, block_n=256, warps=8, stages=4),
+    120: Launch(block_m=128, block_n=128, warps=8, stages=3),
+}
+
+
+@triton.jit
+def linear8_kernel(
+    a_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    scale_a_ptr: tl.tensor,
+    scale_w_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    o_ptr: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTEGER: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> None:
+    rows_of, columns_of = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    index = tl.program_id(0)
+    band = index // (GROUP * columns_of)
+    height = tl.minimum(rows_of - band * GROUP, GROUP)
+    block_m = band * GROUP + (index % (GROUP * columns_of)) % height
+    block_n = (index % (GROUP * columns_of)) // height
+    rows = block_m * BM + tl.arange(0, BM)
+    columns = block_n * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    # Rows past the end read row 0 again and are not stored: no mask inside the loop.
+    a = a_ptr + tl.where(rows < m, rows, 0).to(tl.int64)[:, None] * k + inner[None, :]
+    w = w_ptr + tl.where(columns < n, columns, 0).to(tl.int64)[None, :] * k + inner[:, None]
+    acc = tl.zeros([BM, BN], dtype=tl.int32 if INTEGER else tl.float32)
+    for start in range(0, k, BK):
+        if EVEN:
+            x, y = tl.load(a), tl.load(w)
+        else:
+            x = tl.load(a, mask=inner[None, :] < k - start, other=0.0)
+            y = tl.load(w, mask=inner[:, None] < k - start, other=0.0)
+        acc = tl.dot(x, y, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
+        a += BK
+        w += BK
+    scale_a = tl.load(scale_a_ptr + rows, mask=rows < m, other=0.0)
+    scale_w = tl.load(scale_w_ptr + columns, mask=columns < n, other=0.0)
+    out = acc.to(tl.float32) * scale_a[:, None] * scale_w[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    to = o_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
+    tl.store(to, out.to(o_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
+
+
+def quantize_weight(weight: Tensor, kind: str) -> Rows:
+    """A weight (N, K) with one scale a channel (row)."""
+    parts = [quantize_rows_torch(part, kind) for part in weight.split(4096)]
+    return Rows(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))
+
+
+def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """The meaning of `linear8`: sums in float64 (exact for int8), then the scales."""
+    out = (a.values.double() @ weight.values.double().T).float() * a.scale * weight.scale[:, 0]
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def linear8_library(
+    a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
+) -> Tensor:
+    """The same by the library's own products, with their limits on shapes (K and N multiples of 16).
+
+    fast: fp8 sums in the tensor cores' own, shorter registers (Hopper), at some precision.
+    """
+    flat = a.values.reshape(-1, a.values.shape[-1])
+    scale, channels = a.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
+    if flat.dtype == torch.int8:
+        short = max(17 - flat.shape[0], 0)  # _int_mm on CUDA wants more than 16 rows
+        product = torch._int_mm(F.pad(flat, (0, 0, 0, short)), weight.values.T)[: flat.shape[0]]
+        out = product * scale * channels
+        out = (out if bias is None else out + bias.float()).to(dtype)
+    else:
+        out = torch._scaled_mm(
+            flat, weight.values.T, scale_a=scale, scale_b=channels, bias=bias, out_dtype=dtype, use_fast_accum=fast
+        )
+    return out.unflatten(0, a.values.shape[:-1])
+
+
+def linear8(
+    a: Rows,
+    weight: Rows,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+    launch: Launch | None = None,
+) -> Tensor:
+    """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
+
+    impl: "triton", "torch" (the meaning), "library", or "auto": on CUDA the library for fp8 and Triton for int8 (the
+    library on Turing), the meaning elsewhere. Raises ValueError for shapes or types that do not fit.
+    """
+    if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
+        raise ValueError(
+            f"rows {a.values.dtype} {tuple(a.values.shape)} do not fit a weight "
+            f"{weight.values.dtype} {tuple(weight.values.shape)}"
+        )
+    integer = a.values.dtype == torch.int8
+    device = a.values.device
+    if impl == "library" or (impl == "auto" and a.values.is_cuda and not (integer and tensor_cores(device))):
+        return linear8_library(a, weight, dtype, bias)
+    if not use_triton(impl, a.values):
+        return linear8_torch(a, weight, dtype, bias)
+    launch = launch or for_sm(LAUNCHES, sm_of(a.values))
+    n, k = weight.values.shape
+    m = a.values.numel() // k
+    out = torch.empty((*a.values.shape[:-1], n), dtype=dtype, device=a.values.device)
+    grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
+    linear8_kernel[grid](
+        a.values.contiguous(), weight.values, a.scale, weight.scale, weight.scale if bias is None else bias, out,
+        m, n, k,
+        BIAS=bias is not None, BM=launch.block_m, BN=launch.block_n, BK=BLOCK_K, GROUP=GROUP, INTEGER=integer,
+        EVEN=k % BLOCK_K == 0, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out
+
+
+def specs(sm: int, dtype: str) -> Iterator[Spec]:
+    """What `kernels.aot` compiles: one kernel serves all four products of a block. Nothing on Turing."""
+    if sm < TENSOR_CORES:
+        return
+    launch = for_sm(LAUNCHES, sm)
+    for kind, element in eight_bit_types(sm):
+        assert kind in LARGEST
+        yield make_spec(
+            f"linear8_{kind}",
+            linear8_kernel,
+            pointers(linear8_kernel, dtype, a=element, w=element, scale_a="fp32", scale_w="fp32"),
+            dict(
+                BIAS=False, BM=launch.block_m, BN=launch.block_n, BK=BLOCK_K, GROUP=GROUP, INTEGER=kind == "int8",
+                EVEN=True,
+            ),
+            launch.warps,
+            launch.stages,
+            unaligned=("m",),
+        )  # fmt: skip

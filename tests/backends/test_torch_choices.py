@@ -1,0 +1,102 @@
+"""What the fast path chooses by measurement on a device: attention, one-row and 8-bit products; and graphs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import mindomni_rt
+from mindomni_rt.backends.torch_attention import Segments, candidates, choose
+from mindomni_rt.backends.torch_graph import Replay
+from mindomni_rt.backends.torch_load import check_device
+from mindomni_rt.backends.torch_products import Dense, EightBit
+from mindomni_rt.backends.torch_tune import choose_eight_bit, choose_one_row
+from mindomni_rt.memory import Precision
+
+
+def _attention_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segments]:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, 2, 9, 32, generator=g) for _ in range(3))
+    keys, values = torch.randn(2, 2, 2, 11, 32, generator=g)
+    time_keys, time_values = torch.randn(2, 2, 2, 32, generator=g)
+    lengths = (11, 4)
+    segments = Segments(keys, values, time_keys, time_values, torch.tensor(lengths, dtype=torch.int32), lengths)
+    return q, k, v, segments
+
+
+def test_attentions_agree() -> None:
+    q, k, v, segments = _attention_case()
+    tried = candidates(torch.device("cpu"), 32, "torch")
+    for part in (segments, replace(segments, with_image=False)):
+        expected = tried["sdpa"](q, k, v, part)
+        torch.testing.assert_close(tried["segment"](q, k, v, part), expected, rtol=1e-4, atol=1e-5)
+        assert expected.transpose(1, 2).is_contiguous()
+
+
+def test_the_fastest_attention_that_is_right_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v, segments = _attention_case()
+    tried = candidates(torch.device("cpu"), 32, "torch")
+
+    def wrong(*_: Any) -> torch.Tensor:
+        return torch.zeros_like(q)
+
+    def failing(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    tried |= {"wrong": wrong, "failing": failing}
+    times = {id(tried["sdpa"]): 2.0, id(tried["segment"]): 1.0}
+
+    def clock(run: Any, _: torch.device) -> float:
+        return times[id(run.__defaults__[0])]
+
+    with caplog.at_level(logging.INFO):
+        assert choose(tried, q, k, v, segments, clock) == "segment"
+        times[id(tried["sdpa"])] = 0.5
+        assert choose(tried, q, k, v, segments, clock) == "sdpa"
+    assert "no such kernel" in caplog.text and "wrong is" in caplog.text and "500.000 ms" in caplog.text
+    assert choose({"sdpa": tried["sdpa"]}, q, k, v, segments) == "sdpa"  # by the real clock
+
+
+def test_one_row_products_are_chosen_once_a_shape() -> None:
+    products = [Dense(torch.randn(6, 8), None, "torch") for _ in range(3)] + [Dense(torch.randn(5, 8), None, "torch")]
+    times = iter([2.0, 1.0, 1.0, 2.0])
+    choose_one_row(products, lambda run: (run(), next(times))[1])
+    assert [p.one_row for p in products] == ["gemv"] * 3 + ["library"]
+
+
+def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    products = [EightBit(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 48)]
+    times = iter([2.0, 1.0, 1.0, 2.0])
+    with caplog.at_level(logging.INFO):
+        choose_eight_bit(products, 20, lambda run: (run(), next(times))[1])
+    assert [p.how for p in products] == ["triton", "triton", "library"] and "1.000 ms" in caplog.text
+
+    def clock(run: Any) -> float:
+        run()
+        raise RuntimeError("no such product")
+
+    with caplog.at_level(logging.INFO), pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no int8 product"):
+        choose_eight_bit(products, 20, clock)
+    assert "no such product" in caplog.text
+
+
+def test_types_that_a_gpu_lacks() -> None:
+    check_device(Precision(decoder="fp8"), (8, 9))
+    with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="use int8"):
+        check_device(Precision(decoder="fp8"), (8, 6))
+    with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="float16"):
+        check_device(Precision(), (7, 5))
+
+
+def test_a_replay_without_a_graph_runs_the_step() -> None:
+    counter = torch.zeros(1)
+    replay = Replay(lambda: counter.add_(1), "cpu")
+    replay.prepare()
+    replay()
+    replay()
+    assert counter == 2

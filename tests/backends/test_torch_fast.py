@@ -1,0 +1,263 @@
+"""The fast path on a CPU (no graphs, plain meanings of the kernels) against the reference backend."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY, relative
+from torch import nn
+
+import mindomni_rt
+from mindomni_rt import BadRequestError, Pipeline
+from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
+from mindomni_rt.backends.torch_cuda import FastOptions, TorchCudaBackend
+from mindomni_rt.memory import Precision
+from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.planner import plan
+from mindomni_rt.residency import Residency
+from mindomni_rt.schedule import timesteps
+from mindomni_rt.shapes import Workload
+
+SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=4, max_new_tokens=9, seed=1, output="numpy")
+
+
+@pytest.fixture(scope="module")
+def slow() -> Pipeline:
+    return mindomni_rt.load(PARITY, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def fast() -> Pipeline:
+    return mindomni_rt.load(PARITY, device="cpu", fast=True)
+
+
+def same(a: Any, b: Any, bound: float = 1e-5) -> None:
+    assert a.token_ids == b.token_ids and a.text == b.text
+    assert relative(b.latents, a.latents) < bound
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_images": 3, "temperature": 1.0},
+        {"guidance_scale": 1.0, "num_inference_steps": 3},
+        {"first_step": "condition_only"},
+        {"guidance_interval": (0.2, 0.7), "solver": "multistep"},
+        {"height": 160, "width": 208, "num_inference_steps": 2, "think": False},  # LongRoPE's long factors
+    ],
+    ids=str,
+)
+def test_the_same_as_the_reference(slow: Pipeline, fast: Pipeline, options: dict[str, Any]) -> None:
+    same(slow.generate("two cats", **{**SMALL, **options}), fast.generate("two cats", **{**SMALL, **options}))
+
+
+def test_buffers_serve_one_request_after_another(fast: Pipeline) -> None:
+    """Prompts of other lengths, then the first again: nothing of one request is left in the next."""
+    first = fast.generate("two cats", **SMALL)
+    backend = fast.backend
+    assert isinstance(backend, TorchCudaBackend)
+    loop, state = next(iter(backend._loops.values())), backend._state
+    fast.generate("a much longer prompt with many more words in it", **SMALL)
+    fast.generate("x", **{**SMALL, "guidance_interval": (0.0, 0.5)})
+    again = fast.generate("two cats", **SMALL)
+    assert np.array_equal(first.latents, again.latents) and first.token_ids == again.token_ids
+    assert next(iter(backend._loops.values())) is loop and backend._state is state
+
+
+def test_hidden_states_end_with_the_text(slow: Pipeline, fast: Pipeline) -> None:
+    """The device runs ahead of the end of the text; what it computed past it is not part of the condition."""
+    ids = np.arange(20, 40)
+    base = LanguageRequest(token_ids=ids, positions=np.tile(np.arange(20), (3, 1)), next_position=20, max_new_tokens=10)
+    tokens = list(slow.backend.language(base))
+    for stop in (tokens[0], tokens[4], tokens[9]):
+        request = replace(base, eos_token_ids=(stop,))
+        runs = [p.backend.language(request) for p in (slow, fast)]
+        texts = [list(run) for run in runs]
+        assert texts[0] == texts[1] and texts[0][-1] == stop
+        hidden = [p.backend.numpy(run.hidden) for p, run in zip((slow, fast), runs, strict=True)]
+        assert hidden[1].shape == (1, 20 + len(texts[1]) - 1, 64) and relative(hidden[1], hidden[0]) < 1e-5
+
+
+def test_text_alone_and_abandoned(slow: Pipeline, fast: Pipeline) -> None:
+    fast.stream("two cats", **SMALL).close()
+    request = LanguageRequest(token_ids=np.arange(5), positions=np.tile(np.arange(5), (3, 1)), next_position=5)
+    expected = slow.backend.numpy(slow.backend.language(request).hidden)
+    assert relative(fast.backend.numpy(fast.backend.language(request).hidden), expected) < 1e-5
+    assert list(fast.backend.language(request)) == []
+    run = iter(fast.backend.language(replace(request, max_new_tokens=6)))
+    next(run)
+    same(slow.generate("two cats", **SMALL), fast.generate("two cats", **SMALL))
+
+
+def test_previews_do_not_change_the_image(fast: Pipeline) -> None:
+    plain, previewed = fast.generate("x", **SMALL), fast.generate("x", preview_every=1, **SMALL)
+    assert np.array_equal(plain.images, previewed.images)
+
+
+def test_half_precision_stays_near(slow: Pipeline) -> None:
+    exact = slow.generate("two cats", think=False, **SMALL).latents
+    half = mindomni_rt.load(PARITY, device="cpu", dtype="bfloat16", fast=True)
+    assert relative(half.generate("two cats", think=False, **SMALL).latents, exact) < 2e-2
+
+
+def test_weights_are_kept_once(fast: Pipeline) -> None:
+    """What the products took over is gone from the modules they came from."""
+    backend = fast.backend
+    assert isinstance(backend, TorchCudaBackend)
+    taken = [p for layer in backend.model.language.layers for p in layer.parameters()]
+    assert taken and all(p.is_meta for p in taken)
+    _, report = load_model(PARITY, torch.float32)
+    modules = (backend.model, backend.language_stack, backend.decoder_stack)
+    tensors = {t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_meta}
+    assert sum(t.numel() * 4 for t in tensors.values()) == sum(report.bytes.values())
+
+
+# Residency
+
+
+def test_a_budget_swaps_parts_and_changes_nothing(slow: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    everything = plan(slow.config, Workload(joint=True), precision=_float32()).peak
+    with caplog.at_level(logging.INFO):
+        pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, dtype="float32", memory_budget=everything - 1_200_000)
+    assert "memory budget" in caplog.text and "swaps" in caplog.text
+    backend = pipe.backend
+    assert isinstance(backend, TorchCudaBackend) and len(backend.residency.loaded) < 5
+    for _ in range(2):
+        same(slow.generate("two cats", **SMALL), pipe.generate("two cats", **SMALL))
+    assert backend.residency.loads >= 4
+
+
+def test_every_budget_gives_the_same_image(slow: Pipeline) -> None:
+    model_options = [(), ("decoder",), ("vision", "language"), ("connector", "vae", "decoder")]
+    expected = slow.generate("two cats", **SMALL)
+    for resident in model_options:
+        model, _ = load_model(PARITY, torch.float32)
+        backend = TorchCudaBackend(model, "cpu", options=FastOptions(precision=_float32(), resident=resident))
+        same(expected, Pipeline(backend, PARITY).generate("two cats", **SMALL))
+        loads = backend.residency.loads
+        same(expected, Pipeline(backend, PARITY).generate("two cats", preview_every=1, **SMALL))
+        # A preview's VAE sends a visiting decoder away, and it comes back.
+        assert resident or backend.residency.loads - loads >= 8
+        assert set(resident) <= backend.residency.loaded and len(backend.residency.loaded) <= len(resident) + 1
+
+
+def _float32() -> Precision:
+    return Precision.uniform("float32")
+
+
+def test_residency_moves_and_tells() -> None:
+    torch.manual_seed(0)
+    parts = {name: [nn.Linear(4, 4)] for name in "abc"}
+    values = {name: modules[0].weight.detach().clone() for name, modules in parts.items()}
+    moved: list[str] = []
+    residency = Residency(parts, "cpu", ["a"], moved.append)
+    assert residency.loaded == {"a"}
+    home = parts["b"][0].weight.data_ptr()
+    residency.need("a")
+    residency.need("b")
+    residency.need("b")
+    assert moved == ["b"] and parts["b"][0].weight.data_ptr() != home
+    residency.need("c")
+    assert moved == ["b", "b", "c"] and residency.loaded == {"a", "c"} and residency.loads == 2
+    assert parts["b"][0].weight.data_ptr() == home
+    residency.drop()
+    assert residency.loaded == {"a"}
+    for name, modules in parts.items():
+        assert torch.equal(modules[0].weight, values[name])
+
+
+def test_no_budget_is_small_enough() -> None:
+    with pytest.raises(mindomni_rt.OutOfMemoryError, match="alone needs"):
+        mindomni_rt.load(PARITY, device="cpu", fast=True, memory_budget="1MB")
+    with pytest.raises(BadRequestError, match="fast path"):
+        mindomni_rt.load(PARITY, device="cpu", memory_budget="1GB")
+
+
+# Lossy options
+
+
+def test_step_cache(fast: Pipeline, slow: Pipeline) -> None:
+    options = {**SMALL, "num_inference_steps": 12, "think": False}
+    exact = fast.generate("two cats", **options)
+    assert np.array_equal(exact.latents, fast.generate("two cats", step_cache=0.0, **options).latents)
+    never = fast.generate("two cats", step_cache=1e-9, **options)
+    same(exact, never, 1e-6)
+    some, more = (fast.generate("two cats", step_cache=c, **options) for c in (0.05, 1e9))
+    assert 1e-6 < relative(some.latents, exact.latents) <= relative(more.latents, exact.latents) < 0.5
+    with pytest.raises(BadRequestError, match="step_cache"):
+        slow.generate("two cats", step_cache=0.1, **options)
+
+
+def test_step_cache_skips_at_most_three_in_a_row(fast: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fast.generate("x", step_cache=1e9, **{**SMALL, "num_inference_steps": 12, "think": False})
+    # Steps 1 and 12 are whole; of the ten between, two are (after three and six in a row).
+    assert "8 of 12 steps used it" in caplog.text
+
+
+def test_the_whole_interval_and_euler_are_the_default(slow: Pipeline, fast: Pipeline) -> None:
+    for pipe in (slow, fast):
+        plain = pipe.generate("two cats", **SMALL)
+        spelled = pipe.generate("two cats", guidance_interval=(0.0, 1.0), solver="euler", draft_tokens=0, **SMALL)
+        assert np.array_equal(plain.latents, spelled.latents)
+
+
+def test_guidance_interval_by_hand(slow: Pipeline) -> None:
+    """Outside the interval the guided branch stands alone: what a scale of 1 gives."""
+    options = {**SMALL, "think": False, "guidance_scale": 4.0}
+    none = slow.generate("two cats", guidance_interval=(0.9, 0.95), **options)  # no step begins in it
+    alone = slow.generate("two cats", **{**options, "guidance_scale": 1.0})
+    assert np.array_equal(none.latents, alone.latents)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(guidance_interval=(0.5, 0.2)), "guidance_interval"),
+        (dict(guidance_interval=(0.5,)), "guidance_interval"),
+        (dict(solver="heun"), "solver"),
+        (dict(step_cache=-1.0), "step_cache"),
+        (dict(draft_tokens=40), "draft_tokens"),
+    ],
+)
+def test_wrong_options(slow: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequestError, match=message):
+        slow.generate("x", **SMALL, **options)
+
+
+def test_the_loop_alone(slow: Pipeline, fast: Pipeline) -> None:
+    """Velocities of each step, of a condition made by hand."""
+    g = np.random.default_rng(0)
+    condition = torch.from_numpy(g.standard_normal((1, 7, 48)).astype(np.float32))
+    times = timesteps(3)
+    latents = g.standard_normal((2, 4, 4, 6)).astype(np.float32)
+    found = []
+    for pipe in (slow, fast):
+        prefixes = [
+            pipe.backend.prefix(c, times[:-1], 6, b) for c, b in ((condition, [(1, 4)]), (condition[:, :3], []))
+        ]
+        request = DenoiseRequest(
+            latents=latents, times=times, guided=prefixes[0], unguided=prefixes[1], guidance_scale=2.5
+        )
+        found.append([pipe.backend.numpy(v) for _, v in pipe.backend.denoiser(request)])
+    for a, b in zip(*found, strict=True):
+        assert relative(b, a) < 1e-5
+
+
+def test_edit_features_on_the_fast_path(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from mindomni_rt.demo import write_random_checkpoint
+
+    write_random_checkpoint(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))
+    pipes = [mindomni_rt.load(tmp_path, device="cpu", fast=f) for f in (False, True)]
+    a, b = (p.generate("but red", image=image, edit_features="vit+vae", **SMALL) for p in pipes)
+    same(a, b)

@@ -1,0 +1,171 @@
+"""The command line, verification of a wrong bundle, contracts against the files that were written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest import PARITY
+
+from export.__main__ import main
+from mindomni_rt.bundle import MANIFEST, hash_files, read_manifest
+from mindomni_rt.contracts import OPSET, PROFILES, graph_specs, profile, resolve
+from mindomni_rt.demo import write_random_checkpoint
+from mindomni_rt.errors import BadRequestError
+
+
+def test_verify_passes_and_fails(
+    bundles: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(bundles("fp32")), "--against", str(PARITY)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("pass") == 10 and "FAIL" not in out
+    assert main(["verify", str(bundles("fp32"))]) == 0
+    # A bundle whose denoiser is not this checkpoint's: right hashes, wrong numbers.
+    wrong = Path(shutil.copytree(bundles("fp32"), tmp_path / "wrong"))
+    data = bytearray((wrong / "decoder.data").read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    (wrong / "decoder.data").write_bytes(data)
+    manifest = json.loads((wrong / MANIFEST).read_text())
+    manifest["files"] = {k: v.__dict__ for k, v in hash_files(wrong).items()}
+    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["verify", str(wrong), "--against", str(PARITY)]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out and "language   hidden       fp32" in out
+
+
+def test_a_users_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistakes = (
+        ["build", str(tmp_path / "absent"), "--target", "cpu", "--out", str(tmp_path / "out")],
+        ["build", str(PARITY), "--target", "sm_75", "--precision", "bf16", "--out", str(tmp_path / "out")],
+        ["build", str(PARITY), "--target", "toaster", "--out", str(tmp_path / "out")],
+        ["inspect", str(tmp_path)],
+        ["verify", str(tmp_path / "absent")],
+        ["plan", "--device", "rtx4060", "--memory-budget", "1GB"],
+        ["rehearse", "decoder", "--target", "cpu", "--layers", "99"],
+    )
+    for arguments in mistakes:
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "Traceback" not in error, error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_inspect(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundles("fp32"))]) == 0
+    out = capsys.readouterr().out
+    assert "all hashes agree" in out and "denoiser.onnx" in out
+    assert main(["inspect", "--json", str(bundles("fp32"))]) == 0
+    assert json.loads(capsys.readouterr().out)["runtime"] == "onnx"
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--device", "rtx4090"]) == 0
+    assert "all figures are predictions" in capsys.readouterr().out
+
+
+def test_files_follow_their_contracts(bundles: Callable[[str], Path]) -> None:
+    bundle = bundles("fp32")
+    manifest = read_manifest(bundle)
+    specs = graph_specs(manifest.model)
+    assert set(manifest.graphs) == set(specs)
+    for name, spec in specs.items():
+        model = onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False)
+        onnx.checker.check_model(str(bundle / f"{name}.onnx"))
+        assert {o.version for o in model.opset_import if o.domain == ""} == {OPSET}
+        for values, tensors in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
+            assert [v.name for v in values] == [t.name for t in tensors]
+            for value, tensor in zip(values, tensors, strict=True):
+                found = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+                assert found == [a if isinstance(a, int) else a.replace("*", "x") for a in tensor.axes]
+
+
+def test_attention_stays_one_node(bundles: Callable[[str], Path]) -> None:
+    """One Attention a layer, with as many key heads as the model has: grouped queries are not repeated."""
+    bundle = bundles("fp32")
+    config = read_manifest(bundle).model
+    layers = {
+        "language": config.language.stack.num_layers,
+        "denoiser": config.decoder.stack.num_layers,
+        "prefix": config.decoder.stack.num_layers - 1,  # the last layer's output is never read
+        "vision": config.vision.num_layers,
+    }
+    for name, count in layers.items():
+        nodes = onnx.load(str(bundle / f"{name}.onnx"), load_external_data=False).graph.node
+        assert sum(n.op_type == "Attention" for n in nodes) == count
+        assert not any(n.op_type in ("Softmax", "Tile") for n in nodes)
+    scatters = [
+        n
+        for n in onnx.load(str(bundle / "language.onnx"), load_external_data=False).graph.node
+        if n.op_type == "TensorScatter"
+    ]
+    assert len(scatters) == 2 * layers["language"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles(name: str, bundles: Callable[[str], Path]) -> None:
+    config = read_manifest(bundles("fp32")).model
+    sizes = profile(name, config)
+    for spec in graph_specs(config).values():
+        for tensor in spec.inputs + spec.outputs:
+            least, tuned, most = sizes.shapes(tensor)
+            assert all(a <= b <= c for a, b, c in zip(least, tuned, most, strict=True))
+    high = sizes.ranges["image_tokens"][2]
+    sizes.check("denoiser", {"image_tokens": high})
+    with pytest.raises(BadRequestError, match="serves"):
+        sizes.check("denoiser", {"image_tokens": high + 1})
+    assert resolve("4*merged", {"merged": 3}) == 12
+
+
+def test_unknown_profile() -> None:
+    from mindomni_rt.config import published
+
+    with pytest.raises(BadRequestError, match="profile '2048'"):
+        profile("2048", published())
+
+
+def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path) -> None:
+    """The tiny random checkpoint takes VAE features; graph `features` and the VAE's encoder are used."""
+    import numpy as np
+    from PIL import Image
+
+    import mindomni_rt
+    from export.build import BuildRequest, build
+    from export.targets import choose, parse_target
+
+    write_random_checkpoint(tmp_path / "model")
+    target = parse_target("cpu")
+    build(BuildRequest(checkpoint=tmp_path / "model", out=tmp_path / "b", target=target, choice=choose(target, "fp32")))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 72, 3), np.uint8))
+    options = dict(
+        image=image, edit_features="vit+vae", height=32, width=48, num_inference_steps=2, max_new_tokens=5, seed=1,
+        output="numpy",
+    )  # fmt: skip
+    found, wanted = (
+        mindomni_rt.load(path, device="cpu").generate("red", **options) for path in (tmp_path / "b", tmp_path / "model")
+    )
+    assert found.token_ids == wanted.token_ids
+    assert np.abs(found.images - wanted.images).max() < 1 / 255
+
+
+def test_a_budget_lets_stages_take_turns(bundles: Callable[[str], Path]) -> None:
+    import numpy as np
+
+    import mindomni_rt
+    from mindomni_rt.backends.staged import StagedBackend
+    from mindomni_rt.errors import OutOfMemoryError
+
+    options = dict(height=32, width=32, num_inference_steps=2, max_new_tokens=4, seed=1, output="numpy")
+    whole = mindomni_rt.load(bundles("fp32")).generate("a cat", **options)
+    with pytest.raises(OutOfMemoryError, match="alone needs"):
+        mindomni_rt.load(bundles("fp32"), memory_budget="1MB")
+    pipe = mindomni_rt.load(bundles("fp32"))
+    assert isinstance(pipe.backend, StagedBackend)
+    pipe.backend._resident = frozenset({"vae"})
+    assert np.array_equal(pipe.generate("a cat", **options).images, whole.images)
+    assert pipe.backend._loaded == {"vae"}
