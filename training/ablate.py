@@ -136,6 +136,9 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         model = fresh_connector(model, out / "start", arm.layers, seed)
     run: dict[str, Any] = {}
     for leg in arm.legs:
+        if _is_base(arm, leg, base, seed, scale):
+            model, run = base / leg.stage / "model", {"stage": leg.stage, "of_base": True}
+            continue
         path = CONFIGS / f"shapes-{leg.stage}.toml"
         whole = load_config(path)
         steps = max(1, round(whole.optim.steps * leg.share * scale))
@@ -156,6 +159,16 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _is_base(arm: Arm, leg: Leg, base: Path, seed: int, scale: float) -> bool:
+    """Whether the base run has already done exactly this."""
+    path, before = base / leg.stage / "config.json", {"pretrain": "prior", "sft": "pretrain", "rgpo": "sft"}[leg.stage]
+    if leg.overrides or leg.share * scale != 1 or arm.layers is not None or arm.start != before or len(arm.legs) > 1:
+        return False
+    if not path.exists() or not (base / leg.stage / "model" / "connector.safetensors").exists():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8"))["seed"] == seed)
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -194,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         for arm in arms:
             for seed in options.seeds:
-                folder = options.out / _slug(study) / _slug(arm.name) / str(seed)
+                folder = options.out / slug(study) / slug(arm.name) / str(seed)
                 found = run_arm(arm, options.base, folder, seed, options.scale, options.count)
                 results.setdefault(study, []).append(found)
                 shown = " ".join(f"{k} {found[k]:.3f}" for k in COLUMNS)
@@ -210,7 +223,7 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread of {platform.processor() or 'CPU'}",
+        "machine": f"{_processor()}, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
         "scale": options.scale,
         "prompts": options.count,
@@ -222,8 +235,16 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     (options.out / "ablation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
     for study in results:
-        plot_study(study, results[study], options.out / _slug(study), options.out / f"{_slug(study)}.png")
+        plot_study(study, results[study], options.out, options.base)
 
 
-def _slug(name: str) -> str:
+def _processor() -> str:
+    """The CPU's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

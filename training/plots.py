@@ -28,8 +28,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(values))]
 
 
-def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Path) -> None:
-    """A study's curves (every seed a thin line) beside its results. Raises MissingExtraError without matplotlib."""
+def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path, base: Path) -> None:
+    """A study's curves (every seed a thin line) beside its results, to out/STUDY.png.
+
+    Curves are read from the arms' runs below `out`, or from the base run. Raises MissingExtraError without matplotlib.
+    """
     try:
         import matplotlib
 
@@ -37,7 +40,7 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Pa
         from matplotlib import pyplot
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
-    from .ablate import _slug
+    from .ablate import slug
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 4), layout="constrained")
     names = list(dict.fromkeys(r["arm"] for r in rows))
@@ -45,7 +48,8 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Pa
     label = ""
     for name, colour in zip(names, colours, strict=False):
         for index, row in enumerate(r for r in rows if r["arm"] == name):
-            path = folder / _slug(name) / str(row["seed"]) / str(row.get("stage")) / "metrics.jsonl"
+            own = out / slug(study) / slug(name) / str(row["seed"])
+            path = (base if row.get("of_base") else own) / str(row.get("stage")) / "metrics.jsonl"
             if not path.exists():
                 continue
             column, label = CURVES[row["stage"]]
@@ -69,5 +73,5 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Pa
     )
     right.grid(axis="y", alpha=0.3)
     right.legend(fontsize=7)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out / f"{slug(study)}.png", dpi=110)
     pyplot.close(figure)

@@ -43,12 +43,12 @@ def test_table_by_hand():
 
 
 def test_plot_shows_curves_and_results(tmp_path):
-    metrics = tmp_path / "runs" / "on" / "0" / "pretrain" / "metrics.jsonl"
+    metrics = tmp_path / "distillation" / "on" / "0" / "pretrain" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("".join(json.dumps({"step": s, "loss/flow": 1 / s}) + "\n" for s in range(1, 30)))
     rows = [{"arm": "on", "seed": 0, "stage": "pretrain", "text": 0.1, "image": 0.2, "direct": 0.3, "caption": 0.4}]
-    plot_study("distillation", rows, tmp_path / "runs", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    plot_study("distillation", rows, tmp_path, tmp_path / "base")
+    assert (tmp_path / "distillation.png").stat().st_size > 5000
     assert read_metrics(metrics)["loss/flow"][1] == 0.5
     assert smooth([1, 2, 3, 4], 2) == [1.0, 1.5, 2.5, 3.5]
 
