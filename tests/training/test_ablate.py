@@ -46,6 +46,8 @@ def test_plot_shows_curves_and_results(tmp_path):
     metrics = tmp_path / "distillation" / "on" / "0" / "pretrain" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("".join(json.dumps({"step": s, "loss/flow": 1 / s}) + "\n" for s in range(1, 30)))
+    held = metrics.with_name("evaluation.jsonl")
+    held.write_text("".join(json.dumps({"step": s, "captions/image": s / 30}) + "\n" for s in range(0, 30, 10)))
     rows = [{"arm": "on", "seed": 0, "stage": "pretrain", "text": 0.1, "image": 0.2, "direct": 0.3, "caption": 0.4}]
     plot_study("distillation", rows, tmp_path, tmp_path / "base")
     assert (tmp_path / "distillation.png").stat().st_size > 5000
