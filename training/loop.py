@@ -124,10 +124,7 @@ class Trainer:
         if config.recompute:
             recompute_blocks(stage)
         if self.processes > 1:
-            wants_bf16 = config.precision == "bf16" or (
-                config.precision == "auto" and stage.contexts.device.type == "cuda"
-            )
-            shard(stage, wants_bf16)
+            shard(stage, config.wants_bf16(stage.contexts.device.type))
         self.trained = {n: p for n, p in stage.model.named_parameters() if n in chosen}
         o = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -143,7 +140,13 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment; gathered by all processes, written by the first."""
         state = checkpointing.capture(
-            self.step, self.trained, self.optimizer, self.ema, self.stream.state_dict(), self._fingerprint()
+            self.step,
+            self.trained,
+            self.optimizer,
+            self.ema,
+            self.stream.state_dict(),
+            self._fingerprint(),
+            keep=self.rank == 0,
         )
         if self.rank == 0:
             checkpointing.save(self.folder, state, self.config.keep)
@@ -193,7 +196,7 @@ class Trainer:
     def _evaluated(self, log: Log) -> None:
         if self.evaluate is not None and self.config.evaluate_every:
             self.stage.eval()
-            log.evaluation(self.step, self._mean(self.evaluate(self.stage)))
+            log.evaluation(self.step, self._mean(self.stage("apply_to", self.evaluate)))
 
     def _one(self) -> dict[str, float]:
         """One optimizer step (or `updates` of them, over one set of rollouts)."""
