@@ -195,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, default=Path("runs/shapes"), help="what run_small.sh made")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="STUDY", help=f"of: {', '.join(STUDIES)}")
+    parser.add_argument("--arm", nargs="+", metavar="ARM", help="only arms of these names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0, help="of every budget")
     parser.add_argument("--count", type=int, default=200, help="prompts of each evaluation")
@@ -202,11 +203,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.only or ()) - set(STUDIES))
     if unknown:
         raise BadRequestError(f"--only {unknown[0]!r}: expected one of {', '.join(STUDIES)}")
+    every = {a.name for s, arms in STUDIES.items() if not options.only or s in options.only for a in arms}
+    strange = sorted(set(options.arm or ()) - every)
+    if strange:
+        raise BadRequestError(f"--arm {strange[0]!r}: expected some of {', '.join(sorted(every))}")
     results: dict[str, list[dict[str, Any]]] = {}
     for study, arms in STUDIES.items():
         if options.only and study not in options.only:
             continue
         for arm in arms:
+            if options.arm and arm.name not in options.arm:
+                continue
             for seed in options.seeds:
                 folder = options.out / slug(study) / slug(arm.name) / str(seed)
                 found = run_arm(arm, options.base, folder, seed, options.scale, options.count)
@@ -229,7 +236,7 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         "scale": options.scale,
         "prompts": options.count,
         "seeds": options.seeds,
-        "not_run": [s for s in STUDIES if s not in results],
+        "not_run": _not_run(results),
         "results": results,
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -237,6 +244,17 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
     for study in results:
         plot_study(study, results[study], options.out, options.base)
+
+
+def _not_run(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Studies and arms without a result."""
+    missing = []
+    for study, arms in STUDIES.items():
+        done = {r["arm"] for r in results.get(study, ())}
+        left = [a.name for a in arms if a.name not in done]
+        if left:
+            missing.append(study if not done else f"{study}: {'; '.join(left)}")
+    return missing
 
 
 def _processor() -> str:

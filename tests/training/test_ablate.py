@@ -58,5 +58,7 @@ def test_plot_shows_curves_and_results(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(BadRequestError, match="--only 'depth'"):
         main(["--only", "depth"])
+    with pytest.raises(BadRequestError, match="--arm 'G = 3'"):
+        main(["--only", "group size", "--arm", "G = 3"])
     with pytest.raises(BadRequestError, match=r"run_small\.sh"):
         run_arm(STUDIES["stages"][0], tmp_path, tmp_path / "out", 0, 1.0, 4)
