@@ -136,11 +136,15 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         model = fresh_connector(model, out / "start", arm.layers, seed)
     run: dict[str, Any] = {}
     for leg in arm.legs:
+        if _is_base(arm, leg, base, seed, scale):
+            model, run = base / leg.stage / "model", {"stage": leg.stage, "of_base": True}
+            continue
         path = CONFIGS / f"shapes-{leg.stage}.toml"
         whole = load_config(path)
         steps = max(1, round(whole.optim.steps * leg.share * scale))
         folder = out / leg.stage
         settings = [f"model={model}", f"out={folder}", f"seed={seed}", f"optim.steps={steps}", *leg.overrides]
+        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=32", "log_every=5"]
         settings += [f"data.cache_latents={base / 'latents'}", f"rgpo.reward_model={base / 'reward'}", "device=cpu"]
         trainer = start(load_config(path, settings), bar=False)
         trainer.run()
@@ -156,6 +160,16 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _is_base(arm: Arm, leg: Leg, base: Path, seed: int, scale: float) -> bool:
+    """Whether the base run has already done exactly this."""
+    path, before = base / leg.stage / "config.json", {"pretrain": "prior", "sft": "pretrain", "rgpo": "sft"}[leg.stage]
+    if leg.overrides or leg.share * scale != 1 or arm.layers is not None or arm.start != before or len(arm.legs) > 1:
+        return False
+    if not path.exists() or not (base / leg.stage / "model" / "connector.safetensors").exists():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8"))["seed"] == seed)
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -181,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, default=Path("runs/shapes"), help="what run_small.sh made")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="STUDY", help=f"of: {', '.join(STUDIES)}")
+    parser.add_argument("--arm", nargs="+", metavar="ARM", help="only arms of these names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0, help="of every budget")
     parser.add_argument("--count", type=int, default=200, help="prompts of each evaluation")
@@ -188,13 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.only or ()) - set(STUDIES))
     if unknown:
         raise BadRequestError(f"--only {unknown[0]!r}: expected one of {', '.join(STUDIES)}")
+    every = {a.name for s, arms in STUDIES.items() if not options.only or s in options.only for a in arms}
+    strange = sorted(set(options.arm or ()) - every)
+    if strange:
+        raise BadRequestError(f"--arm {strange[0]!r}: expected some of {', '.join(sorted(every))}")
     results: dict[str, list[dict[str, Any]]] = {}
     for study, arms in STUDIES.items():
         if options.only and study not in options.only:
             continue
         for arm in arms:
+            if options.arm and arm.name not in options.arm:
+                continue
             for seed in options.seeds:
-                folder = options.out / _slug(study) / _slug(arm.name) / str(seed)
+                folder = options.out / slug(study) / slug(arm.name) / str(seed)
                 found = run_arm(arm, options.base, folder, seed, options.scale, options.count)
                 results.setdefault(study, []).append(found)
                 shown = " ".join(f"{k} {found[k]:.3f}" for k in COLUMNS)
@@ -210,20 +231,39 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread of {platform.processor() or 'CPU'}",
+        "machine": f"{_processor()}, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
         "scale": options.scale,
         "prompts": options.count,
         "seeds": options.seeds,
-        "not_run": [s for s in STUDIES if s not in results],
+        "not_run": _not_run(results),
         "results": results,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ablation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
     for study in results:
-        plot_study(study, results[study], options.out / _slug(study), options.out / f"{_slug(study)}.png")
+        plot_study(study, results[study], options.out, options.base)
 
 
-def _slug(name: str) -> str:
+def _not_run(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Studies and arms without a result."""
+    missing = []
+    for study, arms in STUDIES.items():
+        done = {r["arm"] for r in results.get(study, ())}
+        left = [a.name for a in arms if a.name not in done]
+        if left:
+            missing.append(study if not done else f"{study}: {'; '.join(left)}")
+    return missing
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -41,10 +41,10 @@ class State:
     fingerprint: dict[str, Any]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered if it is sharded (all processes must call)."""
+def whole(tensor: Tensor, keep: bool = True) -> Tensor:
+    """A tensor on the CPU, gathered if it is sharded: all processes must call, those that keep it get it."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu().clone()
+    return full.detach().cpu().clone() if keep else torch.empty(0)
 
 
 def capture(
@@ -54,17 +54,18 @@ def capture(
     ema: Mapping[str, Tensor],
     data: Any,
     fingerprint: Mapping[str, Any],
+    keep: bool = True,
 ) -> State:
-    """The state of a run, gathered on every process."""
+    """The state of a run. Sharded tensors are gathered one at a time; only a process that keeps them holds them all."""
     moments = {
-        name: {k: whole(v) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
+        name: {k: whole(v, keep) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
         for name, p in trained.items()
     }
     return State(
         step,
-        {n: whole(p) for n, p in trained.items()},
+        {n: whole(p, keep) for n, p in trained.items()},
         moments,
-        {n: whole(t) for n, t in ema.items()},
+        {n: whole(t, keep) for n, t in ema.items()},
         data,
         dict(fingerprint),
     )

@@ -196,6 +196,10 @@ class Config:
         if self.evaluate_every and self.data.source != "world" and not self.data.validation:
             raise BadConfigError("evaluate_every needs data.validation: records that are not trained on")
 
+    def wants_bf16(self, device: str) -> bool:
+        """Whether forwards compute in bf16 on a kind of device ("cpu", "cuda")."""
+        return self.precision == "bf16" or (self.precision == "auto" and device == "cuda")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data."""
         return asdict(self)

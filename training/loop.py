@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mindomni_rt.errors import MindOmniError
+from mindomni_rt.errors import BadCheckpointError, MindOmniError
 from mindomni_rt.model.block import Block
 
 from . import checkpointing
@@ -120,13 +120,11 @@ class Trainer:
         if config.optim.batch % self.processes:
             raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
         chosen = set(stage.choose_trainable())
+        stage.eval()  # dropout acts in updates only, never in rollouts
         if config.recompute:
             recompute_blocks(stage)
         if self.processes > 1:
-            wants_bf16 = config.precision == "bf16" or (
-                config.precision == "auto" and stage.contexts.device.type == "cuda"
-            )
-            shard(stage, wants_bf16)
+            shard(stage, config.wants_bf16(stage.contexts.device.type))
         self.trained = {n: p for n, p in stage.model.named_parameters() if n in chosen}
         o = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -134,7 +132,7 @@ class Trainer:
         )
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
         self.step = 0
-        self._stop = False
+        self._stop = self._told = False
         self.folder = Path(config.out) / "checkpoints"
 
     # Saving
@@ -142,7 +140,13 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment; gathered by all processes, written by the first."""
         state = checkpointing.capture(
-            self.step, self.trained, self.optimizer, self.ema, self.stream.state_dict(), self._fingerprint()
+            self.step,
+            self.trained,
+            self.optimizer,
+            self.ema,
+            self.stream.state_dict(),
+            self._fingerprint(),
+            keep=self.rank == 0,
         )
         if self.rank == 0:
             checkpointing.save(self.folder, state, self.config.keep)
@@ -154,6 +158,11 @@ class Trainer:
         state = checkpointing.latest(self.folder)
         if state is None:
             return False
+        if state.fingerprint != self._fingerprint():
+            raise BadCheckpointError(
+                f"{self.folder} is of another run ({state.fingerprint}; this one is {self._fingerprint()}): "
+                "use a new `out`"
+            )
         checkpointing.restore(state, self.trained, self.optimizer, self.ema)
         self.stream.load_state_dict(state.data)
         self.step = state.step
@@ -178,15 +187,16 @@ class Trainer:
                     log.write(self.step, figures, SHOW)
                 if last or (self.config.evaluate_every and self.step % self.config.evaluate_every == 0):
                     self._evaluated(log)
-                if self._stop or last or self.step % self.config.save_every == 0:
+                stop = self._stop if self.processes == 1 else self._told
+                if stop or last or self.step % self.config.save_every == 0:
                     self.save()
-                if self._stop and not last:
+                if stop and not last:
                     raise Interrupted(f"stopped after step {self.step}, saved; the same command resumes")
 
     def _evaluated(self, log: Log) -> None:
         if self.evaluate is not None and self.config.evaluate_every:
             self.stage.eval()
-            log.evaluation(self.step, self._mean(self.evaluate(self.stage)))
+            log.evaluation(self.step, self._mean(self.stage("apply_to", self.evaluate)))
 
     def _one(self) -> dict[str, float]:
         """One optimizer step (or `updates` of them, over one set of rollouts)."""
@@ -244,16 +254,21 @@ class Trainer:
         return {**self._mean(sums), "grad_norm": float(norm)}
 
     def _agree(self, passes: int) -> None:
-        """Stops processes whose records need different forward passes, which would wait for each other for ever."""
+        """Stops processes whose records need different forward passes, which would wait for each other for ever.
+
+        Spreads a signal that one of them has seen.
+        """
         if self.processes == 1:
             return
-        mine = torch.tensor([passes], device=self.stage.contexts.device)
+        mine = torch.tensor([passes, int(self._stop)], device=self.stage.contexts.device)
         everyone = [torch.zeros_like(mine) for _ in range(self.processes)]
         torch.distributed.all_gather(everyone, mine)
-        if len({int(e) for e in everyone}) > 1:
+        found, stops = zip(*(e.tolist() for e in everyone), strict=True)
+        self._told = any(stops)  # a signal reaches the processes at different moments; they end after the same step
+        if len(set(found)) > 1:
             raise MindOmniError(
                 f"step {self.step + 1}: the processes drew different kinds of records (forward passes "
-                f"{[int(e) for e in everyone]}); raise optim.batch, or train each kind in a run of its own"
+                f"{list(found)}); raise optim.batch, or train each kind in a run of its own"
             )
 
     def _mean(self, sums: dict[str, float]) -> dict[str, float]:

@@ -34,7 +34,9 @@ def logit_normal(count: int, generator: torch.Generator) -> Tensor:
 
 def flow_loss(velocity: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error: mean of each sample, then (weighted) mean of the batch. A scalar."""
-    each = (velocity.float() - target.float()).square().flatten(1).mean(1)
+    if velocity.dtype != torch.float64:
+        velocity, target = velocity.float(), target.float()
+    each = (velocity - target).square().flatten(1).mean(1)
     return each.mean() if weights is None else (each * weights).sum() / weights.sum()
 
 

@@ -85,7 +85,8 @@ def _making(run: Path) -> str:
     each = sum(r["time/prepare"] + r["time/update"] for r in rows) / len(rows)
     return (
         f"- `{config['stage']}`: {rows[-1]['step']} steps of {optim['batch']}, lr {optim['lr']:g}, "
-        f"seed {config['seed']}, about {each * rows[-1]['step'] / 60:.0f} min, commit {starts[-1]['commit']}, {starts[-1]['started'][:10]}."
+        f"seed {config['seed']}, about {each * rows[-1]['step'] / 60:.0f} min, "
+        f"commit {starts[-1]['commit']}, {starts[-1]['started'][:10]}."
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from mindomni_rt.errors import MissingExtraError
 
 CURVES = {"pretrain": ("loss/flow", "flow loss"), "sft": ("loss/flow", "flow loss"), "rgpo": ("reward/total", "reward")}
+EVALUATED = {"pretrain": "captions/image", "sft": "riddles/image", "rgpo": "riddles/image"}
 COLUMNS = ("text", "image", "direct", "caption")
 
 
@@ -28,8 +29,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(values))]
 
 
-def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Path) -> None:
-    """A study's curves (every seed a thin line) beside its results. Raises MissingExtraError without matplotlib."""
+def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path, base: Path) -> None:
+    """A study's curves (every seed a thin line) beside its results, to out/STUDY.png.
+
+    Curves are read from the arms' runs below `out`, or from the base run. Raises MissingExtraError without matplotlib.
+    """
     try:
         import matplotlib
 
@@ -37,22 +41,29 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Pa
         from matplotlib import pyplot
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
-    from .ablate import _slug
+    from .ablate import slug
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 4), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     names = list(dict.fromkeys(r["arm"] for r in rows))
     colours = [pyplot.get_cmap("viridis")(x) for x in np.linspace(0.05, 0.9, max(2, len(names)))]
-    label = ""
+    label = evaluated = ""
     for name, colour in zip(names, colours, strict=False):
         for index, row in enumerate(r for r in rows if r["arm"] == name):
-            path = folder / _slug(name) / str(row["seed"]) / str(row.get("stage")) / "metrics.jsonl"
-            if not path.exists():
-                continue
-            column, label = CURVES[row["stage"]]
-            metrics = read_metrics(path)
-            shown = smooth(metrics[column], max(1, len(metrics["step"]) // 12))
-            left.plot(metrics["step"], shown, color=colour, lw=1.2, label=name if not index else None)
+            own = out / slug(study) / slug(name) / str(row["seed"])
+            folder = (base if row.get("of_base") else own) / str(row.get("stage"))
+            title = name if not index else None
+            if (folder / "metrics.jsonl").exists():
+                column, label = CURVES[row["stage"]]
+                metrics = read_metrics(folder / "metrics.jsonl")
+                shown = smooth(metrics[column], max(1, len(metrics["step"]) // 12))
+                left.plot(metrics["step"], shown, color=colour, lw=1.2, label=title)
+            if (folder / "evaluation.jsonl").exists():
+                evaluated = EVALUATED[row["stage"]]
+                figures = read_metrics(folder / "evaluation.jsonl")
+                percent = 100 * np.array(figures[evaluated])
+                middle.plot(figures["step"], percent, "o-", color=colour, lw=1.2, ms=3, label=title)
     left.set(xlabel="step", ylabel=label, title=study)
+    middle.set(xlabel="step", ylabel=f"{evaluated} right, %", ylim=(-3, 103), title="during the run")
     if label:
         left.legend(fontsize=7)
     if label == "flow loss":
@@ -69,5 +80,5 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], folder: Path, out: Pa
     )
     right.grid(axis="y", alpha=0.3)
     right.legend(fontsize=7)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out / f"{slug(study)}.png", dpi=110)
     pyplot.close(figure)

@@ -257,11 +257,13 @@ def _velocity(
 
 @torch.no_grad()
 def decode(contexts: Contexts, latents: Tensor) -> NDArray[np.uint8]:
-    """Latents (B, 4, h, w) -> images (B, H, W, 3), truncated as the pipeline does."""
+    """Latents (B, 4, h, w) -> images (B, H, W, 3), truncated as the pipeline does; a megapixel at a time."""
     config, vae = contexts.config.vae, contexts.model.vae
     scaled = (latents.float() / config.scaling_factor + config.shift_factor).to(vae.post_quant_conv.weight.dtype)
-    pixels = vae.decode(scaled).float().mul(0.5).add(0.5).clamp(0, 1)
-    return (pixels.permute(0, 2, 3, 1) * 255).to(torch.uint8).cpu().numpy()
+    pixels = latents.shape[-2] * latents.shape[-1] * config.downscale**2
+    decoded = torch.cat([vae.decode(part) for part in scaled.split(max(1, 2**20 // pixels))])
+    images = decoded.float().mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return (images * 255).to(torch.uint8).cpu().numpy()
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def start(config: Config, bar: bool = True) -> Trainer:
     start_processes(device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = config.wants_bf16(device.type)
     contexts = open_contexts(config.model, device, config.data.image_size, config.data.cache_latents, bf16)
     stage = make_stage(config, contexts)
     dump = _dumper(config) if config.stage == "rgpo" else None
@@ -96,16 +96,16 @@ def finish(trainer: Trainer) -> Path:
     stage, out = trainer.stage, Path(trainer.config.out) / "model"
     trainer.use_average()
     if trainer.processes > 1:
-        state = {n: whole(p) for n, p in stage.model.named_parameters()}
+        state = {n: whole(p, keep=trainer.rank == 0) for n, p in trainer.trained.items()}
         if trainer.rank:
             return out
-        # A fresh, unsharded copy takes the gathered weights.
-        single = replace(trainer.config, device="cpu")
-        contexts = open_contexts(single.model, torch.device("cpu"), single.data.image_size)
+        # A fresh copy that is not sharded takes the gathered weights; what was frozen is as it was.
+        single = replace(trainer.config, device="cpu", precision="fp32")
+        bf16 = trainer.config.wants_bf16(stage.contexts.device.type)
+        contexts = open_contexts(single.model, torch.device("cpu"), single.data.image_size, bf16=bf16)
         stage = make_stage(single, contexts)
-        stage.choose_trainable()
         with torch.no_grad():
-            for name, parameter in stage.model.named_parameters():
+            for name, parameter in stage.choose_trainable().items():
                 parameter.copy_(state[name])
     merge_adapters(stage.model)
     save_model(stage.model, out, source=resolve(trainer.config.model))
@@ -158,7 +158,7 @@ def _validate(config: Config, held: DataConfig, stage: Stage) -> dict[str, float
     here = batch // processes
     for index in range(rounds):
         mine = stream.next_batch(batch)[rank * here : (rank + 1) * here]
-        terms = stage("terms", stage("prepare", mine, Draws(0, index, 0, batch, rank * here, here)))
+        terms = stage.terms(stage.prepare(mine, Draws(0, index, 0, batch, rank * here, here)))
         for name, value in {**{n: t.item() for n, t in terms.parts.items()}, **terms.figures}.items():
             sums[name] = sums.get(name, 0.0) + value / rounds
     return sums

@@ -113,6 +113,10 @@ class Stage(nn.Module):
     def forward(self, action: str, *arguments: Any) -> Any:
         return getattr(self, action)(*arguments)
 
+    def apply_to(self, function: Callable[[Stage], Any]) -> Any:
+        """A function of this stage, run inside its forward: there, sharded weights can be used."""
+        return function(self)
+
     def choose_trainable(self) -> dict[str, nn.Parameter]:
         """Freezes everything but what `pattern` names; returns it by name. Trained weights are float32."""
         pattern = re.compile(self.pattern())
@@ -128,10 +132,7 @@ class Stage(nn.Module):
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 where the configuration asks for it."""
         device = self.contexts.device.type
-        wanted = self.config.precision
-        if wanted == "bf16" or (wanted == "auto" and device == "cuda"):
-            return torch.autocast(device, dtype=torch.bfloat16)
-        return nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16) if self.config.wants_bf16(device) else nullcontext()
 
     # Shared by the stages that paint
 

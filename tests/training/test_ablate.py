@@ -43,12 +43,14 @@ def test_table_by_hand():
 
 
 def test_plot_shows_curves_and_results(tmp_path):
-    metrics = tmp_path / "runs" / "on" / "0" / "pretrain" / "metrics.jsonl"
+    metrics = tmp_path / "distillation" / "on" / "0" / "pretrain" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("".join(json.dumps({"step": s, "loss/flow": 1 / s}) + "\n" for s in range(1, 30)))
+    held = metrics.with_name("evaluation.jsonl")
+    held.write_text("".join(json.dumps({"step": s, "captions/image": s / 30}) + "\n" for s in range(0, 30, 10)))
     rows = [{"arm": "on", "seed": 0, "stage": "pretrain", "text": 0.1, "image": 0.2, "direct": 0.3, "caption": 0.4}]
-    plot_study("distillation", rows, tmp_path / "runs", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    plot_study("distillation", rows, tmp_path, tmp_path / "base")
+    assert (tmp_path / "distillation.png").stat().st_size > 5000
     assert read_metrics(metrics)["loss/flow"][1] == 0.5
     assert smooth([1, 2, 3, 4], 2) == [1.0, 1.5, 2.5, 3.5]
 
@@ -56,5 +58,7 @@ def test_plot_shows_curves_and_results(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(BadRequestError, match="--only 'depth'"):
         main(["--only", "depth"])
+    with pytest.raises(BadRequestError, match="--arm 'G = 3'"):
+        main(["--only", "group size", "--arm", "G = 3"])
     with pytest.raises(BadRequestError, match=r"run_small\.sh"):
         run_arm(STUDIES["stages"][0], tmp_path, tmp_path / "out", 0, 1.0, 4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import toy_folder
+from toy import picture, toy_folder
 
 from mindomni_rt.loading import load
 from training.__main__ import main
@@ -116,3 +116,21 @@ def test_mistakes_end_in_one_line(name, runs, tmp_path, capsys):
 def test_dry_run_prints_the_plan(capsys):
     assert main(["dry-run", "--config", str(CONFIGS / "pretrain-full.toml"), "--gpus", "4"]) == 0
     assert "237.5 M parameters train" in capsys.readouterr().out
+
+
+def test_own_data_with_validation(runs, tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    lines = [{"instruction": f"draw {n}", "output_image": "a.png", "gt_prompt": n} for n in ("one", "two", "three")]
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    arguments = ["sft", "--quiet", "--config", str(CONFIGS / "sft-full.toml"), f"model={toy_folder(runs / 'toy')}"]
+    arguments += [f"out={tmp_path / 'run'}", f"data.paths=['{tmp_path / 'train.jsonl'}']", "data.image_size=32"]
+    arguments += [f"data.validation=['{tmp_path / 'held.jsonl'}']", "evaluate_every=2", "evaluate_count=4"]
+    assert main([*arguments, "optim.steps=3", "optim.batch=2", "device=cpu"]) == 0, capsys.readouterr().err
+    found = [json.loads(x) for x in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in found] == [0, 2, 3]
+    assert all(e["flow"] > 0 for e in found)
+    # Resuming with more steps goes on from the third.
+    assert main([*arguments, "optim.steps=4", "optim.batch=2", "device=cpu"]) == 0
+    steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]

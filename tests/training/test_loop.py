@@ -18,6 +18,7 @@ from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.model.save import save_model
 from training import checkpointing
 from training.checkpointing import StorageError
 from training.config import OptimConfig
@@ -110,6 +111,7 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
         torch.testing.assert_close(resumed.weights[name], weight, atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_rgpo_on_two_processes_with_frozen_bf16_weights(folder, tmp_path):
     together(*command("rgpo", folder, tmp_path, 2))
     first, second = lines(tmp_path)
@@ -120,8 +122,11 @@ def test_rgpo_on_two_processes_with_frozen_bf16_weights(folder, tmp_path):
     assert all(".lora_" in name and weight.dtype == torch.float32 for name, weight in state.weights.items())
 
 
+@pytest.mark.slow
 def test_two_processes_write_a_whole_model(folder, tmp_path):
     config = HERE.parents[1] / "training" / "configs" / "shapes-sft.toml"
+    save_model(toy_contexts(folder).model, tmp_path / "start", source=folder)
+    folder = tmp_path / "start"
     settings = ["sft.decoder=lora", "lora.rank=2", "distill.weight=0.0", "optim.steps=2", "optim.batch=4"]
     places = [f"model={folder}", f"out={tmp_path}", f"data.cache_latents={tmp_path / 'latents'}", "data.image_size=32"]
     together(
@@ -190,6 +195,12 @@ def test_a_checkpoint_of_another_stage_is_refused(folder, tmp_path):
     torn = dataclasses.replace(state, weights={"other": torch.zeros(1)})
     with pytest.raises(BadCheckpointError, match="other parameters"):
         checkpointing.restore(torn, run.trained, run.optimizer, run.ema)
+
+
+def test_a_run_of_another_seed_is_not_resumed(folder, tmp_path):
+    trainer(folder, tmp_path, optim={"steps": 1}).run()
+    with pytest.raises(BadCheckpointError, match="of another run"):
+        trainer(folder, tmp_path, optim={"steps": 2}, seed=7).run()
 
 
 def test_average_follows_its_formula(folder, tmp_path):

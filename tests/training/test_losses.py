@@ -149,5 +149,6 @@ def test_gradients_against_finite_differences():
     features, reference = torch.randn(1, 2, 6, **double), torch.randn(1, 2, 6, dtype=torch.float64)
     gradcheck(lambda f: losses.feature_logits(f), features)
     gradcheck(lambda f: losses.feature_kl([reference, reference], [f, f * f]), features)
+    gradcheck(lambda v: losses.flow_loss(v, reference, torch.tensor([2.0], dtype=torch.float64)), features)
     labels = torch.tensor([[1, losses.IGNORE], [0, 2]])
     gradcheck(lambda x: losses.text_loss(x, labels), torch.randn(2, 2, 4, **double))
