@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.onnx_function import add_function, segment_attention_node
+from kernels.onnx_function import add_function, attend_by_node
 from mindomni_rt.contracts import MASKED, OPSET, GraphSpec, graph_specs, resolve
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.attention import attention, segment_attention
@@ -215,8 +215,7 @@ class DenoiserGraph(nn.Module):
                     time_k, time_v = (t[index].unsqueeze(2) for t in times)
                     segments += [(time_k, time_v), (k, v)]
                     if self.node:
-                        joined = segment_attention_node(q, *segments)
-                        return joined.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
+                        return attend_by_node(q, *segments)
                 return segment_attention(q, segments)
 
             x = layer(x, cos, sin, attend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -45,7 +45,7 @@ class WeightStore:
             offset,
             length,
             value.dtype,
-            shape=ir.Shape(value.shape),  # type: ignore[arg-type]  # a constant's sizes are numbers
+            shape=ir.Shape(cast(Any, value.shape)),
             name=name,
             base_dir=str(self.path.parent),
         )

@@ -19,7 +19,9 @@ from .images import save_png
 from .request import Request
 
 USER_ERROR, INTERRUPTED = 2, 130
-DEMO_MODEL = Path("assets/shapes-world")
+# Of the checkout; an installed package has none of it. The bundle needs no torch.
+_ASSETS = Path(__file__).parents[1] / "assets"
+DEMO_MODELS = (_ASSETS / "shapes-world-bundle", _ASSETS / "shapes-world")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     understand.add_argument("--image")
     commands.add_parser("info", parents=[common, model], help="what a checkpoint holds")
     demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
+    demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")
     demo.add_argument("--out", default="out/demo.png")
     return parser
 
@@ -262,25 +265,27 @@ def _product(shape: tuple[int, ...]) -> int:
 def _demo(options: argparse.Namespace) -> int:
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     paths = _targets(options.out, 1)
-    prompt = "an animal with (3 + 6) lives"
-    if DEMO_MODEL.is_dir():
-        return _demo_on(DEMO_MODEL, "draw (1 + 2) things of the colour of a lemon, shaped like a wheel", paths, options)
+    for model in DEMO_MODELS:
+        if model.is_dir():
+            prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
+            return _demo_on(model, prompt, paths, options)
     from .demo import write_random_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder))
         if not (options.json or options.quiet):
-            print("No trained model yet: this one is small and RANDOM, so its words and its picture mean nothing.")
+            print("No trained model here: this one is small and RANDOM, so its words and its picture mean nothing.")
             print("What the demo shows is the whole path: think, connect, paint, decode.")
-        return _demo_on(Path(folder), prompt, paths, options)
+        return _demo_on(Path(folder), options.prompt or "an animal with (3 + 6) lives", paths, options)
 
 
 def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Namespace) -> int:
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
+    # The small model draws 96x96 pixels and was trained to need no guidance.
     events = pipe.stream(
-        prompt, height=256, width=256, num_inference_steps=20, max_new_tokens=48, seed=7, temperature=0.0
+        prompt, height=96, width=96, num_inference_steps=20, guidance_scale=1.0, max_new_tokens=48, seed=7
     )
     _finish(_follow(events, options), paths, options)
     return 0

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PARITY
 from PIL import Image
@@ -120,13 +121,29 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_demo_says_what_it_is(tmp_path: Path) -> None:
+def test_demo_thinks_right_and_paints_what_it_thought(tmp_path: Path) -> None:
+    """From the bundle in assets, with no torch to be had: three yellow circles on the diagonal."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = "import sys; sys.modules['torch'] = None; from mindomni_rt.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-m", "mindomni_rt", "demo", "--out", "out/demo.png"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True,
+        [sys.executable, "-c", script, "demo", "--out", "out/demo.png"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
-    assert "RANDOM" in done.stdout and Image.open(tmp_path / "out" / "demo.png").size == (256, 256)
+    assert "1 + 2 = 3. a lemon is yellow. a wheel is a circle." in done.stdout
+    assert "three yellow circles" in done.stdout
+    pixels = np.asarray(Image.open(tmp_path / "out" / "demo.png"), np.int64)
+    assert pixels.shape == (96, 96, 3)
+    centres = pixels[16::32, 16::32]
+    yellow = (centres[..., 0] > 180) & (centres[..., 1] > 150) & (centres[..., 2] < 100)
+    assert yellow.tolist() == [[True, False, False], [False, True, False], [False, False, True]]
+
+
+def test_demo_without_the_small_model_says_that_it_is_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mindomni_rt.cli.DEMO_MODELS", ())
+    assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 0
+    assert "RANDOM" in capsys.readouterr().out and (tmp_path / "demo.png").exists()
 
 
 def test_interrupting_leaves_no_traceback_and_no_file(tmp_path: Path) -> None:
