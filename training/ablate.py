@@ -144,7 +144,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         steps = max(1, round(whole.optim.steps * leg.share * scale))
         folder = out / leg.stage
         settings = [f"model={model}", f"out={folder}", f"seed={seed}", f"optim.steps={steps}", *leg.overrides]
-        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=32", "log_every=5"]
+        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=32", "log_every=1"]
         settings += [f"data.cache_latents={base / 'latents'}", f"rgpo.reward_model={base / 'reward'}", "device=cpu"]
         trainer = start(load_config(path, settings), bar=False)
         trainer.run()
