@@ -49,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--backend", default="auto")
     model.add_argument("--device", default="auto")
     model.add_argument("--dtype", help="float32, bfloat16 or float16")
+    model.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
+    model.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts that do not fit take turns")
 
     write = _Parser(add_help=False)
     write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
@@ -66,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     paint.add_argument("--no-think", dest="think", action="store_false")
     paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")
     paint.add_argument("--first-step", default=defaults.first_step, choices=["full", "condition_only"])
+    paint.add_argument(
+        "--draft-tokens", type=int, default=defaults.draft_tokens, help="guesses verified at once; 0 is off"
+    )
+    paint.add_argument("--guidance-interval", default="0:1", metavar="START:END", help="lossy: guide only steps within")
+    paint.add_argument("--solver", default=defaults.solver, help="lossy: multistep, for 25 to 28 steps")
+    paint.add_argument("--step-cache", type=float, default=defaults.step_cache, help="lossy: threshold; 0 is off")
     paint.add_argument("--num-images", type=int, default=defaults.num_images)
     paint.add_argument("--out", default="out.png", help="PNG; with several images -0, -1, … is added")
 
@@ -114,6 +122,8 @@ def _load(options: argparse.Namespace) -> Any:
         backend=options.backend,
         device=options.device,
         dtype=options.dtype,
+        precision=options.precision,
+        memory_budget=options.memory_budget,
         revision=options.revision,
         local_files_only=options.offline,
     )
@@ -125,6 +135,17 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(p.isdecimal() for p in parts):
         raise BadRequestError(f"size {text!r}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
     return int(parts[0]), int(parts[1])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """ "START:END" → two numbers."""
+    start, colon, end = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(start), float(end)
+    except ValueError as error:
+        raise BadRequestError(f"guidance interval {text!r}: expected START:END, for example 0.0:0.6") from error
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -142,6 +163,10 @@ def _generate(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         first_step=options.first_step,
+        draft_tokens=options.draft_tokens,
+        guidance_interval=parse_interval(options.guidance_interval),
+        solver=options.solver,
+        step_cache=options.step_cache,
         edit_features=options.edit_features,
         num_images=options.num_images,
         max_image_tokens=options.max_image_tokens or None,
