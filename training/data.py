@@ -30,6 +30,9 @@ from .config import DataConfig
 KEYS = ("instruction", "instruction_qwen", "think_content", "input_images", "output_image", "gt_prompt", "reply")
 
 
+_TAR_END = 1024  # bytes
+
+
 class BadDataError(BadRequestError):
     """A data file or record that cannot be used. The message names file and line."""
 
@@ -99,7 +102,11 @@ def parse_record(data: Any, root: Path, source: str) -> Record:
 def _existing(path: Path, source: str, key: str) -> Path:
     if not path.is_file():
         raise BadDataError(f"{source}: {key} {path} does not exist")
-    return path
+    try:
+        with Image.open(path):  # its header; a file that is cut short is named when it is read
+            return path
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BadDataError(f"{source}: {key} {path} is no readable image ({error})") from error
 
 
 class LineStream:
@@ -142,8 +149,8 @@ class LineStream:
             file.seek(offset)
             line = file.readline()
         try:
-            data = json.loads(line.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = json.loads(line.decode("utf-8-sig"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise BadDataError(f"{source}: not valid JSON ({error})") from error
         return parse_record(data, root, source)
 
@@ -191,6 +198,8 @@ class ShardStream:
             turn += 1
 
     def _read(self, shards: Sequence[str]) -> Iterator[Record]:
+        for shard in shards:
+            _check_end(shard)
         try:
             import webdataset
         except ImportError as error:
@@ -219,6 +228,19 @@ class ShardStream:
         """Continues from a position by reading up to it."""
         self._position = int(state["position"])
         self._records = islice(self._endless(), self._position, None)
+
+
+def _check_end(shard: str) -> None:
+    """A tar closes with two blocks of zeros; one that was cut reads as a shorter one, without a word."""
+    path = Path(shard)
+    if path.suffix != ".tar" or not path.is_file():
+        return  # compressed and remote shards are checked by who unpacks them
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - _TAR_END))
+        tail = file.read()
+    if len(tail) < _TAR_END or any(tail):
+        raise BadDataError(f"{shard} is cut short ({size} bytes, no end of archive); copy it again")
 
 
 def _sample(sample: Mapping[str, Any]) -> Record:
@@ -263,7 +285,7 @@ def _listed(path: Path) -> list[tuple[Path, Path]]:
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        entries = data["datasets"]
+        entries = data if isinstance(data, list) else data["datasets"]
         return [
             (path.parent / e["json_path"], path.parent / e.get("image_dir", Path(e["json_path"]).parent))
             for e in entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mindomni_rt.bundle import write_whole
 from mindomni_rt.images import load_image, vae_pixels
 from mindomni_rt.model.vae import AutoencoderKL
+
+from .checkpointing import StorageError
 
 RECENT = 2048  # latents held in memory, 64 KB each at 512 pixels
 
@@ -95,7 +98,11 @@ class LatentCache:
     def _store(self, key: str, latents: Tensor) -> None:
         if self.folder is None:
             return
-        # Several processes may encode one picture at once: each writes a file of its own and renames it.
-        temporary = self.folder / f".{key}.{os.getpid()}.npy"
-        np.save(temporary, latents.cpu().numpy())
-        temporary.replace(self.folder / f"{self._vae}-{key}.npy")
+        # numpy, given a path, tells of no full disk; the bytes are made first and written whole or not at all.
+        data = io.BytesIO()
+        np.save(data, latents.cpu().numpy())
+        path = self.folder / f"{self._vae}-{key}.npy"
+        try:
+            write_whole(path, data.getvalue())
+        except OSError as error:
+            raise StorageError(f"latents cannot be kept in {self.folder}: {error.strerror or error}") from error

@@ -201,3 +201,59 @@ def test_pictures_from_arrays_and_files_alike(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     write(tmp_path, ['{"instruction": "a", "output_image": "x.png"}'])
     assert stream(tmp_path / "data.jsonl").next_batch(1)[0].output_image.name == "x.png"
+
+
+def test_a_shard_that_is_cut_is_no_shorter_shard(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(4):
+            data = f"caption {i}".encode()
+            info = tarfile.TarInfo(f"{i}.txt")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    whole = path.read_bytes()
+    config = DataConfig(source="webdataset", paths=(str(path),), shuffle=1)
+    assert len(open_stream(config, "sft", 0).next_batch(4)) == 4
+    for length in (0, 100, 2560, len(whole) - 9000):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BadDataError, match="cut short"):
+            open_stream(config, "sft", 0).next_batch(1)
+
+
+@pytest.mark.parametrize("line", ['{"instruction": "x", "output_image": "b.png"}', "[" * 100_000])
+def test_what_is_no_image_or_no_record_is_named_with_its_line(tmp_path, line):
+    path = write(tmp_path, ['{"instruction": "draw", "output_image": "a.png"}', line])
+    (tmp_path / "b.png").write_text("not an image")
+    with pytest.raises(BadDataError, match=r"data\.jsonl:2: "):
+        stream(path).next_batch(2)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"instruction": "draw"}\n')
+    assert stream(path).next_batch(1)[0].instruction == "draw"
+
+
+def test_latents_and_a_full_disk(tmp_path, monkeypatch):
+    """Nothing half-written is ever taken for a latent."""
+    import torch
+
+    from mindomni_rt.model.vae import AutoencoderKL
+    from training.checkpointing import StorageError
+    from training.latents import LatentCache
+    from training.world.vae import CONFIG
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(CONFIG).eval().requires_grad_(False)
+    cache = LatentCache(vae, 32, torch.device("cpu"), str(tmp_path / "latents"))
+    monkeypatch.setattr("training.latents.write_whole", full)
+    with pytest.raises(StorageError, match="No space left"):
+        cache.targets([picture(0)])
+    monkeypatch.undo()
+    assert not list((tmp_path / "latents").iterdir())
+    first = cache.targets([picture(0)])
+    again = LatentCache(vae, 32, torch.device("cpu"), str(tmp_path / "latents")).targets([picture(0)])
+    assert torch.equal(first, again) and len(list((tmp_path / "latents").iterdir())) == 1
