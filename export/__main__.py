@@ -6,7 +6,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mindomni_rt.bundle import Manifest, open_bundle, read_manifest
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
     logging.basicConfig(level=level, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(level)
     try:
         return int(options.run(options))
     except MindOmniError as error:
@@ -105,9 +108,33 @@ def _build(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         progress=_progress if sys.stderr.isatty() else None,
     )
-    print(describe(build(request)))
-    print(f"written to {options.out}")
+    log = options.out.with_name(f"{options.out.name}.build.log")
+    with _logging_to(log):
+        manifest = build(request)
+    print(describe(manifest))
+    print(f"written to {options.out}; what was said while building: {log}")
     return 0
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Writes all that the build and TensorRT say to a file, whatever the terminal shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("export", "mindomni_rt")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger("export").error("stopped: %s", error)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
 
 
 def _progress(phase: str, done: int, steps: int) -> bool:

@@ -54,6 +54,7 @@ def test_a_users_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "Traceback" not in error, error
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    assert "stopped" in (tmp_path / "out.build.log").read_text()
 
 
 def test_inspect(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +182,7 @@ def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path]
 
     out = tmp_path / "ours"
     assert main(["build", str(PARITY), "--target", "cpu", "--attention", "triton", "--out", str(out)]) == 0
+    assert "denoiser: traced in" in (tmp_path / "ours.build.log").read_text()
     config = read_manifest(out).model
     nodes = onnx.load(str(out / "denoiser.onnx"), load_external_data=False).graph.node
     assert sum(n.domain == "mindomni" for n in nodes) == config.decoder.stack.num_layers

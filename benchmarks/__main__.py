@@ -1,0 +1,103 @@
+"""`python -m benchmarks latency | roofline | plan | compare | lossy | gpu`: how fast, and will it fit."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindomni_rt.errors import MindOmniError
+
+_MODULES = {
+    "latency": "one request, stage by stage, on this machine",
+    "compare": "two latency results; exit code 1 where the second is slower",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 for a regression, 2 for a mistake in what was asked, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["gpu"]:
+        return int(importlib.import_module("benchmarks.gpu_suite").main(given[1:]))
+    if given[:1] == ["lossy"]:
+        return int(importlib.import_module("benchmarks.lossy").main(given[1:]))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in _MODULES.items():
+        command = commands.add_parser(name, help=text)
+        if given[:1] == [name]:  # its imports only when it is asked for
+            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
+    roofline = commands.add_parser("roofline", help="floors and predictions by device and precision")
+    roofline.add_argument("--device", action="append", help="a key of devices.toml; repeatable; default: all")
+    roofline.add_argument("--size", type=int, default=1024)
+    roofline.add_argument("--steps", type=int, default=50)
+    roofline.add_argument("--new-tokens", type=int, default=300)
+    roofline.add_argument("--plot", type=Path, help="a PNG")
+    plan = commands.add_parser("plan", help="what stays loaded within a memory budget")
+    plan.add_argument("--memory-budget", required=True, metavar="SIZE")
+    plan.add_argument("--size", type=int, default=1024)
+    commands.add_parser("gpu", help="the GPU suite", add_help=False)
+    commands.add_parser("lossy", help="what each lossy option costs", add_help=False)
+    options = parser.parse_args(given)
+    try:
+        if options.command == "roofline":
+            return _roofline(options)
+        if options.command == "plan":
+            return _plan(options)
+        return int(importlib.import_module(f"benchmarks.{options.command}").run(options))
+    except MindOmniError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _roofline(options: argparse.Namespace) -> int:
+    from mindomni_rt.config import published
+    from mindomni_rt.shapes import Workload
+
+    from .devices import choose, load_devices
+    from .results import all_results
+    from .roofline import DEFAULT_SCHEMES, bound, describe, measured_bound, measured_table, plot, table
+
+    sheet = load_devices()
+    work = Workload(height=options.size, width=options.size, steps=options.steps, new_tokens=options.new_tokens)
+    config = published()
+    found = [
+        b
+        for device in choose(options.device, sheet)
+        for scheme in DEFAULT_SCHEMES
+        if (b := bound(config, work, device, scheme, sheet.efficiency)) is not None
+    ]
+    print(f"published sizes, {describe(work)}\n")
+    print(table(found, {}))
+    rows = [(r, *b) for r in all_results() if (b := measured_bound(r, sheet)) is not None]
+    if rows:
+        print("\n" + measured_table(rows))
+    if options.plot:
+        title = f"{options.size}x{options.size}, {options.steps} steps, {options.new_tokens} thinking tokens, published sizes"
+        plot(found, [], options.plot, title)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from mindomni_rt.config import published
+    from mindomni_rt.planner import gigabytes, parse_bytes, plan
+    from mindomni_rt.shapes import Workload
+
+    work = Workload(height=options.size, width=options.size)
+    found = plan(published(), work, budget=parse_bytes(options.memory_budget))
+    print(f"published sizes, {options.size}x{options.size}; predictions\n{found.summary()}")
+    print(f"stays loaded: {', '.join(found.resident) or 'nothing'}")
+    for move in found.schedule:
+        loads = f" load {', '.join(move.load)}" if move.load else ""
+        drops = f" drop {', '.join(move.drop)}" if move.drop else ""
+        print(f"{move.stage:10} peak {gigabytes(move.peak):>9}{drops}{loads}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

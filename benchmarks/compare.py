@@ -1,0 +1,84 @@
+"""`python -m benchmarks compare A.json B.json`: what changed between two latency results, and how sure that is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mindomni_rt.errors import BadRequestError
+
+from .results import Result, read_result
+
+_DRAWS = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Of one metric: medians, their ratio b / a, and its 95 % bootstrap interval over runs."""
+
+    metric: str
+    a: float
+    b: float
+    ratio: float
+    low: float
+    high: float
+
+    def worse(self, threshold: float) -> bool:
+        """Whether b is slower by more than the threshold, the interval's lower end included."""
+        return self.low > 1 + threshold
+
+    def verdict(self, threshold: float) -> str:
+        """In a word."""
+        if self.worse(threshold):
+            return "SLOWER"
+        return "faster" if self.high < 1 / (1 + threshold) else "same"
+
+
+def change(metric: str, a: Sequence[float], b: Sequence[float], seed: int = 0) -> Change:
+    """Compares samples; a result of a single run has no spread, which the interval then does not show."""
+    draw = np.random.default_rng(seed)
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    ratios = np.median(draw.choice(second, (_DRAWS, len(second))), axis=1) / np.median(
+        draw.choice(first, (_DRAWS, len(first))), axis=1
+    )
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    middle = float(np.median(first)), float(np.median(second))
+    return Change(
+        metric=metric, a=middle[0], b=middle[1], ratio=middle[1] / middle[0], low=float(low), high=float(high)
+    )
+
+
+def compare(a: Result, b: Result) -> list[Change]:
+    """Changes of every metric that both have. Raises BadRequestError if they measured different requests."""
+    if a.workload != b.workload:
+        raise BadRequestError(f"{a.path} and {b.path} measured different requests: {a.workload} and {b.workload}")
+    shared = [m for m in a.metrics if m in b.metrics and min(a.samples(m)) > 0]
+    if not shared:
+        raise BadRequestError(f"{a.path} and {b.path} have no metric in common")
+    return [change(m, a.samples(m), b.samples(m)) for m in shared]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("a", type=Path, help="the earlier result")
+    parser.add_argument("b", type=Path, help="the later result")
+    parser.add_argument("--threshold", type=float, default=0.05, help="share of time from which slower is a failure")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the table; 1 if anything got slower by more than the threshold."""
+    if options.threshold < 0:
+        raise BadRequestError(f"--threshold {options.threshold}: expected 0 or more")
+    a, b = read_result(options.a), read_result(options.b)
+    if a.machine != b.machine:
+        print(f"note: different machines, {a.machine} and {b.machine}")
+    found = compare(a, b)
+    print(f"{'metric':12} {'A s':>10} {'B s':>10} {'B / A':>7}  95 % interval    verdict")
+    for c in found:
+        verdict = c.verdict(options.threshold)
+        print(f"{c.metric:12} {c.a:10.4f} {c.b:10.4f} {c.ratio:7.3f}  {c.low:.3f} to {c.high:.3f}   {verdict}")
+    return int(any(c.worse(options.threshold) for c in found))

@@ -1,0 +1,153 @@
+"""Latency results, their comparison, the command line. No time is asserted: only what is done with times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PARITY
+from PIL import Image
+
+from benchmarks.__main__ import main
+from benchmarks.compare import change
+from benchmarks.latency import percentiles
+from benchmarks.machine import Energy, describe_machine, hwmon
+from benchmarks.results import read_result
+
+SMALL = ["--size", "32", "--steps", "2", "--max-new-tokens", "3", "--runs", "3", "--device", "cpu", "--no-cold-start"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latency") / "a.json"
+    assert main(["latency", str(PARITY), *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_result_holds_every_stage_of_every_run(result: Path) -> None:
+    read = read_result(result)
+    for stage in ("language", "connector", "prefix", "denoiser", "vae", "total"):
+        assert len(read.samples(stage)) == 3 and all(s > 0 for s in read.samples(stage))
+    parts = [sum(r[s] for s in ("language", "connector", "prefix", "denoiser", "vae")) for r in read.data["runs"]]
+    assert all(p <= r["total"] for p, r in zip(parts, read.data["runs"], strict=True))
+    assert read.workload.steps == 2 and read.data["energy"] == "not available"
+    assert read.data["peak_host_bytes"] > 50e6
+    text = result.with_suffix(".md").read_text()
+    assert "| denoiser |" in text and "n = 3" in text and "1 warm-up" in text
+    with Image.open(result.with_suffix(".png")) as plot:
+        assert plot.width > 500
+    assert str(Path.home()) not in result.read_text()
+
+
+def test_cold_start_runs_in_another_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["latency", str(PARITY), *SMALL[:-1]]) == 0
+    out = capsys.readouterr().out
+    assert "cold start, first run" in out and "cold start, second run" in out
+
+
+def test_percentiles_by_hand() -> None:
+    assert percentiles([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3.0, 4.6, 4.96))
+
+
+def test_changes_and_their_intervals() -> None:
+    draw = np.random.default_rng(0)
+    base = 1 + 0.02 * draw.standard_normal(40)
+    slower = change("total", base, 1.2 * (1 + 0.02 * draw.standard_normal(40)))
+    assert slower.ratio == pytest.approx(1.2, abs=0.02) and slower.low < slower.ratio < slower.high
+    assert slower.worse(0.05) and not slower.worse(0.3) and slower.verdict(0.05) == "SLOWER"
+    same = change("total", base, 1 + 0.02 * draw.standard_normal(40))
+    assert same.verdict(0.05) == "same" and same.low < 1.02 and same.high > 0.98
+    assert change("total", slower_values(base), base).verdict(0.05) == "faster"
+
+
+def slower_values(base: np.ndarray) -> np.ndarray:
+    return base * 1.5
+
+
+def edited(path: Path, out: Path, factor: float, **more: Any) -> Path:
+    data = json.loads(path.read_text())
+    for run in data["runs"]:
+        for name in run:
+            run[name] *= factor
+    data |= more
+    out.write_text(json.dumps(data))
+    return out
+
+
+def test_compare_exits_with_one_where_it_got_slower(
+    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Each run's time is that of the first, so that nothing but the factor is left.
+    data = json.loads(result.read_text())
+    data["runs"] = [data["runs"][0]] * 3
+    steady = tmp_path / "steady.json"
+    steady.write_text(json.dumps(data))
+    assert main(["compare", str(steady), str(steady)]) == 0
+    assert main(["compare", str(steady), str(edited(steady, tmp_path / "b.json", 1.5))]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+    assert main(["compare", str(steady), str(edited(steady, tmp_path / "c.json", 0.5))]) == 0
+    assert main(["compare", str(steady), str(edited(steady, tmp_path / "d.json", 1.5)), "--threshold", "1"]) == 0
+    other = {**data["workload"], "steps": 3}
+    assert main(["compare", str(steady), str(edited(steady, tmp_path / "e.json", 1, workload=other))]) == 2
+    assert "different requests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["latency", "no-such-folder/x/y", *SMALL],
+        ["latency", str(PARITY), *SMALL, "--runs", "0"],
+        ["latency", str(PARITY), *SMALL, "--size", "33"],
+        ["latency", str(PARITY), *SMALL, "--out", "result.txt"],
+        ["compare", "none.json", "none.json"],
+        ["roofline", "--device", "toaster"],
+        ["plan", "--memory-budget", "lots"],
+        ["plan", "--memory-budget", "1GB"],
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") <= 2 and "error: " in error and "Traceback" not in error
+
+
+def test_broken_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "{", "[]", '{"kind": "latency", "format": 99}', '{"kind": "latency", "format": 1}'):
+        path = tmp_path / "r.json"
+        path.write_text(text)
+        assert main(["compare", str(path), str(path)]) == 2
+        assert str(path) in capsys.readouterr().err
+
+
+def test_a_full_disk_says_so_and_keeps_the_old_result(
+    result: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = result.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("benchmarks.results.os.replace", full)
+    assert main(["latency", str(PARITY), *SMALL, "--out", str(result)]) == 2
+    assert "No space left" in capsys.readouterr().err and result.read_bytes() == before
+
+
+def test_roofline_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["roofline", "--device", "rtx4090", "--plot", str(tmp_path / "r.png")]) == 0
+    out = capsys.readouterr().out
+    assert "total prediction (s)" in out and (tmp_path / "r.png").exists()
+    assert main(["plan", "--memory-budget", "8GiB"]) == 0
+    assert "predictions" in capsys.readouterr().out
+
+
+def test_the_machine_is_told_without_failing(tmp_path: Path) -> None:
+    found = describe_machine()
+    assert found["cores"].isdigit() and found["cpu"]
+    assert Energy("cpu").report() == "not available"
+    monitor = tmp_path / "hwmon3"
+    monitor.mkdir()
+    (monitor / "power1_input").write_text("5000000")
+    assert hwmon(tmp_path) == [monitor / "power1_input"]
