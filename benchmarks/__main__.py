@@ -78,7 +78,9 @@ def _roofline(options: argparse.Namespace) -> int:
     if rows:
         print("\n" + measured_table(rows))
     if options.plot:
-        title = f"{options.size}x{options.size}, {options.steps} steps, {options.new_tokens} thinking tokens, published sizes"
+        title = (
+            f"published sizes, {options.size}x{options.size}, {options.steps} steps, {options.new_tokens} new tokens"
+        )
         plot(found, [], options.plot, title)
     return 0
 

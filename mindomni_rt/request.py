@@ -16,6 +16,7 @@ from .prompts import DEFAULT_NEGATIVE
 from .schedule import SOLVERS
 
 MAX_SIDE = 3072
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,11 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise BadRequestError(f"{name} = {value}: expected a whole number of at least 1")
+        if self.num_inference_steps > MAX_STEPS:
+            raise BadRequestError(
+                f"num_inference_steps = {self.num_inference_steps}: expected at most {MAX_STEPS}; the time tokens of all "
+                "steps are computed in one pass"
+            )
         for name in ("guidance_scale", "temperature"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise BadRequestError(f"{name} = {getattr(self, name)}: expected a finite number of at least 0")

@@ -148,7 +148,7 @@ def test_demo_without_the_small_model_says_that_it_is_random(
 
 def test_interrupting_leaves_no_traceback_and_no_file(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = ["generate", "x", *MODEL, "--size", "256x256", "--steps", "100000", "--out", "a.png"]
+    command = ["generate", "x", *MODEL, "--size", "1024x1024", "--steps", "1000", "--out", "a.png"]
     process = subprocess.Popen(
         [sys.executable, "-m", "mindomni_rt", *command],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

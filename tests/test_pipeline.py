@@ -212,6 +212,7 @@ def test_a_large_photo_is_capped_and_says_so(pipe: Pipeline, caplog: pytest.LogC
         (dict(width=3088), "3072"),
         (dict(width=32.0), "multiple of 16"),
         (dict(num_inference_steps=0), "at least 1"),
+        (dict(num_inference_steps=1001), "at most 1000"),
         (dict(num_images=0), "at least 1"),
         (dict(max_new_tokens=-1), "at least 1"),
         (dict(guidance_scale=float("nan")), "finite"),
