@@ -60,8 +60,8 @@ class Request:
                 raise BadRequestError(f"{name} = {value}: expected a whole number of at least 1")
         if self.num_inference_steps > MAX_STEPS:
             raise BadRequestError(
-                f"num_inference_steps = {self.num_inference_steps}: expected at most {MAX_STEPS}; the time tokens of all "
-                "steps are computed in one pass"
+                f"num_inference_steps = {self.num_inference_steps}: expected at most {MAX_STEPS}; the time tokens of "
+                "all steps are computed in one pass"
             )
         for name in ("guidance_scale", "temperature"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:

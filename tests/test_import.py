@@ -29,7 +29,7 @@ def test_import_is_lean() -> None:
     heavy = {"torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "triton", "safetensors"}
     heavy |= {"jinja2", "huggingface_hub", "diffusers", "matplotlib", "tqdm", "export", "kernels", "training"}
     assert not loaded & heavy
-    assert {"numpy", "PIL", "tokenizers"} <= loaded
+    assert "mindomni_rt" in loaded and "numpy" in loaded  # the list is of that process
 
 
 def test_every_public_name_exists() -> None:
