@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -19,9 +20,9 @@ from .images import save_png
 from .request import Request
 
 USER_ERROR, INTERRUPTED = 2, 130
-# Of the checkout; an installed package has none of it. The bundle needs no torch.
+# Of the checkout; an installed package has none of it. What each needs to run: the bundle needs no torch.
 _ASSETS = Path(__file__).parents[1] / "assets"
-DEMO_MODELS = (_ASSETS / "shapes-world-bundle", _ASSETS / "shapes-world")
+DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -290,8 +291,8 @@ def _product(shape: tuple[int, ...]) -> int:
 def _demo(options: argparse.Namespace) -> int:
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     paths = _targets(options.out, 1)
-    for model in DEMO_MODELS:
-        if model.is_dir():
+    for model, package in DEMO_MODELS:
+        if model.is_dir() and importlib.util.find_spec(package) is not None:
             prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
             return _demo_on(model, prompt, paths, options)
     from .demo import write_random_checkpoint
