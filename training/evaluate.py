@@ -1,7 +1,7 @@
 """`python -m training evaluate CHECKPOINT`: exact accuracy on the synthetic world, with confidence intervals.
 
 Prompts are held out from reinforcement learning: scenes and sums that it never asked for. Every picture is judged by
-the exact verifier, every text by what it says. Greedy text, Euler sampling, one seed for a whole record.
+the exact verifier, every text by what it says. Greedy text, Euler sampling; a seed decides prompts and noise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,36 @@ def evaluate(contexts: Contexts, suites: Sequence[str] = SUITES, settings: Setti
             for name, value in _RUN[suite](contexts, settings).items()
         }
     return out
+
+
+def pool(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of several seeds as one: counts added up, other figures averaged."""
+    out: dict[str, Any] = {}
+    for suite, scores in found[0].items():
+        out[suite] = {}
+        for name, value in scores.items():
+            each = [f[suite][name] for f in found]
+            if isinstance(value, dict):
+                out[suite][name] = Score(right=sum(e["right"] for e in each), n=sum(e["n"] for e in each)).to_dict()
+            else:
+                out[suite][name] = round(float(np.mean(each)), 4)
+    return out
+
+
+def departures(found: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Where scores leave a record: lines for those whose 95 % intervals do not even touch the recorded ones."""
+    lines = []
+    for suite, scores in found.items():
+        for name, value in scores.items():
+            before = record.get(suite, {}).get(name)
+            if isinstance(value, dict) and before is not None:
+                (low, high), (least, most) = value["interval"], before["interval"]
+                if low > most or high < least:
+                    lines.append(
+                        f"{suite} {name}: {value['share']:.3f} ({low:.3f} to {high:.3f}), "
+                        f"recorded {before['share']:.3f} ({least:.3f} to {most:.3f})"
+                    )
+    return lines
 
 
 def held_out_riddles(n: int, seed: int) -> list[Task]:
@@ -260,12 +290,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--n", type=int, default=96, help="prompts a suite")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts and noise; scores are pooled")
     parser.add_argument("--size", type=int, default=96, help="image side in pixels")
     parser.add_argument("--reward-model", default="", help="also the consistency reward, to see it part from accuracy")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
+    parser.add_argument("--against", type=Path, help="a record that must be met: exit code 1 where intervals part")
     options = parser.parse_args(argv)
+    recorded = _read_record(options.against) if options.against else None
     from .logs import commit
     from .runs import choose_device, open_contexts
 
@@ -273,29 +305,41 @@ def main(argv: Sequence[str]) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     contexts = open_contexts(options.checkpoint, device, options.size)
-    settings = Settings(
-        n=options.n,
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        reward_model=options.reward_model,
-    )
+    settings = Settings(n=options.n, steps=options.steps, guidance=options.guidance, reward_model=options.reward_model)
     suites = options.suite or [
         s for s in SUITES if s != "teacher" or hasattr(contexts.model.decoder.llm, "embed_tokens")
     ]
     began = time.perf_counter()
-    found = evaluate(contexts, suites, settings)
+    each = {seed: evaluate(contexts, suites, replace(settings, seed=seed)) for seed in options.seeds}
+    found = pool(list(each.values()))
     print(table(found))
     print(f"{time.perf_counter() - began:.0f} s; synthetic world, exact verifier, greedy text")
     if options.out:
+        shown = {name: value for name, value in asdict(settings).items() if name != "seed"}
         record = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": commit(),
-            "settings": asdict(settings),
+            "settings": {**shown, "seeds": options.seeds},
             "seconds": round(time.perf_counter() - began, 1),
             "scores": found,
+            "by_seed": {str(seed): scores for seed, scores in each.items()},
         }
         temporary = options.out.with_suffix(".partial")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(options.out)
-    return 0
+    if recorded is None:
+        return 0
+    parted = departures(found, recorded)
+    print("\n".join(parted) or f"as recorded in {options.against}: all intervals meet")
+    return 1 if parted else 0
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The scores of a record, or of the last stage where a file holds one for each stage (as a packed model's)."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        last: dict[str, Any] = found if "scores" in found else list(found.values())[-1]
+        scores: dict[str, Any] = last["scores"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadRequestError(f"--against {path}: expected a record of `evaluate --out` ({error})") from error
+    return scores

@@ -16,6 +16,7 @@ from mindomni_rt.model.mindomni import MindOmniModel, load_model
 from mindomni_rt.model.save import save_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
 SHOWN = ("image", "text", "image_of_text", "format")
 
 _CARD = """# shapes-world
@@ -51,6 +52,7 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
     """
     if dtype not in DTYPES:
         raise BadRequestError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    found = {stage: _read(path) for stage, path in records}
     source = resolve(model)
     loaded, _ = load_model(source, DTYPES[dtype])
     save_model(loaded, out, source=source)
@@ -58,9 +60,10 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
         words=loaded.config.language.vocab_size,
         sizes=_sizes(loaded, dtype),
         making="\n".join(_making(r) for r in runs),
-        record=_record(records),
+        record=_tables(found),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
+    (out / RECORD).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return sum(p.stat().st_size for p in out.rglob("*.safetensors"))
 
 
@@ -90,17 +93,21 @@ def _making(run: Path) -> str:
     )
 
 
-def _record(records: Sequence[tuple[str, Path]]) -> str:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadCheckpointError(f"{path}: no evaluation record ({error})") from error
+    return found
+
+
+def _tables(records: dict[str, dict[str, Any]]) -> str:
     lines = []
-    for stage, path in records:
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise BadCheckpointError(f"{path}: no evaluation record ({error})") from error
+    for stage, found in records.items():
         s = found["settings"]
         lines += [
-            f"After {stage} ({found['date']}, commit {found['commit']}, n = {s['n']} a suite, seed {s['seed']}, "
-            f"{s['steps']} steps, guidance {s['guidance']:g}):",
+            f"After {stage} ({found['date']}, commit {found['commit']}, n = {s['n']} a suite and seed, "
+            f"seeds {', '.join(map(str, s['seeds']))}, {s['steps']} steps, guidance {s['guidance']:g}):",
             "",
             f"| suite | {' | '.join(SHOWN)} |",
             "| --- " * (1 + len(SHOWN)) + "|",

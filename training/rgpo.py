@@ -43,19 +43,32 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 Reward = Callable[[Sequence["Rollout"]], NDArray[Any]]
 
 
-@dataclass
-class Experience:
-    """A step's rollouts: conversations with what was written, its mask and reference, advantages, D_I's noise."""
+@dataclass(frozen=True)
+class Replay:
+    """Plain captions whose condition D_I also holds still (ours), with their noise and times."""
 
     batch: Batch
+    noise: Tensor
+    times: Tensor
+
+
+@dataclass
+class Experience:
+    """A step's rollouts: distinct conversations, which rollout is which, what was written, its reference, D_I's noise.
+
+    Axes: U distinct conversations, B rollouts, L tokens.
+    """
+
+    batch: Batch  # of U
+    rows: list[int]  # (B,): each rollout's conversation
     mask: Tensor  # (B, L): True at the place whose next token the policy chose
     labels: Tensor  # (B, L)
     advantages: Tensor  # (B,)
     reference_log_probs: Tensor  # (B, L)
-    noise: Tensor
-    times: Tensor
-    reference_maps: list[Tensor]  # features, or the one velocity
-    replay: Batch | None
+    noise: Tensor  # (U, 4, h, w)
+    times: Tensor  # (U,)
+    reference_maps: list[Tensor]  # features of all maps, or the one velocity
+    replay: Replay | None
     old_log_probs: Tensor | None = None
     figures: dict[str, float] = field(default_factory=dict)
     scored: list[Rollout] = field(default_factory=list)
@@ -103,37 +116,39 @@ class Rgpo(Stage):
             )
             # The state of the last token is never computed: as in the pipeline, the condition stops before it.
             full = [c.extended(w.token_ids[:-1]) for c, w in zip(prompts, written, strict=True)]
-            batch = self.contexts.batch(full)
-            images = self._paint(batch, draws)
+            distinct, rows = _distinct(full, written)
+            batch = self.contexts.batch(distinct)
+            # From one noise, equal conversations give equal images.
+            unpainted, which = (distinct, rows) if settings.same_noise else (full, list(range(len(full))))
+            images = self._paint(unpainted, draws)[which]
         painted = time.perf_counter()
         scored = self._rollouts(repeated, written, images)
         figures, totals = self._score(scored)
         advantages = losses.group_advantages(totals, settings.group, settings.scale_advantages)
         rewarded = time.perf_counter()
         labels, mask = self._labels(batch, full, [w.token_ids for w in written])
-        noise = draws.noise(self._latent_shape(), "image_kl").repeat_interleave(settings.group, 0)
+        noise = draws.noise(self._latent_shape(), "image_kl").to(self.contexts.device)
         grid = torch.from_numpy(timesteps(settings.image_steps)[:-1]).float()
-        index = (draws.uniform("image_times") * len(grid)).long()
-        times = grid[index].repeat_interleave(settings.group, 0)
-        replay = self._replay(records)
-        noise, times = noise.to(self.contexts.device), times.to(self.contexts.device)
+        times = grid[(draws.uniform("image_times") * len(grid)).long()].to(self.contexts.device)
+        replay = self._replay(records, noise, times)
+        asked = [rows.index(row) // settings.group for row in range(len(distinct))]  # each conversation's prompt
+        noise, times = noise[asked], times[asked]
         with self.autocast(), self._as_reference():
             states = self.contexts.states(batch)
-            log_probs, _ = self._log_probs(states, labels, mask)
-            maps = self._maps(batch, states, noise, times)
-            if replay is not None:
-                maps += self._maps(replay, self.contexts.states(replay), *self._replay_noise(noise, times, replay))
+            log_probs, _ = self._log_probs(states[rows], labels, mask)
+            maps = self._maps(batch, states, noise, times, rows) + self._replayed(replay)
         lengths = torch.tensor([float(len(w.token_ids)) for w in written])
         figures |= {
             "completion/length": lengths.mean().item(),
             "completion/longest": lengths.max().item(),
             "completion/truncated": float(np.mean([w.cut for w in written])),
+            "completion/distinct": len(distinct) / len(rows),
             "time/rollout": painted - began,
             "time/reward": rewarded - painted,
             "time/reference": time.perf_counter() - rewarded,
         }
         return Experience(
-            batch, mask, labels, advantages.to(self.contexts.device), log_probs, noise, times, maps, replay,
+            batch, rows, mask, labels, advantages.to(self.contexts.device), log_probs, noise, times, maps, replay,
             figures=figures, scored=scored, totals=totals.tolist(),
         )  # fmt: skip
 
@@ -141,14 +156,14 @@ class Rgpo(Stage):
         side = self.contexts.image_size // self.contexts.config.vae.downscale
         return (self.contexts.config.decoder.latent_channels, side, side)
 
-    def _paint(self, batch: Batch, draws: Draws) -> NDArray[np.uint8]:
-        settings, count = self.config.rgpo, len(batch.contexts)
+    def _paint(self, contexts: Sequence[Context], draws: Draws) -> NDArray[np.uint8]:
+        settings, count = self.config.rgpo, len(contexts)
         generator = draws.generator("paint" if settings.same_noise else f"paint{draws.first}")
         noise = torch.randn(1 if settings.same_noise else count, *self._latent_shape(), generator=generator)
         negative = self.contexts.paint(DEFAULT_NEGATIVE, think=False) if settings.guidance != 1 else None
         latents = rollouts.paint_contexts(
             self.contexts,
-            batch.contexts,
+            contexts,
             noise.expand(count, -1, -1, -1),
             settings.image_steps,
             settings.guidance,
@@ -193,8 +208,8 @@ class Rgpo(Stage):
     def _labels(
         self, batch: Batch, contexts: Sequence[Context], written: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor]:
-        labels = torch.zeros_like(batch.token_ids)
-        mask = torch.zeros_like(batch.token_ids, dtype=torch.bool)
+        labels = batch.token_ids.new_zeros(len(contexts), batch.token_ids.shape[1])
+        mask = torch.zeros_like(labels, dtype=torch.bool)
         for row, (context, tokens) in enumerate(zip(contexts, written, strict=True)):
             places = slice(context.prompt - 1, context.prompt - 1 + len(tokens))
             labels[row, places] = torch.tensor(list(tokens), device=labels.device)
@@ -210,7 +225,7 @@ class Rgpo(Stage):
         settings, batch = self.config.rgpo, prepared.batch
         with self.autocast():
             states = self.contexts.states(batch)
-            log_probs, entropy = self._log_probs(states, prepared.labels, prepared.mask)
+            log_probs, entropy = self._log_probs(states[prepared.rows], prepared.labels, prepared.mask)
             if prepared.old_log_probs is None:
                 prepared.old_log_probs = log_probs.detach()
             policy = losses.clipped_objective(
@@ -236,22 +251,20 @@ class Rgpo(Stage):
         return Terms(total, parts, figures)
 
     def _image_term(self, prepared: Experience, states: Tensor) -> Tensor:
-        maps = self._maps(prepared.batch, states, prepared.noise, prepared.times)
-        if prepared.replay is not None:
-            replayed = self.contexts.states(prepared.replay)
-            where = self._replay_noise(prepared.noise, prepared.times, prepared.replay)
-            maps += self._maps(prepared.replay, replayed, *where)
+        maps = self._maps(prepared.batch, states, prepared.noise, prepared.times, prepared.rows)
+        maps += self._replayed(prepared.replay)
         if self.config.rgpo.image_term == "features":
             return losses.feature_kl(prepared.reference_maps, maps)
         pairs = zip(maps, prepared.reference_maps, strict=True)
         return torch.stack([losses.flow_loss(a, b) for a, b in pairs]).mean()
 
-    def _maps(self, batch: Batch, states: Tensor, noise: Tensor, times: Tensor) -> list[Tensor]:
-        """What D_I compares: feature maps of all layers, or the velocity, on pure noise."""
+    def _maps(self, batch: Batch, states: Tensor, noise: Tensor, times: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        """What D_I compares, for each of rows: feature maps of all layers, or the velocity, on pure noise."""
         condition, spans = self.contexts.condition(batch, states)
         features: list[Tensor] = []
         velocity = self.model.decoder(condition, noise, times, batch.lengths, spans, features)
-        return features if self.config.rgpo.image_term == "features" else [velocity]
+        found = features if self.config.rgpo.image_term == "features" else [velocity]
+        return [each[list(rows)] for each in found]
 
     def _log_probs(self, states: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """log p of the chosen tokens (B, L), zero elsewhere, and the mean entropy where they were chosen."""
@@ -267,15 +280,29 @@ class Rgpo(Stage):
 
     # Ours: captions whose condition must not move either
 
-    def _replay(self, records: Sequence[Record]) -> Batch | None:
+    def _replay(self, records: Sequence[Record], noise: Tensor, times: Tensor) -> Replay | None:
         captions = [r.gt_prompt for r in records if r.gt_prompt][: self.config.rgpo.replay]
         if not captions or not self.config.rgpo.beta_image:
             return None
-        return self.contexts.batch([self.contexts.paint(c, think=False) for c in captions])
+        batch = self.contexts.batch([self.contexts.paint(c, think=False) for c in captions])
+        return Replay(batch, noise[: len(captions)], times[: len(captions)])
 
-    def _replay_noise(self, noise: Tensor, times: Tensor, replay: Batch) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(replay.contexts)) * self.config.rgpo.group
-        return noise[rows], times[rows]
+    def _replayed(self, replay: Replay | None) -> list[Tensor]:
+        if replay is None:
+            return []
+        states, count = self.contexts.states(replay.batch), len(replay.batch.contexts)
+        return self._maps(replay.batch, states, replay.noise, replay.times, range(count))
+
+
+def _distinct(contexts: Sequence[Context], written: Sequence[rollouts.Written]) -> tuple[list[Context], list[int]]:
+    """Conversations without repetition, and for each given one its place among them.
+
+    A sure policy writes the same thought many times; each is computed once. The last token counts although no
+    conversation holds it: it has a probability of its own.
+    """
+    keys = [(c.token_ids.tobytes(), w.token_ids[-1], id(c.patches)) for c, w in zip(contexts, written, strict=True)]
+    place = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+    return list(dict(zip(keys, contexts, strict=True)).values()), [place[key] for key in keys]
 
 
 class _swapped(AbstractContextManager[None]):

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The small model from nothing to assets: autoencoder and reward model, stage 0 (ours), stages 1 to 3, evaluation.
-# Every stage resumes where it stopped: run the same command again. RUNS, PYTHON, SEED,
-# COUNT (prompts of an evaluation) and ASSETS (a folder for the packed model) may be set.
+# Every stage resumes where it stopped: run the same command again. RUNS, PYTHON, SEED, COUNT (prompts of an
+# evaluation, for each of three seeds) and ASSETS (a folder for the packed model) may be set.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -27,7 +27,7 @@ for stage in prior pretrain sft rgpo; do
             model="$RUNS/$from" out="$RUNS/$stage" data.cache_latents="$RUNS/latents" $reward
     from=$stage/model
     [ -f "$RUNS/evaluate-$stage.json" ] ||
-        $PYTHON -m training evaluate "$RUNS/$from" --n "$COUNT" --reward-model "$RUNS/reward" \
+        $PYTHON -m training evaluate "$RUNS/$from" --n "$COUNT" --seeds 0 1 2 --reward-model "$RUNS/reward" \
             --out "$RUNS/evaluate-$stage.json"
     records="$records --record $stage=$RUNS/evaluate-$stage.json --run $RUNS/$stage"
 done
