@@ -12,7 +12,7 @@ COUNT=${COUNT:-500}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$RUNS"
 
-[ -f "$RUNS/vae/config.json" ] && [ -f "$RUNS/reward/world_clip.safetensors" ] ||
+[ -f "$RUNS/vae/world_vae.safetensors" ] && [ -f "$RUNS/reward/world_clip.safetensors" ] ||
     $PYTHON -m training.world "$RUNS" --seed "$SEED"
 [ -f "$RUNS/fresh/connector.safetensors" ] ||
     $PYTHON -m training new "$RUNS/fresh" --vae "$RUNS/vae" --seed "$SEED"
