@@ -1,10 +1,11 @@
 """The paper's ablations at small scale: one command, one table with seed ranges, one plot a study.
 
-    python -m training ablate --base runs/shapes --out runs/ablate [--only NAME …] [--seeds 0 1 2] [--scale 1.0]
+    python -m training ablate --base runs/shapes --out runs/ablate [--only NAME …] [--seeds 0 1 2] [--jobs 2]
 
 Each study is data: its arms are the stages to run, from which model of the base run, with which settings changed. An
-arm that is finished is not run again, so the command can be stopped and repeated. Budgets: where a short budget could
-decide the order, a study has the arm at the base's budget and at one where it no longer improves.
+arm that is finished is not run again, so the command can be stopped and repeated; arms that two studies share run once.
+Seeds come one after another, so that a table of fewer seeds is whole. Budgets: where a short budget could decide the
+order, a study has the arm at the base's budget and at one where it no longer improves.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mindomni_rt.bundle import write_whole
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
@@ -50,29 +54,41 @@ class Arm:
     legs: tuple[Leg, ...]
     layers: int | None = None
 
+    @property
+    def slug(self) -> str:
+        """A folder's name made of everything but the name: equal arms of two studies share it."""
+        parts = [self.start] + [f"{g.stage} {g.share:.2g} {' '.join(g.overrides)}" for g in self.legs]
+        depth = [] if self.layers is None else [f"{self.layers} layers"]
+        return slug(" ".join([*parts, *depth]))
+
 
 def _rgpo(name: str, *overrides: str) -> Arm:
     return Arm(name, "sft", (Leg("rgpo", overrides),))
 
 
+def _pretrain(name: str, share: float, *overrides: str, layers: int | None = None) -> Arm:
+    return Arm(name, "prior", (Leg("pretrain", overrides, share),), layers)
+
+
+SHORT = 1 / 3  # of the base's budget: where stage 1 is not yet done
 STUDIES: dict[str, tuple[Arm, ...]] = {
     "stages": (
         Arm("1", "pretrain", ()),
         Arm("1+2", "sft", ()),
         Arm("1+3", "pretrain", (Leg("rgpo"),)),
-        Arm("1+2+3", "sft", (Leg("rgpo"),)),
+        _rgpo("1+2+3"),
     ),
     "connector": tuple(
-        Arm(f"{depth} layers, {share:g} x budget", "prior", (Leg("pretrain", (), share),), depth)
+        _pretrain(f"{depth} layers, {'1/3' if share < 1 else '1'} x budget", share, layers=depth)
+        for share in (SHORT, 1.0)
         for depth in (0, 1, 2, 4)
-        for share in (0.5, 1.0)
     ),
     "distillation": (
-        Arm("on, 0.4 x budget", "prior", (Leg("pretrain", (), 0.4),), 2),
-        Arm("off, 0.4 x budget", "prior", (Leg("pretrain", ("distill.weight=0.0",), 0.4),), 2),
-        Arm("on, 1 x budget", "prior", (Leg("pretrain"),), 2),
-        Arm("off, 1 x budget", "prior", (Leg("pretrain", ("distill.weight=0.0",)),), 2),
-        Arm("off, 2 x budget", "prior", (Leg("pretrain", ("distill.weight=0.0",), 2.0),), 2),
+        _pretrain("on, 1/3 x budget", SHORT, layers=2),
+        _pretrain("off, 1/3 x budget", SHORT, "distill.weight=0.0", layers=2),
+        _pretrain("on, 1 x budget", 1.0, layers=2),
+        _pretrain("off, 1 x budget", 1.0, "distill.weight=0.0", layers=2),
+        _pretrain("off, 2 x budget", 2.0, "distill.weight=0.0", layers=2),
     ),
     "image KL": (
         _rgpo("0", "rgpo.beta_image=0.0"),
@@ -81,9 +97,10 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
         _rgpo("velocity error", "rgpo.image_term=velocity", "rgpo.beta_image=10.0"),
     ),
     "text KL": (_rgpo("0", "rgpo.beta_text=0.0"), _rgpo("base"), _rgpo("10 x base", "rgpo.beta_text=0.4")),
-    "group size": tuple(
-        _rgpo(f"G = {group}, {64 // group} prompts", f"rgpo.group={group}", f"optim.batch={64 // group}")
-        for group in (2, 4, 8)
+    "group size": (
+        _rgpo("G = 2, 32 prompts", "rgpo.group=2", "optim.batch=32"),
+        _rgpo("G = 4, 16 prompts", "rgpo.group=4", "optim.batch=16"),
+        _rgpo("G = 8, 8 prompts"),
     ),
     "rewards": (
         _rgpo("format", "rgpo.rewards=['format']", "rgpo.weights=[1.0]"),
@@ -123,33 +140,36 @@ def fresh_connector(source: Path, out: Path, layers: int, seed: int) -> Path:
 
 
 def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int) -> dict[str, Any]:
-    """Runs an arm with a seed unless its result is there; returns the result."""
+    """Runs an arm with a seed in its folder below `out` unless its result is there; returns the result.
+
+    Raises BadRequestError where the base run lacks what the arm starts from.
+    """
     from .runs import finish, start
 
-    result = out / "result.json"
+    folder = out / arm.slug / str(seed)
+    result = folder / "result.json"
     if result.exists():
-        return dict(json.loads(result.read_text(encoding="utf-8")))
+        return {**json.loads(result.read_text(encoding="utf-8")), "arm": arm.name}
     began, model = time.perf_counter(), base / arm.start / "model"
     if not model.is_dir():
         raise BadRequestError(f"{model} is not there: --base wants a folder that run_small.sh has filled")
     if arm.layers is not None:
-        model = fresh_connector(model, out / "start", arm.layers, seed)
+        model = fresh_connector(model, folder / "start", arm.layers, seed)
     run: dict[str, Any] = {}
     for leg in arm.legs:
         if _is_base(arm, leg, base, seed, scale):
-            model, run = base / leg.stage / "model", {"stage": leg.stage, "of_base": True}
+            model, run = base / leg.stage / "model", {"stage": leg.stage, "run": str(base / leg.stage)}
             continue
         path = CONFIGS / f"shapes-{leg.stage}.toml"
         whole = load_config(path)
         steps = max(1, round(whole.optim.steps * leg.share * scale))
-        folder = out / leg.stage
-        settings = [f"model={model}", f"out={folder}", f"seed={seed}", f"optim.steps={steps}", *leg.overrides]
-        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=32", "log_every=1"]
-        settings += [f"data.cache_latents={base / 'latents'}", f"rgpo.reward_model={base / 'reward'}", "device=cpu"]
+        settings = [f"model={model}", f"out={folder / leg.stage}", f"seed={seed}", f"optim.steps={steps}"]
+        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=32", "log_every=1", "device=cpu"]
+        settings += [f"data.cache_latents={base / 'latents'}", f"rgpo.reward_model={base / 'reward'}", *leg.overrides]
         trainer = start(load_config(path, settings), bar=False)
         trainer.run()
         model = finish(trainer)
-        run = {"stage": leg.stage, "steps": steps}
+        run = {"stage": leg.stage, "steps": steps, "run": str(folder / leg.stage)}
     found = {
         "arm": arm.name,
         "seed": seed,
@@ -158,7 +178,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         "seconds": round(time.perf_counter() - began, 1),
     }
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_whole(result, (json.dumps(found, indent=2) + "\n").encode())
     return found
 
 
@@ -198,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arm", nargs="+", metavar="ARM", help="only arms of these names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scale", type=float, default=1.0, help="of every budget")
+    parser.add_argument("--jobs", type=int, default=1, help="arms at a time, a process and a thread each")
     parser.add_argument("--count", type=int, default=200, help="prompts of each evaluation")
     options = parser.parse_args(argv)
     unknown = sorted(set(options.only or ()) - set(STUDIES))
@@ -207,22 +228,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     strange = sorted(set(options.arm or ()) - every)
     if strange:
         raise BadRequestError(f"--arm {strange[0]!r}: expected some of {', '.join(sorted(every))}")
+    if options.jobs < 1:
+        raise BadRequestError(f"--jobs {options.jobs}: expected at least 1")
+    chosen = [
+        (study, arm)
+        for study, arms in STUDIES.items()
+        for arm in arms
+        if (not options.only or study in options.only) and (not options.arm or arm.name in options.arm)
+    ]
     results: dict[str, list[dict[str, Any]]] = {}
-    for study, arms in STUDIES.items():
-        if options.only and study not in options.only:
-            continue
-        for arm in arms:
-            if options.arm and arm.name not in options.arm:
-                continue
-            for seed in options.seeds:
-                folder = options.out / slug(study) / slug(arm.name) / str(seed)
-                found = run_arm(arm, options.base, folder, seed, options.scale, options.count)
-                results.setdefault(study, []).append(found)
-                shown = " ".join(f"{k} {found[k]:.3f}" for k in COLUMNS)
-                print(f"{study}: {arm.name}, seed {seed}: {shown} ({found['seconds']} s)", flush=True)
-                _write(options, results)
+    runs = [(study, arm, seed) for seed in options.seeds for study, arm in chosen]
+    for study, found in _run_all(runs, options):
+        results.setdefault(study, []).append(found)
+        shown = " ".join(f"{k} {found[k]:.3f}" for k in COLUMNS)
+        print(f"{study}: {found['arm']}, seed {found['seed']}: {shown} ({found['seconds']} s)", flush=True)
+        _write(options, results)
     print(table(results))
     return 0
+
+
+def _run_all(runs: Sequence[tuple[str, Arm, int]], options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results in order; arms that differ run in `--jobs` processes of their own, equal ones once."""
+
+    def arguments(arm: Arm, seed: int) -> tuple[Arm, Path, Path, int, float, int]:
+        return arm, options.base, options.out, seed, options.scale, options.count
+
+    if options.jobs == 1:
+        for study, arm, seed in runs:
+            yield study, run_arm(*arguments(arm, seed))
+        return
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        first: dict[tuple[str, int], Future[dict[str, Any]]] = {}
+        for _, arm, seed in runs:
+            if (arm.slug, seed) not in first:
+                first[arm.slug, seed] = pool.submit(run_arm, *arguments(arm, seed))
+        try:
+            for study, arm, seed in runs:
+                yield study, {**first[arm.slug, seed].result(), "arm": arm.name}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
@@ -231,19 +276,19 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "machine": f"{_processor()}, {torch.get_num_threads()} thread",
+        "machine": f"{_processor()}, 1 thread an arm, {options.jobs} at a time",
         "torch": torch.__version__,
         "scale": options.scale,
         "prompts": options.count,
         "seeds": options.seeds,
         "not_run": _not_run(results),
-        "results": results,
+        "results": {s: [{k: v for k, v in r.items() if k != "run"} for r in rows] for s, rows in results.items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ablation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
     for study in results:
-        plot_study(study, results[study], options.out, options.base)
+        plot_study(study, results[study], options.out)
 
 
 def _not_run(results: dict[str, list[dict[str, Any]]]) -> list[str]:

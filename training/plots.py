@@ -11,7 +11,12 @@ import numpy as np
 
 from mindomni_rt.errors import MissingExtraError
 
-CURVES = {"pretrain": ("loss/flow", "flow loss"), "sft": ("loss/flow", "flow loss"), "rgpo": ("reward/total", "reward")}
+CURVES = {
+    "pretrain": (("loss/flow", "flow loss"),),
+    "sft": (("loss/flow", "flow loss"),),
+    "rgpo": (("reward/total", "reward"), ("loss/kl_image", "image KL, per token"), ("loss/kl_text", "text KL")),
+}
+LOGARITHMIC = ("flow loss", "image KL, per token", "text KL")
 EVALUATED = {"pretrain": "captions/image", "sft": "riddles/image", "rgpo": "riddles/image"}
 COLUMNS = ("text", "image", "direct", "caption")
 
@@ -29,10 +34,10 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(values))]
 
 
-def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path, base: Path) -> None:
+def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     """A study's curves (every seed a thin line) beside its results, to out/STUDY.png.
 
-    Curves are read from the arms' runs below `out`, or from the base run. Raises MissingExtraError without matplotlib.
+    rows: results of `run_arm`, whose `run` names the folder of the curves. Raises MissingExtraError without matplotlib.
     """
     try:
         import matplotlib
@@ -43,31 +48,33 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path, base: Path
         raise MissingExtraError("matplotlib", "train") from error
     from .ablate import slug
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    stages = [r["stage"] for r in rows if r.get("stage")]
+    curves = CURVES[stages[0]] if stages else ()
+    width = 4 if len(curves) > 1 else 4.7
+    figure, panels = pyplot.subplots(1, len(curves) + 2, figsize=(width * (len(curves) + 2), 3.8), layout="constrained")
+    *lefts, middle, right = panels
     names = list(dict.fromkeys(r["arm"] for r in rows))
-    colours = [pyplot.get_cmap("viridis")(x) for x in np.linspace(0.05, 0.9, max(2, len(names)))]
-    label = evaluated = ""
+    colours = [pyplot.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.9, max(2, len(names)))]
+    evaluated = ""
     for name, colour in zip(names, colours, strict=False):
         for index, row in enumerate(r for r in rows if r["arm"] == name):
-            own = out / slug(study) / slug(name) / str(row["seed"])
-            folder = (base if row.get("of_base") else own) / str(row.get("stage"))
-            title = name if not index else None
+            if not row.get("stage"):
+                continue
+            folder, title = Path(row["run"]), name if not index else None
             if (folder / "metrics.jsonl").exists():
-                column, label = CURVES[row["stage"]]
                 metrics = read_metrics(folder / "metrics.jsonl")
-                shown = smooth(metrics[column], max(1, len(metrics["step"]) // 12))
-                left.plot(metrics["step"], shown, color=colour, lw=1.2, label=title)
+                for panel, (column, _) in zip(lefts, CURVES[row["stage"]], strict=False):
+                    shown = smooth(metrics.get(column, []), max(1, len(metrics["step"]) // 12))
+                    panel.plot(metrics["step"][: len(shown)], shown, color=colour, lw=1, alpha=0.8, label=title)
             if (folder / "evaluation.jsonl").exists():
                 evaluated = EVALUATED[row["stage"]]
                 figures = read_metrics(folder / "evaluation.jsonl")
                 percent = 100 * np.array(figures[evaluated])
-                middle.plot(figures["step"], percent, "o-", color=colour, lw=1.2, ms=3, label=title)
-    left.set(xlabel="step", ylabel=label, title=study)
+                middle.plot(figures["step"], percent, "o-", color=colour, lw=1, ms=3, alpha=0.8, label=title)
+    for panel, (_, label) in zip(lefts, curves, strict=True):
+        panel.set(xlabel="step", ylabel=label, yscale="log" if label in LOGARITHMIC else "linear")
+    panels[0].set_title(study)
     middle.set(xlabel="step", ylabel=f"{evaluated} right, %", ylim=(-3, 103), title="during the run")
-    if label:
-        left.legend(fontsize=7)
-    if label == "flow loss":
-        left.set_yscale("log")
     for place, (name, colour) in enumerate(zip(names, colours, strict=False)):
         mine = [r for r in rows if r["arm"] == name]
         for at, column in enumerate(COLUMNS):
@@ -79,6 +86,6 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path, base: Path
         xticks=range(len(COLUMNS)), xticklabels=COLUMNS, ylim=(-3, 103), ylabel="right, %", title="held out, by seed"
     )
     right.grid(axis="y", alpha=0.3)
-    right.legend(fontsize=7)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(out / f"{slug(study)}.png", dpi=110)
     pyplot.close(figure)

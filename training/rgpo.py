@@ -239,8 +239,9 @@ class Rgpo(Stage):
             tokens = losses.kl_tokens(log_probs, prepared.reference_log_probs, settings.text_estimator)
             parts = {"policy": policy.loss, "kl_text": losses.sequence_mean(tokens, prepared.mask)}
             total = parts["policy"] + settings.beta_text * parts["kl_text"]
-            if settings.beta_image:
+            with torch.set_grad_enabled(settings.beta_image > 0):  # of no weight, it is measured all the same
                 parts["kl_image"] = self._image_term(prepared, states)
+            if settings.beta_image:
                 total = total + settings.beta_image * parts["kl_image"]
         figures = {
             **prepared.figures,
@@ -282,7 +283,7 @@ class Rgpo(Stage):
 
     def _replay(self, records: Sequence[Record], noise: Tensor, times: Tensor) -> Replay | None:
         captions = [r.gt_prompt for r in records if r.gt_prompt][: self.config.rgpo.replay]
-        if not captions or not self.config.rgpo.beta_image:
+        if not captions:
             return None
         batch = self.contexts.batch([self.contexts.paint(c, think=False) for c in captions])
         return Replay(batch, noise[: len(captions)], times[: len(captions)])

@@ -25,6 +25,14 @@ def test_every_arm_is_a_configuration_that_reads():
                 assert config.optim.batch * config.rgpo.group == 64 or leg.stage != "rgpo"  # equal rollouts a step
 
 
+def test_arms_share_a_folder_exactly_where_they_are_the_same():
+    arms = [a for arms in STUDIES.values() for a in arms]
+    for a in arms:
+        for b in arms:
+            same = (a.start, a.legs, a.layers) == (b.start, b.legs, b.layers)
+            assert (a.slug == b.slug) == same, (a, b)
+
+
 @pytest.mark.parametrize("layers", [0, 1, 4])
 def test_another_connector_in_the_published_layout(folder, tmp_path, layers):  # noqa: F811
     model, _ = load_model(fresh_connector(folder, tmp_path / "deep", layers, 0))
@@ -48,8 +56,9 @@ def test_plot_shows_curves_and_results(tmp_path):
     metrics.write_text("".join(json.dumps({"step": s, "loss/flow": 1 / s}) + "\n" for s in range(1, 30)))
     held = metrics.with_name("evaluation.jsonl")
     held.write_text("".join(json.dumps({"step": s, "captions/image": s / 30}) + "\n" for s in range(0, 30, 10)))
-    rows = [{"arm": "on", "seed": 0, "stage": "pretrain", "text": 0.1, "image": 0.2, "direct": 0.3, "caption": 0.4}]
-    plot_study("distillation", rows, tmp_path, tmp_path / "base")
+    shares = {"text": 0.1, "image": 0.2, "direct": 0.3, "caption": 0.4}
+    rows = [{"arm": "on", "seed": 0, "stage": "pretrain", "run": str(metrics.parent), **shares}]
+    plot_study("distillation", rows, tmp_path)
     assert (tmp_path / "distillation.png").stat().st_size > 5000
     assert read_metrics(metrics)["loss/flow"][1] == 0.5
     assert smooth([1, 2, 3, 4], 2) == [1.0, 1.5, 2.5, 3.5]

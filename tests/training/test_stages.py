@@ -165,3 +165,40 @@ def test_a_loss_that_is_no_number_names_term_and_record(folder, tmp_path):
     stage.contexts.latents.targets = broken
     with pytest.raises(NonFiniteError, match=rf"step 1: loss term flow.* record {poison.source} is the cause"):
         Trainer(stage.config, stage, stream, bar=False).run()
+
+
+def test_equal_rollouts_computed_once_give_what_each_alone_gives(folder, tmp_path, monkeypatch):
+    found = []
+    for name in ("once", "each"):
+        settings = {"group": 8, "temperature": 0.03, "replay": 1, "guidance": 2.0}
+        stage, stream, _ = make("rgpo-lora", folder, tmp_path, rgpo=settings)
+        trained = stage.choose_trainable()
+        if name == "each":
+            monkeypatch.setattr(
+                "training.rgpo._distinct", lambda contexts, _: (list(contexts), [*range(len(contexts))])
+            )
+        prepared = stage("prepare", stream.next_batch(2), Draws(0, 0, 0, 2, 0, 2))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # away from the reference: no term is zero
+            for parameter in trained.values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        terms = stage("terms", prepared)
+        terms.total.backward()
+        found.append((prepared, terms, {n: p.grad for n, p in trained.items()}))
+    (once, few, grads), (each, many, wanted) = found
+    assert len(once.batch.contexts) < len(each.batch.contexts) == 16
+    assert once.totals == each.totals and once.rows != each.rows
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(once.scored, each.scored, strict=True))
+    assert few.parts["kl_text"] > 0 and few.parts["kl_image"] > 0
+    for name, value in many.parts.items():
+        torch.testing.assert_close(few.parts[name], value, rtol=1e-4, atol=1e-7)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(grads[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_an_image_kl_of_no_weight_is_measured_and_moves_nothing(folder, tmp_path):
+    stage, stream, _ = make("rgpo-lora", folder, tmp_path, rgpo={"beta_image": 0.0, "beta_text": 0.0})
+    stage.choose_trainable()
+    terms = stage("terms", stage("prepare", stream.next_batch(2), Draws(0, 0, 0, 2, 0, 2)))
+    assert not terms.parts["kl_image"].requires_grad
+    assert terms.total.item() == terms.parts["policy"].item()
