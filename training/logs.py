@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -46,11 +47,13 @@ class Log:
         self._bar: Any = None
         self._board: Any = None
         self.path = Path(config.out) / "metrics.jsonl"
+        self._evaluations = self.path.with_name("evaluation.jsonl")
         if not writes:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._cut(start)
+            _cut(self.path, start)
+            _cut(self._evaluations, start)
             record = {
                 "config": config.to_dict(),
                 "commit": commit(),
@@ -76,18 +79,6 @@ class Log:
                 total=config.optim.steps, initial=start, desc=config.stage, unit="step", mininterval=2.0, smoothing=0.05
             )
 
-    def _cut(self, start: int) -> None:
-        if not self.path.exists():
-            return
-        lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    lines.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # a half-written last line
-        self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
     def write(self, step: int, figures: Mapping[str, float], show: tuple[str, ...] = ()) -> None:
         """One line of figures for a step; numbers that are none are written as null."""
         if not self._writes:
@@ -111,11 +102,17 @@ class Log:
         if not self._writes:
             return
         line = {"step": step, **{k: round(v, 6) for k, v in figures.items()}}
-        with (self.path.parent / "evaluation.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._evaluations.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"log {self._evaluations} cannot be written: {error.strerror or error}") from error
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"evaluation/{name}", value, step)
+        if self._bar is not None:
+            shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            self._bar.write(f"step {step}: {shown}", file=sys.stderr)
 
     def __enter__(self) -> Log:
         return self
@@ -125,11 +122,26 @@ class Log:
     ) -> None:
         if not self._writes:
             return
-        self._file.close()
+        with contextlib.suppress(OSError):  # each line was flushed, and told of a full disk, when it was written
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def _cut(path: Path, start: int) -> None:
+    """Leaves the lines up to step `start`."""
+    if not path.is_file():  # or a device, which has no lines to cut
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                lines.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # a half-written last line
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _board(folder: Path, start: int) -> Any:
@@ -145,12 +157,15 @@ def dump_rollouts(folder: Path, step: int, rows: list[dict[str, Any]], images: l
     """Texts with their scores as JSON lines, and the images as one grid, a group a row."""
     from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
     name = folder / f"step-{step:06d}"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    name.with_suffix(".jsonl").write_text(text, encoding="utf-8")
     height, width = images[0].shape[:2]
     grid = Image.new("RGB", (columns * (width + 2), -(-len(images) // columns) * (height + 2)), "white")
     for index, image in enumerate(images):
         grid.paste(Image.fromarray(image), (index % columns * (width + 2), index // columns * (height + 2)))
-    grid.save(name.with_suffix(".png"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        name.with_suffix(".jsonl").write_text(text, encoding="utf-8")
+        grid.save(name.with_suffix(".png"))
+    except OSError as error:
+        raise StorageError(f"rollouts {name} cannot be written: {error.strerror or error}") from error

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
@@ -22,6 +23,7 @@ from mindomni_rt.model.save import save_model
 from training import checkpointing
 from training.checkpointing import StorageError
 from training.config import OptimConfig
+from training.logs import dump_rollouts
 from training.loop import Trainer, learning_rate
 from training.pretrain import Pretrain
 
@@ -170,6 +172,24 @@ def test_keeps_the_newest_and_only_whole_ones(folder, tmp_path):
     (tmp_path / "checkpoints" / "step-00000006" / "state.pt").write_bytes(b"torn")
     with pytest.raises(BadCheckpointError, match="delete its folder"):
         checkpointing.latest(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.jsonl"])
+def test_a_log_on_a_full_disk_is_named(name, folder, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).symlink_to("/dev/full")
+    config = toy_config("pretrain", folder, out, evaluate_every=1)
+    contexts = toy_contexts(folder)
+    stage = Pretrain(contexts.model, contexts, config)
+    with pytest.raises(StorageError, match=rf"{name} cannot be written: No space left"):
+        Trainer(config, stage, ToyStream((0, 1)), evaluate=lambda _: {"x": 1.0}, bar=False).run()
+
+
+def test_rollouts_on_a_full_disk_are_named(tmp_path):
+    (tmp_path / "step-000001.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="rollouts .* cannot be written: No space left"):
+        dump_rollouts(tmp_path, 1, [{"text": "x"}], [np.zeros((4, 4, 3), np.uint8)], 1)
 
 
 def test_a_full_disk_is_named_and_keeps_what_was_saved(folder, tmp_path):
