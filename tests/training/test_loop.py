@@ -188,7 +188,7 @@ def test_a_log_on_a_full_disk_is_named(name, folder, tmp_path):
 
 def test_rollouts_on_a_full_disk_are_named(tmp_path):
     (tmp_path / "step-000001.jsonl").symlink_to("/dev/full")
-    with pytest.raises(StorageError, match="rollouts .* cannot be written: No space left"):
+    with pytest.raises(StorageError, match=r"rollouts .* cannot be written: No space left"):
         dump_rollouts(tmp_path, 1, [{"text": "x"}], [np.zeros((4, 4, 3), np.uint8)], 1)
 
 
