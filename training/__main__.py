@@ -1,9 +1,10 @@
-"""`python -m training COMMAND`: the stages, evaluation, ablations and the full-size dry run."""
+"""`python -m training COMMAND`: the stages, evaluation, ablations, plots and the full-size dry run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ _HELP = {
     "sft": "stage 2: connector and decoder, from thoughts",
     "rgpo": "stage 3: the MLLM, by the rewards of what its thoughts paint",
 }
+
+
+_MODULES = {"evaluate": "evaluate", "ablate": "ablate", "pack": "pack", "plot": "plots"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
-    for name in ("evaluate", "ablate", "pack"):
+    for name in _MODULES:
         commands.add_parser(name, add_help=False, help=f"see `python -m training {name} --help`")
     return parser
 
@@ -54,18 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=os.environ.get("LOGLEVEL", "WARNING").upper(), format="%(levelname)s %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["evaluate"]:
-            from . import evaluate
-
-            return int(evaluate.main(arguments[1:]) or 0)
-        if arguments[:1] == ["ablate"]:
-            from . import ablate
-
-            return ablate.main(arguments[1:])
-        if arguments[:1] == ["pack"]:
-            from . import pack
-
-            return pack.main(arguments[1:])
+        if arguments and arguments[0] in _MODULES:  # its imports only when it is asked for
+            return int(importlib.import_module(f"training.{_MODULES[arguments[0]]}").main(arguments[1:]))
         return _run(_parser().parse_args(arguments))
     except MindOmniError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -70,7 +70,7 @@ def _pretrain(name: str, share: float, *overrides: str, layers: int | None = Non
     return Arm(name, "prior", (Leg("pretrain", overrides, share),), layers)
 
 
-SHORT = 1 / 3  # of the base's budget: where stage 1 is not yet done
+SHORT, ENOUGH = 1 / 6, 1 / 2  # of the base's budget: where stage 1 is halfway, and where it is done
 STUDIES: dict[str, tuple[Arm, ...]] = {
     "stages": (
         Arm("1", "pretrain", ()),
@@ -79,16 +79,16 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
         _rgpo("1+2+3"),
     ),
     "connector": tuple(
-        _pretrain(f"{depth} layers, {'1/3' if share < 1 else '1'} x budget", share, layers=depth)
-        for share in (SHORT, 1.0)
+        _pretrain(f"{depth} layers, {name} budget", share, layers=depth)
+        for name, share in (("1/6", SHORT), ("1/2", ENOUGH))
         for depth in (0, 1, 2, 4)
     ),
     "distillation": (
-        _pretrain("on, 1/3 x budget", SHORT, layers=2),
-        _pretrain("off, 1/3 x budget", SHORT, "distill.weight=0.0", layers=2),
-        _pretrain("on, 1 x budget", 1.0, layers=2),
-        _pretrain("off, 1 x budget", 1.0, "distill.weight=0.0", layers=2),
-        _pretrain("off, 2 x budget", 2.0, "distill.weight=0.0", layers=2),
+        _pretrain("on, 1/6 budget", SHORT, layers=2),
+        _pretrain("off, 1/6 budget", SHORT, "distill.weight=0.0", layers=2),
+        _pretrain("on, 1/2 budget", ENOUGH, layers=2),
+        _pretrain("off, 1/2 budget", ENOUGH, "distill.weight=0.0", layers=2),
+        _pretrain("off, whole budget", 1.0, "distill.weight=0.0", layers=2),
     ),
     "image KL": (
         _rgpo("0", "rgpo.beta_image=0.0"),

@@ -1,15 +1,20 @@
-"""Pictures of runs: curves from metrics.jsonl, results as dots with their range."""
+"""Pictures of runs: curves from metrics.jsonl, results as dots with their range.
+
+`python -m training plot RUN [RUN …] --out FILE.png` shows what runs have logged, a run a row.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindomni_rt.errors import MissingExtraError
+from mindomni_rt.errors import BadRequestError, MissingExtraError
 
 CURVES = {
     "pretrain": (("loss/flow", "flow loss"),),
@@ -22,8 +27,11 @@ COLUMNS = ("text", "image", "direct", "caption")
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
-    """Columns of a metrics.jsonl; figures that were none are NaN."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Columns of a metrics.jsonl; figures that were none are NaN. Raises BadRequestError where there is no log."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise BadRequestError(f"{path}: expected the log of a run, a JSON object a line ({error})") from error
     names = dict.fromkeys(n for r in rows for n in r)
     return {n: [r[n] if r.get(n) is not None else float("nan") for r in rows] for n in names}
 
@@ -34,11 +42,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(values))]
 
 
-def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """A study's curves (every seed a thin line) beside its results, to out/STUDY.png.
-
-    rows: results of `run_arm`, whose `run` names the folder of the curves. Raises MissingExtraError without matplotlib.
-    """
+def _pyplot() -> Any:
     try:
         import matplotlib
 
@@ -46,6 +50,57 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train") from error
+    return pyplot
+
+
+PANELS = {  # title: columns (a pattern of their names), and whether their scale is logarithmic
+    "loss terms": (r"loss/(?!policy).*", True),
+    "reward": (r"reward/(?!.*_std|zero).*", False),
+    "spread within groups": (r"reward/(group_std|zero_std_groups)", False),
+    "policy": (r"policy/(entropy|clip_fraction)|completion/(truncated|distinct)", False),
+    "gradient norm": (r"grad_norm", True),
+}
+
+
+def plot_runs(runs: Sequence[Path], out: Path) -> None:
+    """What each run logged and its evaluations, a row a run, to a PNG. Raises BadRequestError, MissingExtraError."""
+    logs = {run: read_metrics(run / "metrics.jsonl") for run in runs}
+    pyplot = _pyplot()
+    across = 1 + max(sum(any(re.fullmatch(p, c) for c in log) for p, _ in PANELS.values()) for log in logs.values())
+    figure, grid = pyplot.subplots(
+        len(runs), across, figsize=(3.6 * across, 3.0 * len(runs)), layout="constrained", squeeze=False
+    )
+    for (run, log), row in zip(logs.items(), grid, strict=True):
+        shown = [(title, *rest) for title, rest in PANELS.items() if any(re.fullmatch(rest[0], c) for c in log)]
+        for axes, (title, pattern, logarithmic) in zip(row, shown, strict=False):
+            for column in sorted(c for c in log if re.fullmatch(pattern, c)):
+                window = max(1, len(log["step"]) // 30)
+                axes.plot(log["step"], smooth(log[column], window), lw=1.2, label=column.partition("/")[2] or column)
+            axes.set(title=title, yscale="log" if logarithmic else "linear")
+        held = run / "evaluation.jsonl"
+        if held.exists():
+            figures = read_metrics(held)
+            for column in (c for c in figures if re.fullmatch(r".*/(image|text)", c)):
+                row[-1].plot(figures["step"], 100 * np.array(figures[column]), "o-", lw=1.2, ms=3, label=column)
+            row[-1].set(title="right, exact, %", ylim=(-3, 103))
+        for axes in row:
+            if axes.has_data():
+                axes.set_xlabel("step")
+                axes.legend(fontsize=7)
+            else:
+                axes.set_axis_off()
+        row[0].set_ylabel(run.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    pyplot.close(figure)
+
+
+def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """A study's curves (every seed a thin line) beside its results, to out/STUDY.png.
+
+    rows: results of `run_arm`, whose `run` names the folder of the curves. Raises MissingExtraError without matplotlib.
+    """
+    pyplot = _pyplot()
     from .ablate import slug
 
     stages = [r["stage"] for r in rows if r.get("stage")]
@@ -89,3 +144,15 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(out / f"{slug(study)}.png", dpi=110)
     pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Raises MindOmniError for what a user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m training plot")
+    parser.add_argument("run", nargs="+", type=Path, help="a run folder")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG")
+    options = parser.parse_args(argv)
+    if options.out.suffix != ".png":
+        raise BadRequestError(f"--out {options.out}: expected a name that ends in .png")
+    plot_runs(options.run, options.out)
+    return 0

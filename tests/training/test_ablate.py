@@ -71,3 +71,18 @@ def test_mistakes_are_named(tmp_path):
         main(["--only", "group size", "--arm", "G = 3"])
     with pytest.raises(BadRequestError, match=r"run_small\.sh"):
         run_arm(STUDIES["stages"][0], tmp_path, tmp_path / "out", 0, 1.0, 4)
+
+
+def test_plot_of_runs_shows_only_what_they_logged(tmp_path, capsys):
+    from training.__main__ import main as command
+
+    for name, columns in (("pretrain", ("loss/flow",)), ("rgpo", ("reward/total", "policy/entropy", "loss/kl_text"))):
+        (tmp_path / name).mkdir()
+        rows = [{"step": s, "grad_norm": 1.0, **{c: float(s) for c in columns}} for s in range(1, 5)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    runs = [str(tmp_path / name) for name in ("pretrain", "rgpo")]
+    assert command(["plot", *runs, "--out", str(tmp_path / "runs.png")]) == 0
+    assert (tmp_path / "runs.png").stat().st_size > 10_000
+    assert command(["plot", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
+    assert command(["plot", *runs, "--out", str(tmp_path / "x.svg")]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
