@@ -70,10 +70,11 @@ class LatentCache:
         keys = [hashlib.sha256(f"{tuple(p.shape)}".encode() + p.numpy().tobytes()).hexdigest() for p in pixels]
         found = {key: self._find(key) for key in keys}
         missing = {k: p for k, p in zip(keys, pixels, strict=True) if found[k] is None}
-        if missing:
-            for key, latents in zip(missing, self.encode(torch.stack(list(missing.values()))), strict=True):
-                found[key] = self._keep(key, latents.clone())
-                self._store(key, latents)
+        # One at a time: rounding must not depend on which others are missing, or a resumed run parts from a whole one.
+        for key, one in missing.items():
+            latents = self.encode(one[None])[0].clone()
+            found[key] = self._keep(key, latents)
+            self._store(key, latents)
         out = []
         for key in keys:
             latents_or_none = found[key]

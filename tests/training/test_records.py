@@ -6,9 +6,11 @@ import io
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy import picture
 
@@ -232,6 +234,20 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"instruction": "draw"}\n')
     assert stream(path).next_batch(1)[0].instruction == "draw"
+
+
+def test_latents_do_not_depend_on_what_is_encoded_beside_them(tmp_path):
+    """A resumed run finds other latents kept than a whole one: rounding must be the same, to the bit."""
+    from training.runs import open_contexts
+    from training.world.scene import all_scenes, render
+
+    model = str(Path(__file__).parents[2] / "assets" / "shapes-world")
+    pictures = [render(s) for s in all_scenes()[::17]]
+    whole = open_contexts(model, torch.device("cpu"), 96).latents.targets(pictures)
+    apart = open_contexts(model, torch.device("cpu"), 96, str(tmp_path)).latents
+    apart.targets(pictures[3:4])
+    resumed = open_contexts(model, torch.device("cpu"), 96, str(tmp_path)).latents
+    assert torch.equal(resumed.targets(pictures), whole)
 
 
 def test_latents_and_a_full_disk(tmp_path, monkeypatch):
