@@ -30,7 +30,7 @@ from .machine import Energy, commit, describe_machine
 from .results import FORMAT, write_atomic, write_json
 
 STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
-PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "numpy")
+PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "transformers", "diffusers", "numpy")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
 
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "dtype": pipe.backend.dtype,
         },
         "machine": describe_machine(),
-        "versions": _versions(),
+        "versions": versions(),
         "request": {k: str(v) if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
         "workload": asdict(work),
         "warmup": options.warmup,
@@ -136,7 +136,8 @@ def _figures(timings: Mapping[str, float]) -> dict[str, float]:
     return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python, of this package and of those that a result may depend on."""
     found = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
     for package in PACKAGES:
         try:
