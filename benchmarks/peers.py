@@ -18,6 +18,7 @@ from typing import Any
 
 from mindomni_rt.errors import BadRequestError, MindOmniError, MissingExtraError, UnsupportedDeviceError
 
+from .clocks import clock_state
 from .latency import versions
 from .machine import commit, describe_machine
 from .peer_report import plot, report
@@ -54,7 +55,10 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         write_json(options.out, data)
         write_atomic(options.out.with_suffix(".md"), text)
-        plot(data, options.out.with_suffix(".png"))
+        try:
+            plot(data, options.out.with_suffix(".png"))
+        except MissingExtraError as error:
+            sys.stderr.write(f"no picture: {error}\n")
     return int(any("failed" in g or g.get("agrees") is False for g in groups.values()))
 
 
@@ -92,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     def run_one(make: Callable[[], Group]) -> dict[str, Any]:
         return run_group(make(), meter, options.runs, options.warmup)
 
-    found: dict[str, Any] = {}
+    before, found = clock_state(), dict[str, Any]()
     try:
         for name, make in groups.items():
             found[name] = _record(PEERS[name], partial(run_one, make))
@@ -109,6 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "machine": describe_machine(),
+        "clocks": {"before": before, "after": clock_state()},
         "versions": versions(),
         "device": str(device),
         "preset": options.preset,
