@@ -53,7 +53,7 @@ def _speeds(pair: Mapping[str, Any]) -> str:
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
-    """Ratios with their intervals on a log axis, PNG; nothing where no pair was timed."""
+    """Ratios with their intervals, PNG; nothing where no pair was timed."""
     from .figures import COLOURS, new_figure, save
 
     rows = [
@@ -70,9 +70,8 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
         axes.plot(pair["ratio"], at, "o", color=colour)
         axes.annotate(f"{pair['ratio']:.2f}", (pair["ratio"], at), (0, 6), textcoords="offset points", fontsize=8)
     axes.axvline(1, color="gray", lw=1, ls=":")
-    axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)], fontsize=8)
     axes.set_ylim(-0.5, len(rows) - 0.3)
-    axes.set_xlabel("peer / ours (log); above 1 ours is faster")
+    axes.set_xlabel("peer / ours; above 1 ours is faster")
     axes.set_title(f"{data['model']['name']}, {data['device']}, {data['model']['dtype']}", fontsize=10, loc="left")
     save(figure, path)

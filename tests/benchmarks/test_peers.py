@@ -45,7 +45,7 @@ def test_every_peer_agrees_and_is_timed(result: tuple[dict[str, Any], Path]) -> 
     assert list(groups) == ["language", "decoder", "graphs"]
     assert groups["language"]["tokens_equal"] and groups["graphs"]["tokens_equal"]
     for group in groups.values():
-        assert group["agrees"] and group["error"] < 1e-5 and len(group["pairs"]) == 2
+        assert group["agrees"] and group["error"] < 1e-5 and len(group["pairs"]) >= 2
         for pair in group["pairs"].values():
             assert pair["n"] == len(pair["ours_s"]) == len(pair["theirs_s"]) == 2 and pair["warmup"] == 1
             assert 0 < pair["low"] <= pair["ratio"] <= pair["high"]
@@ -160,7 +160,11 @@ def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixtu
 def test_a_broken_bundle_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["peers", *QUICK, "--bundle", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert "| onnxruntime | graphs | failed: " in printed and "| decoded token |" in printed
+    assert (
+        "| onnxruntime | graphs | failed: " in printed
+        and "| decoded token |" in printed
+        and "decoded token after" not in printed
+    )
 
 
 def test_the_fast_path_against_the_same_peers(monkeypatch: pytest.MonkeyPatch) -> None:
