@@ -1,4 +1,4 @@
-"""`python -m benchmarks latency | roofline | plan | compare | lossy | gpu`: how fast, and will it fit."""
+"""`python -m benchmarks latency | peers | counts | compare | roofline | plan | lossy | gpu`: how fast, will it fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from mindomni_rt.errors import MindOmniError
 
 _MODULES = {
     "latency": "one request, stage by stage, on this machine",
-    "compare": "two latency results; exit code 1 where the second is slower",
+    "compare": "two results of one kind, latency or counts; exit code 1 where the second is worse",
+    "peers": "transformers, diffusers and onnxruntime beside ours, on the same weights",
+    "counts": "operations, operators, bytes and graph nodes of a fixed request, the same on every machine",
 }
 
 
@@ -74,7 +76,7 @@ def _roofline(options: argparse.Namespace) -> int:
     ]
     print(f"published sizes, {describe(work)}\n")
     print(table(found, {}))
-    rows = [(r, *b) for r in all_results() if (b := measured_bound(r, sheet)) is not None]
+    rows = [(r, *m) for r in all_results() if (m := measured_bound(r, sheet)) is not None]
     if rows:
         print("\n" + measured_table(rows))
     if options.plot:

@@ -1,4 +1,7 @@
-"""`python -m benchmarks compare A.json B.json`: what changed between two latency results, and how sure that is."""
+"""`python -m benchmarks compare A.json B.json`: what changed between two results of one kind, latency or counts.
+
+Times scatter, so of latency it says how sure the change is; counts do not (`gate`).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ import numpy as np
 
 from mindomni_rt.errors import BadRequestError
 
-from .results import Result, read_result
+from . import gate
+from .results import Result, read_json, read_result
 
 _DRAWS = 4000
+THRESHOLD = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +71,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("a", type=Path, help="the earlier result")
     parser.add_argument("b", type=Path, help="the later result")
-    parser.add_argument("--threshold", type=float, default=0.05, help="share of time from which slower is a failure")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help=f"share from which more is a failure; default: {THRESHOLD} of time, {gate.THRESHOLD:g} of counts",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table; 1 if anything got slower by more than the threshold."""
-    if options.threshold < 0:
+    """Prints the table; 1 if anything got worse by more than the threshold."""
+    if options.threshold is not None and options.threshold < 0:
         raise BadRequestError(f"--threshold {options.threshold}: expected 0 or more")
+    kinds = [_kind(path) for path in (options.a, options.b)]
+    if "counts" in kinds:
+        if kinds[0] != kinds[1]:
+            names = " and ".join(f"{path} ({kind})" for path, kind in zip((options.a, options.b), kinds, strict=True))
+            raise BadRequestError(f"{names}: expected two results of one kind")
+        return gate.run_gate(options.a, options.b, options.threshold)
+    threshold = THRESHOLD if options.threshold is None else options.threshold
     a, b = read_result(options.a), read_result(options.b)
     if a.machine != b.machine:
         print(f"note: different machines, {a.machine} and {b.machine}")
     found = compare(a, b)
     print(f"{'metric':12} {'A s':>10} {'B s':>10} {'B / A':>7}  95 % interval    verdict")
     for c in found:
-        verdict = c.verdict(options.threshold)
+        verdict = c.verdict(threshold)
         print(f"{c.metric:12} {c.a:10.4f} {c.b:10.4f} {c.ratio:7.3f}  {c.low:.3f} to {c.high:.3f}   {verdict}")
-    return int(any(c.worse(options.threshold) for c in found))
+    return int(any(c.worse(threshold) for c in found))
+
+
+def _kind(path: Path) -> str | None:
+    data = read_json(path)
+    return data.get("kind") if isinstance(data, dict) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from mindomni_rt.config import ModelConfig, RopeConfig, StackConfig, VisionConfig
 from mindomni_rt.shapes import Layer, Linear, Workload, block_linears, vae_decoder, vision_ends, vision_linears
@@ -113,7 +114,7 @@ def block_ops(stack: StackConfig, rows: int, keys: int, pairs: float | None = No
     qkv, o, gate_up, down = block_linears(stack)
     pairs = rows * keys if pairs is None else pairs
 
-    def product(linear: Linear, **traffic: float) -> Op:
+    def product(linear: Linear, **traffic: Any) -> Op:
         flops = 2.0 * rows * linear.weights
         return Op(name=linear.name, kind="gemm", flops=flops, weights=linear.weights, **traffic)
 
@@ -144,7 +145,7 @@ def _repeat(ops: Iterable[Op], times: int) -> list[Op]:
 
 
 def _product(linear: Linear, rows: int, role: str = "weights") -> Op:
-    traffic = {role: float(linear.weights)}
+    traffic: dict[str, Any] = {role: float(linear.weights)}
     return Op(
         name=linear.name,
         kind="gemm",
@@ -280,8 +281,8 @@ def _layer_op(layer: Layer) -> Op:
 
 def request_costs(config: ModelConfig, work: Workload, fused: bool = True, causal: bool = True) -> list[StageCost]:
     """Every stage of one request, in order; `units` says how often each runs."""
-    prompts = (work.prompt_tokens, work.negative_tokens) if work.guidance else (work.prompt_tokens,)
-    prompts = tuple(p for p in prompts if p)
+    both = (work.prompt_tokens, work.negative_tokens) if work.guidance else (work.prompt_tokens,)
+    prompts = tuple(p for p in both if p)
     lengths = tuple(n for n in work.branches if n)
     return [
         vision_cost(config, work.patches, fused),

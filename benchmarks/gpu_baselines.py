@@ -7,13 +7,14 @@ under a dense additive mask. `language_generate` is transformers' Qwen2.5-VL; `o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mindomni_rt.config import ModelConfig
+from mindomni_rt.config import DecoderConfig
 from mindomni_rt.model.attention import attention
 from mindomni_rt.model.decoder import DiffusionDecoder
 from mindomni_rt.model.language import LanguageModel
@@ -96,6 +97,8 @@ def transformers_language(language: LanguageModel) -> Any:
         rms_norm_eps=stack.rms_norm_eps,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_positions,
+        bos_token_id=None,
+        eos_token_id=None,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": stack.rope.theta,
@@ -113,7 +116,7 @@ def transformers_language(language: LanguageModel) -> Any:
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert not unexpected and all(".visual." in name for name in missing), (missing, unexpected)
     model.model.visual = torch.nn.Identity()  # text only
-    model.tie_weights = lambda *_, **__: None
+    model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
     rotary = model.model.language_model.rotary_emb
     device = language.embed_tokens.weight.device
     model.model.language_model.rotary_emb = type(rotary)(whole.text_config).to(device)  # it was made on meta
@@ -121,9 +124,23 @@ def transformers_language(language: LanguageModel) -> Any:
     return model.eval()
 
 
-def language_generate(model: Any, ids: Tensor, new_tokens: int, static: bool) -> Tensor:
-    """Greedy tokens (1, S + new). static: static cache, compiled by transformers itself."""
+def language_generate(
+    model: Any, ids: Tensor, new_tokens: int, static: bool, first: Callable[[], None] | None = None
+) -> Tensor:
+    """Greedy tokens (1, S + new). static: static cache, compiled by transformers itself. first: called when the first
+    token is there."""
     options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    if first is not None:
+
+        def look(input_ids: Tensor, _: Any, **__: Any) -> Tensor:
+            """A stopping criterion that never stops; transformers asks it after every token."""
+            if input_ids.shape[1] == ids.shape[1] + 1:
+                if ids.is_cuda:
+                    torch.cuda.synchronize(ids.device)
+                first()
+            return torch.zeros(1, dtype=torch.bool, device=ids.device)
+
+        options["stopping_criteria"] = [look]
     with torch.inference_mode():
         return model.generate(
             input_ids=ids,
@@ -136,51 +153,116 @@ def language_generate(model: Any, ids: Tensor, new_tokens: int, static: bool) ->
         )
 
 
-def omnigen_transformer(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """diffusers' OmniGen transformer of the decoder's size with random weights. Raises ImportError."""
+def omnigen_transformer(config: DecoderConfig, vocabulary: int = 64) -> Any:
+    """diffusers' OmniGen transformer of the decoder's size, on torch's default device. Raises ImportError."""
     from diffusers import OmniGenTransformer2DModel
 
-    stack = config.decoder.stack
-    with device:
-        model = OmniGenTransformer2DModel(
-            in_channels=config.decoder.latent_channels,
-            patch_size=config.decoder.patch_size,
-            hidden_size=stack.hidden_size,
-            rms_norm_eps=stack.rms_norm_eps,
-            num_attention_heads=stack.num_heads,
-            num_key_value_heads=stack.num_kv_heads,
-            intermediate_size=stack.intermediate_size,
-            num_layers=stack.num_layers,
-            pad_token_id=0,
-            vocab_size=64,
-            max_position_embeddings=stack.rope.max_positions,
-            original_max_position_embeddings=stack.rope.original_max_positions,
-            rope_base=int(stack.rope.theta),
-            rope_scaling={
-                "short_factor": list(stack.rope.short_factor),
-                "long_factor": list(stack.rope.long_factor),
-                "type": "su",
-            },
-        )
-    return model.to(dtype).eval()
+    stack, rope = config.stack, config.stack.rope
+    short, long = list(rope.short_factor), list(rope.long_factor)
+    if rope.kind == "plain":
+        short = long = [1.0] * (stack.head_dim // 2)
+    return OmniGenTransformer2DModel(
+        in_channels=config.latent_channels,
+        patch_size=config.patch_size,
+        hidden_size=stack.hidden_size,
+        rms_norm_eps=stack.rms_norm_eps,
+        num_attention_heads=stack.num_heads,
+        num_key_value_heads=stack.num_kv_heads,
+        intermediate_size=stack.intermediate_size,
+        num_layers=stack.num_layers,
+        pad_token_id=0,
+        vocab_size=vocabulary,
+        max_position_embeddings=rope.max_positions,
+        original_max_position_embeddings=rope.original_max_positions,
+        rope_base=int(rope.theta),
+        rope_scaling={"short_factor": short, "long_factor": long, "type": "su"},
+        pos_embed_max_size=config.position_grid,
+        time_step_dim=config.time_frequencies,
+    )
 
 
-def omnigen_step(model: Any, latents: Tensor, length: int) -> Tensor:
-    """One forward of both branches as its pipeline runs it: a batch of two, text of `length` tokens, dense mask."""
-    batch, device = 2, latents.device
-    patch = model.config.patch_size
-    tokens = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
-    total = length + 1 + tokens
-    mask = torch.ones(total, total, dtype=torch.long, device=device).tril()
-    mask[length + 1 :] = 1
+def omnigen_state(decoder: DiffusionDecoder) -> dict[str, Tensor]:
+    """Our decoder's tensors (views, not copies) under diffusers' names; its attention takes Q, K and V apart."""
+    names = {
+        "x_embedder.proj": "patch_embedding.output_image_proj",
+        "input_x_embedder.proj": "patch_embedding.input_image_proj",
+        "time_token.mlp.0": "time_token.linear_1",
+        "time_token.mlp.2": "time_token.linear_2",
+        "t_embedder.mlp.0": "t_embedder.linear_1",
+        "t_embedder.mlp.2": "t_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
+    }
+    stack = decoder.config.stack
+    width, key_width = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
+    found: dict[str, Tensor] = {}
+    for name, tensor in decoder.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        module = names.get(module, module.removeprefix("llm."))
+        if module.endswith("qkv_proj"):
+            parts = tensor.split([width, key_width, key_width])
+            found |= {f"{module.removesuffix('qkv_proj')}to_{p}.{kind}": t for p, t in zip("qkv", parts, strict=True)}
+        elif module != "embed_tokens":
+            found[f"{module.replace('.o_proj', '.to_out.0')}.{kind}"] = tensor
+    return found
+
+
+def omnigen_decoder(decoder: DiffusionDecoder, conditions: Sequence[Tensor]) -> Any:
+    """diffusers' OmniGen with our decoder's own tensors. Raises ImportError.
+
+    conditions: (1, L, C) of each branch. They are the rows of its text embedding, one after another from token 1 on
+    (0 pads), so that token ids carry them in. The position table is diffusers' own.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    table = torch.cat([torch.zeros_like(conditions[0][0, :1]), *(c[0] for c in conditions)])
+    with torch.device("meta"):
+        model = omnigen_transformer(decoder.config, len(table))
+    side, hidden = decoder.config.position_grid, decoder.config.stack.hidden_size
+    grid = get_2d_sincos_pos_embed(hidden, side, base_size=64, interpolation_scale=1.0, output_type="pt")
+    state = {
+        **omnigen_state(decoder),
+        "embed_tokens.weight": table,
+        "patch_embedding.pos_embed": grid[None].to(table.device, table.dtype),
+    }
+    model.load_state_dict(state, assign=True)  # strict: every name on both sides
+    return model.eval().requires_grad_(False)
+
+
+def omnigen_inputs(lengths: Sequence[int], tokens: int, device: torch.device) -> dict[str, Any]:
+    """Ids, mask and positions of branches of these lengths as its pipeline makes them: one batch, padded on the left.
+
+    The longest must be first: the transformer turns every row by the positions of row 0 alone, which for a shorter
+    row that starts later is a shift of all its tokens, and RoPE sees differences only.
+    """
+    longest = max(lengths)
+    assert lengths[0] == longest, lengths
+    total, ids, masks, first = longest + 1 + tokens, [], [], 1
+    for length in lengths:
+        pad = longest - length
+        ids.append(torch.cat([torch.zeros(pad, dtype=torch.long), torch.arange(first, first + length)]))
+        mask = torch.ones(total, total, dtype=torch.long).tril()
+        mask[longest + 1 :] = 1
+        mask[:, :pad] = 0
+        masks.append(mask)
+        first += length
+    places = [torch.cat([torch.zeros(longest - n), torch.arange(n + 1 + tokens)]).long() for n in lengths]
+    return {
+        "input_ids": torch.stack(ids).to(device),
+        "attention_mask": torch.stack(masks).to(device),
+        "position_ids": torch.stack(places).to(device),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+    }
+
+
+def omnigen_step(model: Any, latents: Tensor, time: float, inputs: Mapping[str, Any]) -> Tensor:
+    """Velocities (P, 4, h, w) of latents (1, 4, h, w): one forward of all branches, the condition recomputed in it."""
+    batch = len(inputs["input_ids"])
     with torch.inference_mode():
         return model(
-            hidden_states=latents.expand(batch, -1, -1, -1),
-            timestep=torch.full((batch,), 0.5, device=device),
-            input_ids=torch.zeros(batch, length, dtype=torch.long, device=device),
-            input_img_latents=[],
-            input_image_sizes={},
-            attention_mask=mask.expand(batch, -1, -1),
-            position_ids=torch.arange(total, device=device).expand(batch, -1),
+            hidden_states=latents.to(model.dtype).expand(batch, -1, -1, -1),
+            timestep=torch.full((batch,), time, device=latents.device),
             return_dict=False,
+            **inputs,
         )[0]

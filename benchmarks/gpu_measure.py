@@ -80,7 +80,7 @@ class Meter:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What ran: device, versions, commit."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("torch", "triton", "transformers", "diffusers"):
         try:
             versions[name] = metadata.version(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -203,9 +204,9 @@ def whole_request(preset: Preset, backend: TorchCudaBackend, meter: Meter, side:
     meter.restart()
     hidden = stage("language", lambda: think(preset.new))
     negative = stage("language", lambda: think(0, preset.negative))
-    found = [stage("connector", lambda h=h: backend.connector(h)) for h in (hidden, negative)]
+    found = [stage("connector", partial(backend.connector, h)) for h in (hidden, negative)]
     times = timesteps(preset.steps)[:-1]
-    prefixes = [stage("prefix", lambda c=c: backend.prefix(c, times, (side // 16) ** 2)) for c in found]
+    prefixes = [stage("prefix", partial(backend.prefix, c, times, (side // 16) ** 2)) for c in found]
     latents = stage("denoiser", paint)
     pixels = stage("vae", lambda: backend.vae(latents))
     assert np.isfinite(pixels).all() and pixels.shape == (1, side, side, 3)

@@ -30,7 +30,7 @@ from mindomni_rt.memory import Precision
 from mindomni_rt.planner import gigabytes, plan
 from mindomni_rt.precision import parse_precision
 
-from .gpu_baselines import language_generate, omnigen_step, omnigen_transformer, transformers_language
+from .gpu_baselines import language_generate, omnigen_inputs, omnigen_step, omnigen_transformer, transformers_language
 from .gpu_kernels import Sizes, cases, run_case
 from .gpu_measure import Meter, Record, ceilings, machine, relative_error
 from .gpu_report import markdown
@@ -164,8 +164,8 @@ class Suite:
                 found[name] = {"skipped": "out of time"}
                 continue
             language_generate(theirs, ids, new, static)
-            short = self.meter.once(lambda s=static: language_generate(theirs, ids, 4, s))[0]
-            whole, tokens = self.meter.once(lambda s=static: language_generate(theirs, ids, new, s))
+            short = self.meter.once(partial(language_generate, theirs, ids, 4, static))[0]
+            whole, tokens = self.meter.once(partial(language_generate, theirs, ids, new, static))
             token = (whole - short) / (new - 4)
             found[name] = {"token_s": token, "tokens": tokens[0, ids.shape[1] :][:16].tolist()}
         return found
@@ -231,12 +231,14 @@ class Suite:
                 "under": found["peak_bytes"] <= room}  # fmt: skip
 
     def _diffusers(self) -> dict[str, Any]:
-        theirs = omnigen_transformer(self.preset.config, self.preset.torch_dtype, self.device)
+        with self.device:
+            theirs = omnigen_transformer(self.preset.config.decoder, sum(self.preset.lengths) + 1)
+        theirs = theirs.to(self.preset.torch_dtype).eval()
         side = self.preset.sides[0]
         latents = torch.from_numpy(noise(side)).to(self.device, self.preset.torch_dtype)
-        length = max(self.preset.lengths)
-        omnigen_step(theirs, latents, length)
-        times = sorted(self.meter.once(lambda: omnigen_step(theirs, latents, length))[0] for _ in range(3))
+        inputs = omnigen_inputs(self.preset.lengths, (side // 16) ** 2, self.device)
+        omnigen_step(theirs, latents, 0.5, inputs)
+        times = sorted(self.meter.once(lambda: omnigen_step(theirs, latents, 0.5, inputs))[0] for _ in range(3))
         return {"step_s": times[1], "note": "random weights of its own; recomputes the prefix in every step"}
 
 

@@ -1,16 +1,15 @@
 """`python -m benchmarks latency MODEL`: how long one request takes, stage by stage, as MLPerf's single stream does it.
 
-One request at a time, warm-up runs first and not counted, then n runs: p50, p90, p99. The cold start is another
-process, from its first instruction to its first image, twice: the second finds what the first left in caches.
+One request at a time, warm-up runs first and not counted, then n runs: p50, p90, p99. Clocks and throttling are read
+before and after them. The cold start comes last, in other processes (`cold`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,15 +21,18 @@ from typing import Any
 import numpy as np
 
 import mindomni_rt
-from mindomni_rt.errors import BadRequestError
+from mindomni_rt.errors import BadRequestError, MissingExtraError
 from mindomni_rt.prompts import generate_messages
 from mindomni_rt.shapes import Workload
 
-from .machine import Energy, commit, describe_machine
+from .clocks import clock_state
+from .cold import cold_starts, describe_cold
+from .energy import Energy, describe_energy
+from .machine import commit, describe_machine
 from .results import FORMAT, write_atomic, write_json
 
 STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
-PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "numpy")
+PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "transformers", "diffusers", "numpy")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
 
@@ -64,7 +66,10 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         write_json(options.out, data)
         write_atomic(options.out.with_suffix(".md"), text + "\n")
-        plot(data, options.out.with_suffix(".png"))
+        try:
+            plot(data, options.out.with_suffix(".png"))
+        except MissingExtraError as error:
+            print(f"no picture: {error}", file=sys.stderr)
     return 0
 
 
@@ -79,10 +84,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": options.max_new_tokens,
         "output": "numpy",
     }
-    pipe = mindomni_rt.load(
-        options.model, device=options.device, dtype=options.dtype, memory_budget=options.memory_budget
-    )
+    load = {"device": options.device, "dtype": options.dtype, "memory_budget": options.memory_budget}
+    pipe = mindomni_rt.load(options.model, **load)
     energy = Energy(pipe.backend.device)
+    before = clock_state()
     runs: list[dict[str, float]] = []
     tokens: list[int] = []
     try:
@@ -97,6 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not runs:
             raise
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
+    after = clock_state()
     messages = generate_messages(options.prompt, think=True)
     prompt_tokens = len(pipe.chat.encode(messages))  # those of a reference image are not counted
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -105,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         new_tokens=round(float(np.mean(tokens))),
         prompt_tokens=prompt_tokens,
     )
-    return {
+    data = {
         "kind": "latency",
         "format": FORMAT,
         "date": time.strftime("%Y-%m-%d"),
@@ -118,17 +124,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "dtype": pipe.backend.dtype,
         },
         "machine": describe_machine(),
-        "versions": _versions(),
-        "request": {k: str(v) if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
+        "clocks": {"before": before, "after": after},
+        "versions": versions(),
+        "request": {k: v.name if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
         "workload": asdict(work),
         "warmup": options.warmup,
         "tokens": tokens,
         "runs": runs,
         "peak_host_bytes": peak,
         "peak_device_bytes": _device_peak(pipe.backend.device),
-        "energy": energy.report(),
-        "cold_start": [] if options.no_cold_start else [_cold(options, request) for _ in range(2)],
+        "energy": energy.record(),
+        "cold_start": [],
     }
+    if not options.no_cold_start:
+        del pipe  # a fresh process needs the memory
+        _free()
+        data["cold_start"] = cold_starts(options.model, load, {**request, "prompt": options.prompt})
+    return data
 
 
 def _figures(timings: Mapping[str, float]) -> dict[str, float]:
@@ -136,7 +148,8 @@ def _figures(timings: Mapping[str, float]) -> dict[str, float]:
     return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python, of this package and of those that a result may depend on."""
     found = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
     for package in PACKAGES:
         try:
@@ -146,36 +159,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _free() -> None:
+    """Gives unused device memory back."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing without CUDA
+
+
 def _device_peak(device: str) -> int | None:
     """Bytes that torch held at most; None on the CPU and for backends that do not tell."""
     torch = sys.modules.get("torch")
     if not device.startswith("cuda") or torch is None:
         return None
     return int(torch.cuda.max_memory_allocated(device))
-
-
-_COLD = """
-import json, sys, time
-began = float(sys.argv[1])
-import mindomni_rt
-request = json.loads(sys.argv[2])
-pipe = mindomni_rt.load(request.pop("model"), device=request.pop("device"), dtype=request.pop("dtype"))
-loaded = time.time()
-pipe.generate(request.pop("prompt"), seed=0, **request)
-print(json.dumps({"load": loaded - began, "first_image": time.time() - began}))
-"""
-
-
-def _cold(options: argparse.Namespace, request: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds from the start of a fresh process to the loaded model and to the first image."""
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in request.items()}
-    asked |= {"model": str(options.model), "device": options.device, "dtype": options.dtype, "prompt": options.prompt}
-    done = subprocess.run(
-        [sys.executable, "-c", _COLD, str(time.time()), json.dumps(asked)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise BadRequestError(f"the cold start failed: {done.stderr.strip().splitlines()[-1:]}")
-    return {k: round(v, 3) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -196,37 +192,50 @@ def report(data: Mapping[str, Any]) -> str:
         f"{data['warmup']} warm-up, n = {len(runs)}.",
         "",
         "; ".join(f"{k} {v}" for k, v in data["machine"].items()),
+        *_clock_lines(data.get("clocks", {})),
         "",
         "| stage | p50 s | p90 s | p99 s |",
         "| --- | --- | --- | --- |",
     ]
-    for name in (*STAGES, "first_token", "total"):
-        values = [r[name] for r in runs if name in r]
-        if values:
-            p50, p90, p99 = percentiles(values)
+    steps = request["num_inference_steps"]
+    rows = {name: [r[name] for r in runs if name in r] for name in (*STAGES, "first_token", "total")}
+    rows["denoising step"] = [seconds / steps for seconds in rows["denoiser"]]
+    rows["first thinking token"] = rows.pop("first_token")
+    for name in (*STAGES, "first thinking token", "denoising step", "total"):
+        if rows[name]:
+            p50, p90, p99 = percentiles(rows[name])
             lines.append(f"| {name} | {p50:.4f} | {p90:.4f} | {p99:.4f} |")
     lines += ["", "| figure | value |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in _rates(data)]
     return "\n".join(lines)
 
 
+def _clock_lines(clocks: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """State before and after the runs; none where nothing could be read."""
+    if not any(clocks.values()):
+        return ["", "Clocks and throttling before and after the runs: not available."]
+    told = (f"{when} the runs: {', '.join(f'{k} {v}' for k, v in state.items())}" for when, state in clocks.items())
+    return ["", f"Clocks {'; '.join(told)}."]
+
+
 def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    runs, steps = data["runs"], data["request"]["num_inference_steps"]
+    runs = data["runs"]
     decode = [
         (count - 1) / (r["language"] - (r["first_token"] - r.get("vision", 0.0)))
         for r, count in zip(runs, data["tokens"], strict=True)
         if count > 1 and r.get("language", 0) > r.get("first_token", 0) - r.get("vision", 0.0)
     ]
-    out = [("denoising step", f"{np.median([r['denoiser'] for r in runs]) / steps * 1000:.2f} ms")]
-    if decode:
-        out.append(("decoding", f"{np.median(decode):.1f} tokens/s"))
+    out = []
+    if decode:  # a rate's slow end is its 10th and 1st percentile
+        p50, p10, p1 = np.percentile(decode, (50, 10, 1))
+        out.append(("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}"))
     out.append(("peak host memory", f"{data['peak_host_bytes'] / 1e9:.2f} GB"))
     device = data["peak_device_bytes"]
     out.append(("peak device memory", f"{device / 1e9:.2f} GB" if device else "not available"))
-    out.append(("energy an image", data["energy"]))
+    out.append(("energy an image", describe_energy(data["energy"])))
     for index, cold in enumerate(data["cold_start"]):
         name = ("first", "second")[index]
-        out.append((f"cold start, {name} run", f"loaded {cold['load']:.2f} s, first image {cold['first_image']:.2f} s"))
+        out.append((f"cold start, {name} run", describe_cold(cold)))
     return out
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,11 @@ def run_stages(config: ModelConfig, work: Workload, dtype: str) -> dict[str, int
         patches = ImagePatches(np.zeros((work.patches[0] * work.patches[1], config.vision.patch_dim), np.float32), grid)
         embeds = stage("vision", lambda: backend.vision(patches))
     times = timesteps(work.steps)
-    prefixes = []
+    prefixes: list[Any] = []
     for tokens, new in ((work.prompt_tokens, work.new_tokens), (work.negative_tokens, 0))[: len(work.branches)]:
-        hidden = stage("language", lambda t=tokens, n=new: write(t, n, None if prefixes else embeds))
-        condition = stage("connector", lambda h=hidden: backend.connector(h))
-        prefixes.append(stage("prefix", lambda c=condition: backend.prefix(c, times[:-1], work.image_tokens)))
+        hidden = stage("language", partial(write, tokens, new, None if prefixes else embeds))
+        condition = stage("connector", partial(backend.connector, hidden))
+        prefixes.append(stage("prefix", partial(backend.prefix, condition, times[:-1], work.image_tokens)))
     hidden = condition = embeds = None
     noise = np.zeros((work.images, config.decoder.latent_channels, work.height // 8, work.width // 8), np.float32)
     request = DenoiseRequest(
@@ -137,7 +138,8 @@ def _main() -> None:
     warm = Workload(prompt_tokens=70, new_tokens=2, negative_tokens=8, height=64, width=64, steps=1, patches=(8, 8))
     run_stages(scaled("tiny"), warm, data["dtype"])
     gc.collect()
-    work = Workload(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["work"].items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["work"].items()}
+    work = Workload(**values)
     sys.stdout.write(json.dumps(run_stages(ModelConfig.from_dict(data["config"]), work, data["dtype"])) + "\n")
 
 

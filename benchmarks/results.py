@@ -77,7 +77,8 @@ class Result:
 
     @property
     def workload(self) -> Workload:
-        return Workload(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.data["workload"].items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.data["workload"].items()}
+        return Workload(**values)
 
     @property
     def dtype(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindomni_rt.config import ModelConfig, published
+from mindomni_rt.config import ModelConfig, StackConfig, published
 from mindomni_rt.errors import BadRequestError
 
 SIZES = {"tiny": (16, 4), "small": (8, 6), "medium": (4, 8)}
@@ -19,10 +19,7 @@ def scaled(size: str) -> ModelConfig:
     divide, layers = SIZES[size]
     config = published()
 
-    def stack(s: object, heads_by: int) -> object:
-        from mindomni_rt.config import StackConfig
-
-        assert isinstance(s, StackConfig)
+    def stack(s: StackConfig, heads_by: int) -> StackConfig:
         heads = max(s.num_heads // heads_by, 1)
         kv = heads if s.num_kv_heads == s.num_heads else 1
         return replace(
@@ -43,7 +40,7 @@ def scaled(size: str) -> ModelConfig:
         num_heads=max(config.vision.num_heads // divide, 1),
         num_layers=min(config.vision.num_layers, layers),
         intermediate_size=config.vision.intermediate_size // divide // 4 * 4,
-        out_hidden_size=language.hidden_size,  # type: ignore[attr-defined]
+        out_hidden_size=language.hidden_size,
         full_attention_layers=(layers - 1,),
     )
     return replace(
@@ -57,7 +54,7 @@ def scaled(size: str) -> ModelConfig:
             vision_start_token_id=6,
             vision_end_token_id=7,
         ),
-        connector=replace(config.connector, input_size=language.hidden_size, stack=connector),  # type: ignore[attr-defined]
+        connector=replace(config.connector, input_size=language.hidden_size, stack=connector),
         decoder=replace(config.decoder, stack=decoder),
         vae=replace(
             config.vae,

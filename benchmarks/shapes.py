@@ -51,7 +51,7 @@ def _template(colour: tuple[int, int, int], shape: str) -> NDArray[np.float32]:
     else:
         pen.rectangle((low + third, low, low + 2 * third, high), fill=colour)
         pen.rectangle((low, low + third, high, low + 2 * third), fill=colour)
-    return np.asarray(cell.resize((_CELL, _CELL), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(cell.resize((_CELL, _CELL), Image.Resampling.BOX), np.float32) / np.float32(255)
 
 
 def read(pixels: NDArray[np.float32]) -> tuple[int, str, str] | None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +17,15 @@ from conftest import PARITY
 from PIL import Image
 
 from benchmarks.__main__ import main
+from benchmarks.cold import cold_starts, describe_cold
 from benchmarks.compare import change
 from benchmarks.latency import percentiles
-from benchmarks.machine import Energy, describe_machine, hwmon
+from benchmarks.machine import describe_machine
 from benchmarks.results import read_result
 
 SMALL = ["--size", "32", "--steps", "2", "--max-new-tokens", "3", "--runs", "3", "--device", "cpu", "--no-cold-start"]
+
+TINY = {"height": 32, "width": 32, "num_inference_steps": 2, "max_new_tokens": 3, "output": "numpy"}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +45,15 @@ def test_a_result_holds_every_stage_of_every_run(result: Path) -> None:
     assert read.data["peak_host_bytes"] > 50e6
     text = result.with_suffix(".md").read_text()
     assert "| denoiser |" in text and "n = 3" in text and "1 warm-up" in text
+    for figure in (
+        "| first thinking token |",
+        "| denoising step |",
+        "| decoding |",
+        "| peak device memory | not available",
+    ):
+        assert figure in text
+    assert "p50 s | p90 s | p99 s" in text and read.data["commit"] and read.data["versions"]["torch"]
+    assert set(read.data["clocks"]) == {"before", "after"} and "Clocks" in text
     with Image.open(result.with_suffix(".png")) as plot:
         assert plot.width > 500
     assert str(Path.home()) not in result.read_text()
@@ -143,11 +160,65 @@ def test_roofline_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "predictions" in capsys.readouterr().out
 
 
-def test_the_machine_is_told_without_failing(tmp_path: Path) -> None:
+def test_the_machine_is_told_without_failing() -> None:
     found = describe_machine()
     assert found["cores"].isdigit() and found["cpu"]
-    assert Energy("cpu").report() == "not available"
-    monitor = tmp_path / "hwmon3"
-    monitor.mkdir()
-    (monitor / "power1_input").write_text("5000000")
-    assert hwmon(tmp_path) == [monitor / "power1_input"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks", "latency", str(PARITY), *arguments]
+
+
+def test_a_failing_cold_start_keeps_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path))  # a fresh interpreter finds no library there
+    out = tmp_path / "r.json"
+    assert main(["latency", str(PARITY), *SMALL[:-1], "--out", str(out)]) == 0
+    read = read_result(out)
+    assert len(read.samples("total")) == 3
+    assert [list(start) for start in read.data["cold_start"]] == [["failed"], ["failed"]]
+    text = out.with_suffix(".md").read_text()
+    assert "| cold start, first run | failed: " in text and "Error" in read.data["cold_start"][0]["failed"]
+
+
+def test_cold_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (start,) = cold_starts(str(PARITY), {"device": "cpu"}, {"prompt": "x", **TINY}, times=1)
+    assert 0 < start["load"] < start["first_image"]
+    (start,) = cold_starts(str(tmp_path / "none"), {"device": "cpu"}, {"prompt": "x", **TINY}, times=1)
+    assert "BadCheckpointError" in start["failed"] or "BadRequestError" in start["failed"]
+    assert describe_cold(start).startswith("failed: ")
+
+
+def test_interrupting_the_cold_start_keeps_the_runs(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    process = subprocess.Popen(
+        command(*SMALL[:-1], "--out", str(out)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore Ctrl-C, and their children with them; this one must not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = ""
+    while "cold start 1 of 2" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in said + rest
+    read = read_result(out)
+    assert len(read.samples("total")) == 3 and read.data["cold_start"] == [{"failed": "interrupted"}]
+    assert "| cold start, first run | failed: interrupted |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The kernel itself refuses the write past 1000 bytes."""
+    out = tmp_path / "r.json"
+    out.write_text("before")
+    done = subprocess.run(
+        command(*SMALL, "--out", str(out)), capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )  # fmt: skip
+    assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"] and out.read_text() == "before"

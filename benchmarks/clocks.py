@@ -1,0 +1,106 @@
+"""How a machine is set and what holds its clocks back, read before and after a measurement.
+
+What the tools print: `nvpmodel -q` "NV Power Mode: MAXN" and the mode's number; `jetson_clocks --show` (as root) a line
+with MinFreq, MaxFreq, CurrentFreq for each processor (kHz), the GPU and the memory (Hz): equal least and most mean
+pinned clocks.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+NONE = "not available"
+_HWMON = Path("/sys/class/hwmon")
+_REASONS = {  # nvml.h, nvmlClocksEventReason*
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal slowdown (software)",
+    0x40: "thermal slowdown (hardware)",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+_FREQUENCIES = re.compile(
+    r"^(?P<unit>\w+):?\s+(?:Online=(?P<online>\d)\s+)?.*?"
+    r"MinFreq=(?P<low>\d+)\s+MaxFreq=(?P<high>\d+)\s+CurrentFreq=(?P<now>\d+)",
+    re.MULTILINE,
+)
+
+
+def output(command: Sequence[str], timeout: float = 20) -> str:
+    """What a tool prints; empty where it is missing, fails, lacks rights or does not answer in time (seconds)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def query(fields: str) -> list[str]:
+    """Fields of the first GPU by nvidia-smi; empty without one or where it does not know a field."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    lines = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]).splitlines()
+    found = [part.strip() for part in lines[0].split(",")] if lines else []
+    return found if len(found) == fields.count(",") + 1 else []
+
+
+def power_mode() -> str:
+    """A Jetson's power mode with its number: "MAXN (0)"."""
+    text = output(["nvpmodel", "-q"])
+    found = re.search(r"NV Power Mode:\s*(.+?)\s*$(?:\s*^(\d+)\s*$)?", text, re.MULTILINE)
+    if not found:
+        return " ".join(text.split()) or NONE
+    return f"{found[1]} ({found[2]})" if found[2] else found[1]
+
+
+def pinned_clocks() -> str:
+    """Whether `jetson_clocks` holds processors and GPU at their most, and the frequencies now."""
+    text = output(["jetson_clocks", "--show"])
+    rows = [m for m in _FREQUENCIES.finditer(text) if m["online"] != "0"]
+    held = [m["low"] == m["high"] for m in rows if re.match(r"cpu\d+|GPU", m["unit"])]
+    if not held:
+        return NONE
+    state = "pinned" if all(held) else "not pinned"
+    now = {m["unit"]: f"{int(m['now']) / 1e6:.0f} MHz" for m in rows if m["unit"] in ("GPU", "EMC")}
+    return ", ".join([state, *(f"{unit} {frequency}" for unit, frequency in now.items())])
+
+
+def throttling() -> str:
+    """Why a GPU's clocks are below their most, in words; "none" where nothing holds them."""
+    for name in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the second: older drivers
+        if found := query(name):
+            try:
+                bits = int(found[0], 16)
+            except ValueError:
+                continue
+            return ", ".join(text for bit, text in _REASONS.items() if bits & bit) or ("none" if not bits else found[0])
+    return NONE
+
+
+def over_current(root: Path = _HWMON) -> str:
+    """A Jetson's counts of over-current events since it started, which throttle it: "oc1 0, oc2 15"."""
+    found = []
+    for path in sorted(root.glob("hwmon*/oc*_event_cnt")):
+        try:
+            found.append(f"{path.name.partition('_')[0]} {path.read_text().strip()}")
+        except OSError:
+            continue
+    return ", ".join(found) or NONE
+
+
+def clock_state(root: Path = _HWMON) -> dict[str, str]:
+    """Clocks, temperature and throttling now; empty on a machine without an NVIDIA GPU."""
+    found: dict[str, str] = {}
+    if gpu := query("clocks.sm,clocks.mem,temperature.gpu"):
+        names = ("SM clock", "memory clock", "temperature")
+        found |= dict(zip(names, gpu, strict=True)) | {"throttling": throttling()}
+    if shutil.which("nvpmodel"):  # a Jetson
+        found |= {"jetson_clocks": pinned_clocks(), "over-current events": over_current(root)}
+    return found
