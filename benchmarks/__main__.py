@@ -64,18 +64,22 @@ def _roofline(options: argparse.Namespace) -> int:
     from .devices import choose, load_devices
     from .results import all_results
     from .roofline import DEFAULT_SCHEMES, bound, describe, measured_bound, measured_table, plot, table
+    from .roofline import measured_totals as totals
+    from .roofline import memory_note as note
 
     sheet = load_devices()
     work = Workload(height=options.size, width=options.size, steps=options.steps, new_tokens=options.new_tokens)
     config = published()
+    devices = choose(options.device, sheet)
     found = [
         b
-        for device in choose(options.device, sheet)
+        for device in devices
         for scheme in DEFAULT_SCHEMES
         if (b := bound(config, work, device, scheme, sheet.efficiency)) is not None
     ]
+    memory = {(d.name, s): note(config, work, d, s) for d in devices for s in DEFAULT_SCHEMES}
     print(f"published sizes, {describe(work)}\n")
-    print(table(found, {}))
+    print(table(found, memory))
     rows = [(r, *m) for r in all_results() if (m := measured_bound(r, sheet)) is not None]
     if rows:
         print("\n" + measured_table(rows))
@@ -83,7 +87,7 @@ def _roofline(options: argparse.Namespace) -> int:
         title = (
             f"published sizes, {options.size}x{options.size}, {options.steps} steps, {options.new_tokens} new tokens"
         )
-        plot(found, [], options.plot, title)
+        plot(found, totals(config, work, rows), options.plot, title)
     return 0
 
 

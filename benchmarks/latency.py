@@ -13,23 +13,29 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError, MissingExtraError
-from mindomni_rt.prompts import generate_messages
-from mindomni_rt.shapes import Workload
+from mindomni_rt.images import prepare_image, vae_pixels
+from mindomni_rt.memory import Precision, weight_bytes
+from mindomni_rt.prompts import DEFAULT_NEGATIVE, generate_messages
+from mindomni_rt.shapes import PIXELS_PER_TOKEN, Workload
 
+from .ceilings import measured_ceilings
 from .clocks import clock_state
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
 from .machine import commit, describe_machine
 from .results import FORMAT, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from mindomni_rt.pipeline import Pipeline
 
 STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "transformers", "diffusers", "numpy")
@@ -103,14 +109,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             raise
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
     after = clock_state()
-    messages = generate_messages(options.prompt, think=True)
-    prompt_tokens = len(pipe.chat.encode(messages))  # those of a reference image are not counted
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    work = replace(
-        Workload(height=options.size, width=options.size, steps=options.steps, guidance=options.guidance != 1),
-        new_tokens=round(float(np.mean(tokens))),
-        prompt_tokens=prompt_tokens,
-    )
+    work = _workload(pipe, options, tokens)
+    weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
+    streamed = min(weights["language"], weights["decoder"])
     data = {
         "kind": "latency",
         "format": FORMAT,
@@ -131,6 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "warmup": options.warmup,
         "tokens": tokens,
         "runs": runs,
+        "ceilings": measured_ceilings(pipe.backend.device, pipe.backend.dtype, streamed),
         "peak_host_bytes": peak,
         "peak_device_bytes": _device_peak(pipe.backend.device),
         "energy": energy.record(),
@@ -141,6 +144,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         _free()
         data["cold_start"] = cold_starts(options.model, load, {**request, "prompt": options.prompt})
     return data
+
+
+def _workload(pipe: Pipeline, options: argparse.Namespace, tokens: Sequence[int]) -> Workload:
+    """The sizes of the request as it ran. With VAE features the prompt is longer by their tokens."""
+    patches, counts, latents = (0, 0), list[int](), 0
+    if options.image:
+        image = prepare_image(options.image, pipe.config)
+        patches, counts = (image.grid[1], image.grid[2]), [image.tokens]
+        if pipe.config.edit_features == "vit+vae":
+            height, width = vae_pixels(options.image).shape[-2:]
+            latents = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+    prompt = pipe.chat.encode(generate_messages(options.prompt, True, bool(counts), latents), counts)
+    negative = pipe.chat.encode(generate_messages(DEFAULT_NEGATIVE, think=False))
+    return Workload(
+        prompt_tokens=len(prompt),
+        new_tokens=round(float(np.mean(tokens))),
+        negative_tokens=len(negative),
+        patches=patches,
+        height=options.size,
+        width=options.size,
+        steps=options.steps,
+        guidance=options.guidance != 1,
+    )
 
 
 def _figures(timings: Mapping[str, float]) -> dict[str, float]:

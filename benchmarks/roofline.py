@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindomni_rt.config import ModelConfig
+from mindomni_rt.errors import OutOfMemoryError
+from mindomni_rt.memory import Precision
+from mindomni_rt.planner import gigabytes, plan
 from mindomni_rt.shapes import STAGES, Workload
 
 from .costs import SCHEMES, Op, Scheme, StageCost, request_costs
@@ -14,6 +17,13 @@ from .devices import Device, Sheet
 from .results import Result
 
 DEFAULT_SCHEMES = ("bf16", "w8a8", "w4a4+attn8")
+Measured = tuple[str, str, float]
+_STORED = {  # weights of language model, output embedding and decoder
+    "fp32": ("float32", "float32", "float32"),
+    "bf16": ("bfloat16", "bfloat16", "bfloat16"),
+    "w8a8": ("int8", "int8", "int8"),
+    "w4a4+attn8": ("int4", "int8", "int4"),
+}
 _DECODE = {"w8a8": "w8a8", "w8a8+attn8": "w8a8", "w4a4+attn8": "w4a16"}  # decoding quantizes weights alone at 4 bits
 _VAE = {"fp32": "fp32"}  # elsewhere in 16 bits: convolutions are not quantized
 
@@ -99,7 +109,7 @@ def measured_bound(result: Result, sheet: Sheet) -> tuple[Bound, str] | None:
         key = SCHEMES[scheme].gemm[0]
         device = Device(
             key="measured",
-            name=result.machine,
+            name=device.name if device else result.machine,
             memory=1.0,
             bandwidth=float(ceilings["copy_gbps"]),
             peak={key: float(ceilings["gemm_tflops"])},
@@ -125,6 +135,24 @@ def table(bounds: Sequence[Bound], fits: Mapping[tuple[str, str], str]) -> str:
     return "\n".join(lines)
 
 
+def memory_note(config: ModelConfig, work: Workload, device: Device, scheme: str) -> str:
+    """Whether a request fits the device: what its weights stay or are swapped at, by the planner. A prediction."""
+    weights = _STORED[scheme]
+    precision = Precision(language=weights[0], head=weights[1], decoder=weights[2], vae="bfloat16")
+    reserve = (2000 if device.unified else 700) * 10**6  # the system on shared memory; CUDA and a desktop elsewhere
+    try:
+        found = plan(config, work, precision=precision, budget=round(device.memory * 1e9), reserve=reserve)
+    except OutOfMemoryError:
+        return "does not fit"
+    return f"{gigabytes(found.peak)}, {'all loaded' if not found.moved else 'swaps ' + gigabytes(found.moved)}"
+
+
+def measured_totals(config: ModelConfig, work: Workload, rows: Sequence[tuple[Result, Bound, str]]) -> list[Measured]:
+    """(device, precision, seconds) of the results that measured exactly this request of this model."""
+    same = [(r, b) for r, b, _ in rows if r.config == config and r.workload == work]
+    return [(b.device, b.scheme, r.median("total")) for r, b in same]
+
+
 def measured_table(rows: Sequence[tuple[Result, Bound, str]]) -> str:
     """Markdown: measured medians beside the floor of the same request, with the ratio for each stage and in all."""
     if not rows:
@@ -148,7 +176,7 @@ def _seconds_text(value: float) -> str:
     return "-" if value == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def plot(bounds: Sequence[Bound], measured: Sequence[tuple[str, str, float]], path: Path, title: str) -> None:
+def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, title: str) -> None:
     """A dot plot, seconds an image on a log axis: floor (open), prediction (filled), measured (star). PNG at path.
 
     measured: (device name, precision, seconds) of runs of the same request.

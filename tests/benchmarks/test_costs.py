@@ -161,3 +161,30 @@ def test_torch_counts_the_same_in_every_stage(backend):
 
     latents = torch.zeros(2, 4, 12, 8)
     assert _count(lambda: backend.vae(latents)) == 2 * costs["vae"].flops
+
+
+def test_no_measured_result_beats_its_floor():
+    """Every latency result of the folder that says what its machine reached, or ran on a device of the sheet."""
+    from benchmarks.results import all_results
+    from benchmarks.roofline import measured_bound
+    from mindomni_rt.shapes import STAGES
+
+    rows = [(r, *m) for r in all_results() if (m := measured_bound(r, load_devices())) is not None]
+    assert rows, "no result in the folder has a floor"
+    for result, found, basis in rows:
+        ran = [s for s in STAGES if result.median(s)]
+        assert {"language", "denoiser", "vae"} <= set(ran)
+        slow = {s: result.median(s) / found.floor[s] for s in ran if found.floor[s]}
+        assert min(slow.values()) >= 1, (result.path.name, basis, slow)
+
+
+@pytest.mark.parametrize(
+    ("device", "scheme", "starts"),
+    [("h200", "bf16", "27."), ("rtx4060", "bf16", "does not fit"), ("rtx4060", "w4a4+attn8", "7.")],
+)
+def test_memory_notes(device, scheme, starts):
+    from benchmarks.roofline import memory_note
+
+    note = memory_note(CONFIG, Workload(), load_devices().devices[device], scheme)
+    assert note.startswith(starts)  # bf16: 24.9 GB of weights and 2 GB of buffers; 4 bits: swapped below 8 GB
+    assert ("swaps" in note) == (device == "rtx4060" and scheme == "w4a4+attn8")
