@@ -164,7 +164,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         whole = load_config(path)
         steps = max(1, round(whole.optim.steps * leg.share * scale))
         settings = [f"model={model}", f"out={folder / leg.stage}", f"seed={seed}", f"optim.steps={steps}"]
-        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=32", "log_every=1", "device=cpu"]
+        settings += [f"evaluate_every={max(1, steps // 4)}", "evaluate_count=16", "log_every=1", "device=cpu"]
         settings += [f"data.cache_latents={base / 'latents'}", f"rgpo.reward_model={base / 'reward'}", *leg.overrides]
         trainer = start(load_config(path, settings), bar=False)
         trainer.run()
