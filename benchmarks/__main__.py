@@ -1,4 +1,4 @@
-"""`python -m benchmarks latency | roofline | plan | compare | lossy | gpu`: how fast, and will it fit."""
+"""`python -m benchmarks latency | roofline | plan | compare | lossy | gpu | quality`: speed, fit, quality."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mindomni_rt.errors import MindOmniError
 _MODULES = {
     "latency": "one request, stage by stage, on this machine",
     "compare": "two latency results; exit code 1 where the second is slower",
+    "quality": "images and answers in the formats of official evaluators",
 }
 
 
