@@ -174,8 +174,8 @@ def _read_wise(path: Path | None) -> Prompts:
     for file in files:
         try:
             rows = json.loads(text_of(file))
-        except json.JSONDecodeError as error:
-            raise BadRequestError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRequestError(f"{file} is not JSON: {error}") from error
         if not isinstance(rows, list):
             raise BadRequestError(f"{file}: expected a list of objects with prompt_id and Prompt")
         for number, row in enumerate(rows, 1):
@@ -199,8 +199,8 @@ def _grid_make(pipe: Pipeline, item: Item, settings: Settings) -> dict[str, byte
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadRequestError(f"{where}: expected one JSON object: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(f"{where}: expected one JSON object: {error}") from error
     if not isinstance(row, dict):
         raise BadRequestError(f"{where}: expected one JSON object with prompt, tag and include")
     return row

@@ -13,7 +13,7 @@ from .quality_run import RunFolder
 from .quality_suite import Item, Prompts, Settings, Suite
 from .results import write_atomic, write_json
 
-SOURCE = "published for MindOmni (README of the released project), measured there and not by this run"
+SOURCE = "published for MindOmni (README of the released project), not measured here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,10 @@ def report(suite: Suite, data: Mapping[str, Any]) -> str:
             low, high = (100 * x for x in score["interval"])
             lines.append(f"| {name} | {100 * score['share']:.1f} % | {low:.1f} to {high:.1f} % | {score['n']} |")
     if data["published"]:
-        lines += ["", f"| {suite.title}, {SOURCE} | |", "| --- | --- |"]
+        lines += ["", f"| {SOURCE} | {suite.title} |", "| --- | --- |"]
         lines += [f"| {name} | {value} |" for name, value in data["published"].items()]
     if data["commands"]:
-        lines += ["", f"Next, in a checkout of the evaluator ({suite.evaluated}), with RUN this folder:", "", "```"]
+        lines += ["", f"Next, in the evaluator's own project, with RUN this folder ({suite.evaluated}):", "", "```"]
         lines += [*data["commands"], "```"]
     lines += [f"\n{note[0].upper()}{note[1:]}." for note in data["notes"]]
     return "\n".join(lines)
