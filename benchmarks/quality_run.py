@@ -72,8 +72,10 @@ class RunFolder:
 
         Raises BadRequestError for a run with other settings and for a folder that holds something else.
         """
+        # Listed before the look for run.json: another shard may make it, and then items, between the two.
+        there = list(self.folder.iterdir()) if self.folder.is_dir() else []
         if not self.settings.exists():
-            if self.folder.is_dir() and any(not p.name.startswith(".run.json.") for p in self.folder.iterdir()):
+            if any(not (p.name.startswith(".") and p.name.endswith(".part")) for p in there):
                 raise BadRequestError(f"{self.folder} holds files but no run.json: choose an empty folder for --out")
             return False
         found = read_json(self.settings)

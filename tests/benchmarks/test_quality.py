@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,30 @@ def test_folders_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     for text in ("{", "[]", "{}"):
         (out / "run.json").write_text(text)
         assert quality("geneval", prompts, out) == 2 and "run.json" in capsys.readouterr().err
+
+
+def test_shards_that_start_at_once_do_not_take_each_other_for_strangers(tmp_path: Path) -> None:
+    asked = {"settings": {"seed": 0}, "runs_on": {}}
+    barrier, errors = threading.Barrier(4), list[OSError | mindomni_rt.MindOmniError]()
+
+    def start(shard: int) -> None:
+        for round_ in range(100):
+            folder = RunFolder(tmp_path / str(round_))
+            barrier.wait()
+            try:
+                folder.check(asked)
+                folder.claim(asked)
+                folder.store({f"items/{shard}.json": b"{}"})
+            except (OSError, mindomni_rt.MindOmniError) as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=start, args=(shard,)) for shard in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(tree(tmp_path)) == 500 and not any(".part" in name for name in tree(tmp_path))
 
 
 def test_two_shards_that_start_at_once_agree_on_one_record(tmp_path: Path) -> None:
