@@ -1,4 +1,4 @@
-"""`python -m benchmarks latency | peers | counts | compare | roofline | plan | lossy | gpu`: how fast, will it fit."""
+"""`python -m benchmarks COMMAND`: how fast, will it fit, how good."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _MODULES = {
     "compare": "two results of one kind, latency or counts; exit code 1 where the second is worse",
     "peers": "transformers, diffusers and onnxruntime beside ours, on the same weights",
     "counts": "operations, operators, bytes and graph nodes of a fixed request, the same on every machine",
+    "quality": "images and answers in the formats of official evaluators",
 }
 
 
