@@ -73,9 +73,9 @@ class RunFolder:
         Raises BadRequestError for a run with other settings and for a folder that holds something else.
         """
         # Listed before the look for run.json: another shard may make it, and then items, between the two.
-        there = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
         if not self.settings.exists():
-            if any(not (p.name.startswith(".") and p.name.endswith(".part")) for p in there):
+            if any(not (name.startswith(".") and name.endswith(".part")) for name in names):
                 raise BadRequestError(f"{self.folder} holds files but no run.json: choose an empty folder for --out")
             return False
         found = read_json(self.settings)
