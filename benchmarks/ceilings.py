@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 _LARGEST = 2**30
-_SIDE = {"cpu": 1536, "cuda": 8192}
-_REPEATS = 7
+_SIDES = {"cpu": (512, 1536), "cuda": (8192,)}
+_SECONDS = 0.5  # of each measurement: long enough that a busy machine has a quiet moment in it
 
 
 def measured_ceilings(device: str, dtype: str, weights: int) -> dict[str, Any]:
@@ -26,32 +26,38 @@ def measured_ceilings(device: str, dtype: str, weights: int) -> dict[str, Any]:
         import torch
     except ImportError:
         return _with_numpy(size) if kind == "cpu" and dtype == "float32" else {}
-    if kind not in _SIDE or (kind == "cuda" and not torch.cuda.is_available()):
+    if kind not in _SIDES or (kind == "cuda" and not torch.cuda.is_available()):
         return {}
-    side, where = _SIDE[kind], torch.device(device)
-    a, b = (torch.randn(side, side, device=where).to(getattr(torch, dtype)) for _ in range(2))
-    source = torch.zeros(size, dtype=torch.int8, device=where)
-    target = torch.empty_like(source)
+    where = torch.device(device)
 
     def wait() -> None:
         if kind == "cuda":
             torch.cuda.synchronize(where)
 
-    product = _best(lambda: a @ b, wait)
-    copy = _best(lambda: target.copy_(source), wait)
-    return _record(side, product, size, copy, f"torch, {torch.get_num_threads()} threads" if kind == "cpu" else "torch")
+    def product(side: int) -> Callable[[], Any]:
+        a, b = (torch.randn(side, side, device=where).to(getattr(torch, dtype)) for _ in range(2))
+        return lambda: a @ b
+
+    source = torch.zeros(size, dtype=torch.int8, device=where)
+    target = torch.empty_like(source)
+    flops = max(2 * side**3 / _best(product(side), wait) for side in _SIDES[kind])
+    threads = f", {torch.get_num_threads()} threads" if kind == "cpu" else ""
+    return _record(flops, size, _best(lambda: target.copy_(source), wait), f"torch{threads}")
 
 
 def _with_numpy(size: int) -> dict[str, Any]:
-    side = _SIDE["cpu"]
-    a, b = (np.random.default_rng(i).standard_normal((side, side), dtype=np.float32) for i in range(2))
+    def product(side: int) -> Callable[[], Any]:
+        a, b = (np.random.default_rng(i).standard_normal((side, side), dtype=np.float32) for i in range(2))
+        return lambda: a @ b
+
     source, target = np.zeros(size, np.int8), np.empty(size, np.int8)
-    return _record(side, _best(lambda: a @ b), size, _best(lambda: np.copyto(target, source)), "numpy")
+    flops = max(2 * side**3 / _best(product(side)) for side in _SIDES["cpu"])
+    return _record(flops, size, _best(lambda: np.copyto(target, source)), "numpy")
 
 
-def _record(side: int, product: float, size: int, copy: float, how: str) -> dict[str, Any]:
+def _record(flops: float, size: int, copy: float, how: str) -> dict[str, Any]:
     return {
-        "gemm_tflops": round(2 * side**3 / product / 1e12, 4),
+        "gemm_tflops": round(flops / 1e12, 4),
         "copy_gbps": round(2 * size / copy / 1e9, 2),  # read and written
         "copy_bytes": size,
         "with": how,
@@ -59,9 +65,10 @@ def _record(side: int, product: float, size: int, copy: float, how: str) -> dict
 
 
 def _best(run: Callable[[], Any], wait: Callable[[], None] = lambda: None) -> float:
-    """Seconds of the fastest of a few runs."""
-    found = []
-    for _ in range(_REPEATS):
+    """Seconds of the fastest run; the first, which may build something, is one of them."""
+    found: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while len(found) < 3 or time.perf_counter() < end:
         wait()
         began = time.perf_counter()
         run()

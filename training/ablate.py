@@ -189,7 +189,16 @@ def _is_base(arm: Arm, leg: Leg, base: Path, seed: int, scale: float) -> bool:
         return False
     if not path.exists() or not (base / leg.stage / "model" / "connector.safetensors").exists():
         return False
-    return bool(json.loads(path.read_text(encoding="utf-8"))["seed"] == seed)
+    done = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(load_config(CONFIGS / f"shapes-{leg.stage}.toml", [f"seed={seed}"]).to_dict()))
+    return all(_without_places(done).get(k) == v for k, v in _without_places(wanted).items())
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration but for where it reads and writes, and how often it tells."""
+    kept = {k: v for k, v in config.items() if k in ("seed", "optim", "lora", "distill", "sft")}
+    kept |= {f"data.{k}": v for k, v in config["data"].items() if k != "cache_latents"}
+    return kept | {f"rgpo.{k}": v for k, v in config["rgpo"].items() if k != "reward_model"}
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

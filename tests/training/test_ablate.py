@@ -9,7 +9,7 @@ from test_loop import folder  # noqa: F401 a fixture
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.mindomni import load_model
-from training.ablate import CONFIGS, STUDIES, fresh_connector, main, run_arm, table
+from training.ablate import CONFIGS, STUDIES, _is_base, fresh_connector, main, run_arm, table
 from training.config import load_config
 from training.plots import plot_study, read_metrics, smooth
 
@@ -86,3 +86,18 @@ def test_plot_of_runs_shows_only_what_they_logged(tmp_path, capsys):
     assert command(["plot", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
     assert command(["plot", *runs, "--out", str(tmp_path / "x.svg")]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_only_a_base_run_of_the_same_configuration_is_taken_for_an_arm(tmp_path):
+    config = load_config(CONFIGS / "shapes-rgpo.toml", ["out=elsewhere", "data.cache_latents=kept"])
+    (tmp_path / "rgpo" / "model").mkdir(parents=True)
+    (tmp_path / "rgpo" / "model" / "connector.safetensors").touch()
+    path = tmp_path / "rgpo" / "config.json"
+    arm = next(a for a in STUDIES["image KL"] if a.name == "base")
+    path.write_text(json.dumps(config.to_dict()))
+    assert _is_base(arm, arm.legs[0], tmp_path, 0, 1.0)
+    assert not _is_base(arm, arm.legs[0], tmp_path, 1, 1.0)
+    assert not _is_base(arm, arm.legs[0], tmp_path, 0, 0.5)
+    for other in ("optim.steps=7", "rgpo.beta_image=1.0", "data.image_size=112"):
+        path.write_text(json.dumps(load_config(CONFIGS / "shapes-rgpo.toml", [other]).to_dict()))
+        assert not _is_base(arm, arm.legs[0], tmp_path, 0, 1.0)
