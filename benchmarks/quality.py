@@ -19,6 +19,7 @@ from mindomni_rt.checkpoint import resolve
 from mindomni_rt.errors import BadRequestError, MissingExtraError
 
 from . import quality_answers, quality_images
+from .quality_paint import request_of
 from .quality_report import write_report
 from .quality_run import RunFolder, fingerprint, shard_of
 from .quality_shapes import SHAPES
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     if suite is SHAPES and options.think is False:
         prompts = replace(prompts, items=tuple(i for i in prompts.items if not i.think))
     if settings.size is not None:
-        quality_images.request_of(prompts.items[0], settings)  # its checks, before a model is loaded
+        request_of(prompts.items[0], settings)  # its checks, before a model is loaded
     chosen = prompts.items[: options.n]
     model = resolve(options.model)
     folder = RunFolder(options.out)

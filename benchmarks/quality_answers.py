@@ -14,22 +14,18 @@ MindOmni takes one image: a question's several are put side by side into one pic
 
 from __future__ import annotations
 
-import ast
-import base64
-import binascii
 import csv
 import io
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.images import DEFAULT_IMAGE_TOKENS, load_image
+from mindomni_rt.images import DEFAULT_IMAGE_TOKENS
 
 from .quality_report import Share
 from .quality_run import RunFolder, item_file, record_bytes
@@ -44,6 +40,7 @@ from .quality_suite import (
     hashed,
     located,
 )
+from .quality_tsv import decoded, images_of, read_rows
 from .results import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -51,60 +48,20 @@ if TYPE_CHECKING:
 
 LETTER = "Answer with the option's letter from the given choices directly."
 PHRASE = "Answer the question using a single word or phrase."
-_FIELD = 2**31 - 1  # characters of one TSV field: images are longer than csv's 131,072
-_REFERENCE = 64  # characters up to which an image cell names another row, as in VLMEvalKit
 _GAP = 16  # pixels of white between two images side by side
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """csv's limit is one for the whole process: raised while a file is read, then put back."""
-    before = csv.field_size_limit(_FIELD)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _rows(path: Path, suite: Suite) -> list[tuple[str, dict[str, str]]]:
-    """(place, cells by column) of every row. Raises BadRequestError."""
-    out: list[tuple[str, dict[str, str]]] = []
-    with _long_fields(), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t", strict=True)
-        try:
-            header = next(reader, [])
-            if lacking := [c for c in ("index", "question") if c not in header]:
-                raise BadRequestError(
-                    f"{path}, line 1: expected tab-separated columns index and question, found no "
-                    f"{' and no '.join(lacking)}; {suite.wanted}"
-                )
-            if len(set(header)) != len(header):
-                raise BadRequestError(f"{path}, line 1: a column's name is there twice")
-            for number, cells in enumerate(reader, 1):
-                where = f"{path}, row {number}"
-                if len(cells) != len(header):
-                    raise BadRequestError(f"{where}: expected {len(header)} columns, found {len(cells)}")
-                out.append((where, dict(zip(header, cells, strict=True))))
-        except csv.Error as error:
-            raise BadRequestError(f"{path}, row {len(out) + 1}: not a row of a TSV file: {error}") from error
-        except UnicodeDecodeError as error:
-            raise BadRequestError(f"{path}, row {len(out) + 1} or after: not UTF-8 text: {error.reason}") from error
-        except OSError as error:
-            raise BadRequestError(f"{path} cannot be read: {error.strerror or error}") from error
-    return out
 
 
 def _read(suite: Suite, path: Path | None) -> Prompts:
     path = located(path, suite)
     if path.is_dir():
         raise BadRequestError(f"{path} is a folder: {suite.wanted}")
-    rows = _rows(path, suite)
+    rows = read_rows(path, suite)
     cells = {row["index"]: row.get("image", "") for _, row in rows}
     items = []
     for where, row in rows:
-        images = _images(cells, row, where)
+        images = images_of(cells, row, where)
         for image in images:
-            _decoded(image, where).close()  # checked before hours are spent; decoded again when its turn comes
+            decoded(image, where).close()  # checked before hours are spent; decoded again when its turn comes
         options = {c: row[c] for c in string.ascii_uppercase if row.get(c, "").strip()}
         items.append(
             Item(
@@ -126,38 +83,6 @@ def _prompt(row: Mapping[str, str], options: Mapping[str, str], images: int, whe
     return "\n".join([*lines, LETTER if options else PHRASE])
 
 
-def _images(cells: Mapping[str, str], row: Mapping[str, str], where: str) -> list[str]:
-    """Base64 of a row's images, one that another row holds looked up there. Raises BadRequestError."""
-    cell = row.get("image", "").strip()
-    if not cell:
-        return []
-    if len(cell) <= _REFERENCE:
-        found = cells.get(cell, "").strip()
-        if len(found) <= _REFERENCE:
-            raise BadRequestError(f"{where}: image {cell!r} names no row that holds one; expected base64 or an index")
-        cell = found
-    if not cell.startswith("["):
-        return [cell]
-    try:
-        found_list = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        found_list = None
-    if not isinstance(found_list, list) or not found_list or not all(isinstance(x, str) for x in found_list):
-        raise BadRequestError(f"{where}: image begins with '[': expected a list of base64 texts")
-    return found_list
-
-
-def _decoded(text: str, where: str) -> Image.Image:
-    try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRequestError(f"{where}: image is not base64: {error}") from error
-    try:
-        return load_image(data)
-    except BadRequestError as error:
-        raise BadRequestError(f"{where}: {error}") from error
-
-
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Pictures from left to right on white, their tops aligned, none resized."""
     width = sum(i.width for i in images) + _GAP * (len(images) - 1)
@@ -174,7 +99,7 @@ def _outputs(item: Item, settings: Settings) -> list[str]:
 
 
 def _make(pipe: Pipeline, item: Item, settings: Settings) -> dict[str, bytes]:
-    images = [_decoded(text, item.where) for text in item.row["images"]]
+    images = [decoded(text, item.where) for text in item.row["images"]]
     result = pipe.understand(
         item.prompt,
         side_by_side(images) if images else None,
@@ -222,12 +147,12 @@ def _finish(folder: RunFolder, done: Sequence[Item], chosen: Sequence[Item], run
     several = sum(len(i.row["images"]) > 1 for i in chosen)
     if several:
         out["notes"].append(
-            f"{several} questions have several images, shown side by side as one: not what other models were given"
+            f"questions with several images: {several}, shown side by side as one, unlike what other models were given"
         )
     bare = sum(not i.row["images"] for i in chosen)
     if bare:
         out["notes"].append(
-            f"{bare} questions have no image: VLMEvalKit drops such rows and refuses predictions for them"
+            f"questions with no image: {bare}; VLMEvalKit drops such rows and refuses predictions for them"
         )
     if len(done) == len(chosen):
         write_atomic(folder.folder / predictions_name(run), _predictions(chosen, replies))

@@ -54,19 +54,38 @@ def write_report(
 
     run: what run.json holds. Raises WriteError, and BadRequestError for a damaged record.
     """
-    done = [item for item in chosen if folder.done(suite.outputs(item, settings))]
-    found = suite.finish(folder, done, chosen, run)
-    if len(done) == len(chosen):
-        folder.sweep()
-    data = {
+    while True:
+        done = [item for item in chosen if folder.done(suite.outputs(item, settings))]
+        found = suite.finish(folder, done, chosen, run)
+        if len(done) == len(chosen):
+            folder.sweep()
+        data = _data(suite, prompts, settings, run, found, len(done), len(chosen))
+        text = report(suite, data)
+        write_json(folder.folder / "report.json", data)
+        write_atomic(folder.folder / "report.md", text + "\n")
+        # Another shard may have ended meanwhile: the last to write must not have the older count.
+        if len(done) == sum(folder.done(suite.outputs(item, settings)) for item in chosen):
+            return text
+
+
+def _data(
+    suite: Suite,
+    prompts: Prompts,
+    settings: Settings,
+    run: Mapping[str, Any],
+    found: Mapping[str, Any],
+    done: int,
+    chosen: int,
+) -> dict[str, Any]:
+    return {
         **run,
         "kind": "quality report",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "done": len(done),
-        "chosen": len(chosen),
+        "done": done,
+        "chosen": chosen,
         "total": len(prompts.items),
-        "partial": len(done) < len(prompts.items),
+        "partial": done < len(prompts.items),
         "thinking": _thinking(suite, settings),
         "scores": found.get("scores", {}),
         "published": dict(suite.published),
@@ -75,10 +94,6 @@ def write_report(
         "commands": suite.commands(run),
         "notes": found.get("notes", []),
     }
-    text = report(suite, data)
-    write_json(folder.folder / "report.json", data)
-    write_atomic(folder.folder / "report.md", text + "\n")
-    return text
 
 
 def _thinking(suite: Suite, settings: Settings) -> str:

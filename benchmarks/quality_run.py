@@ -73,9 +73,9 @@ class RunFolder:
         Raises BadRequestError for a run with other settings and for a folder that holds something else.
         """
         # Listed before the look for run.json: another shard may make it, and then items, between the two.
-        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+        files = list(self.folder.iterdir()) if self.folder.is_dir() else []
         if not self.settings.exists():
-            if any(not (name.startswith(".") and name.endswith(".part")) for name in names):
+            if any(not (p.name.startswith(".") and p.name.endswith(".part")) for p in files):
                 raise BadRequestError(f"{self.folder} holds files but no run.json: choose an empty folder for --out")
             return False
         found = read_json(self.settings)
@@ -125,9 +125,10 @@ class RunFolder:
         return found
 
     def sweep(self) -> None:
-        """Removes what killed runs left half written. Only for a run whose items are all done: nobody is writing."""
-        for path in self.folder.rglob(".*.part"):
-            path.unlink(missing_ok=True)
+        """Removes what killed runs left half written among the items, once all are done and nobody writes any."""
+        for part in ("images", "items"):  # not beside them, where another shard may be writing its report
+            for path in (self.folder / part).rglob(".*.part"):
+                path.unlink(missing_ok=True)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mindomni_rt.errors import BadRequestError
 
-from .quality_images import paint, png
+from .quality_paint import paint, png
 from .quality_report import Share
 from .quality_run import RunFolder, item_file
 from .quality_suite import Item, Prompts, Settings, Suite, hashed

@@ -6,6 +6,7 @@ The suites themselves are data in `quality_images`, `quality_answers` and `quali
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,8 @@ def located(path: Path | None, suite: Suite) -> Path:
         raise BadRequestError(f"--prompts is missing: {suite.wanted}")
     if not path.exists():
         raise BadRequestError(f"nothing at {path}: {suite.wanted}")
+    if not os.access(path, os.R_OK):
+        raise BadRequestError(f"{path} may not be read: give its owner's rights or another copy")
     return path
 
 

@@ -84,7 +84,7 @@ def test_predictions_are_the_rows_with_one_column_more(run: tuple[Path, Path]) -
 def test_the_report_says_what_the_score_is_not(run: tuple[Path, Path]) -> None:
     report = (run[1] / "report.md").read_text(encoding="utf-8")
     assert "| plain letter match, not the official score |" in report and "51.6" in report
-    assert "1 questions have several images" in report and "1 questions have no image" in report
+    assert "Questions with several images: 1" in report and "Questions with no image: 1;" in report
     assert 'vlmutil eval "$RUN/parity_MMMU_DEV_VAL.tsv"' in report and "main_eval_only.py --output_path" in report
     (score,) = json.loads((run[1] / "report.json").read_text())["scores"].values()
     assert score["n"] == 2  # the others have no options or no known answer
