@@ -39,5 +39,5 @@ for stage in prior pretrain sft rgpo; do
 done
 
 if [ -n "$ASSETS" ]; then
-    $PYTHON -m training pack "$RUNS/rgpo/model" "$ASSETS" $records
+    $PYTHON -m training pack "$RUNS/rgpo/model" "$ASSETS" --dtype float16 $records
 fi
