@@ -32,7 +32,7 @@ Images have 96x96 pixels. It knows {words} words in lower case; any other is `<u
 ## How it was made
 {making}
 
-Autoencoder and reward model: `python -m training.world`, seed 0, about 8 min. Times are of one thread beside other work.
+Autoencoder and reward model: `python -m training.world`. Times are of one thread beside other work.
 
 Ours, not the paper's: stage 0 (`prior`), which stands for the pretrained weights of the published model; the feature
 distillation in stage 2; captions replayed in stage 3's image KL. The consistency reward is a small CLIP trained on
@@ -40,10 +40,12 @@ rendered pairs. The exact verifier judged the table below and was never a reward
 
 ## Measured
 Greedy text, Euler steps and guidance as given, prompts held out from stage 3 (scenes and sums that it never asked
-for, though stages 0 and 2 have seen them); 95 % Wilson intervals. `riddles` and `edits` think first, `direct` has the same riddles without thinking.
-`image`: the picture shows what was asked for. `text`: the answer names it. `image_of_text`: the picture shows what the
-answer names. `python -m training evaluate FOLDER --against FOLDER/evaluation.json` does it again and fails where intervals
-part. Without thinking the model is as good as stage 2 had time to make it: longer stages 2 close a part of the gap
+for, though stages 0 and 2 have seen them); 95 % Wilson intervals. `riddles` and `edits` think first, `direct` has the
+same riddles without thinking. `image`: the picture shows what was asked for. `text`: the answer names it.
+`image_of_text`: the picture shows what the answer names.
+
+`python -m training evaluate FOLDER --against FOLDER/evaluation.json` does it again and fails where intervals part.
+Without thinking the model is as good as stage 2 had time to make it: longer stages 2 close a part of the gap
 (`docs/log.md`).
 
 {record}
