@@ -109,7 +109,7 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     figure, panels = pyplot.subplots(1, len(curves) + 2, figsize=(width * (len(curves) + 2), 3.8), layout="constrained")
     *lefts, middle, right = panels
     names = list(dict.fromkeys(r["arm"] for r in rows))
-    colours = [pyplot.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.9, max(2, len(names)))]
+    colours = [f"C{index}" for index in range(len(names))]
     evaluated = ""
     for name, colour in zip(names, colours, strict=False):
         for index, row in enumerate(r for r in rows if r["arm"] == name):
