@@ -239,7 +239,8 @@ class Rgpo(Stage):
             tokens = losses.kl_tokens(log_probs, prepared.reference_log_probs, settings.text_estimator)
             parts = {"policy": policy.loss, "kl_text": losses.sequence_mean(tokens, prepared.mask)}
             total = parts["policy"] + settings.beta_text * parts["kl_text"]
-            with torch.set_grad_enabled(settings.beta_image > 0):  # of no weight, it is measured all the same
+            weighs = torch.is_grad_enabled() and settings.beta_image > 0
+            with torch.set_grad_enabled(weighs):  # of no weight, it is measured all the same
                 parts["kl_image"] = self._image_term(prepared, states)
             if settings.beta_image:
                 total = total + settings.beta_image * parts["kl_image"]
