@@ -60,12 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="a .json file; .md and .png are written beside it")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measures and reports. An interrupt keeps the runs that were made."""
+def check(options: argparse.Namespace) -> None:
+    """Raises BadRequestError for runs that cannot be counted and a result that has no place."""
     if options.runs < 1 or options.warmup < 0:
         raise BadRequestError(f"--runs {options.runs} --warmup {options.warmup}: expected at least 1 and 0")
     if options.out and options.out.suffix != ".json":
         raise BadRequestError(f"--out {options.out}: expected a name that ends in .json")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports. An interrupt keeps the runs that were made."""
+    check(options)
     data = measure(options)
     text = report(data)
     print(text)

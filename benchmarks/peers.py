@@ -19,7 +19,7 @@ from typing import Any
 from mindomni_rt.errors import BadRequestError, MindOmniError, MissingExtraError, UnsupportedDeviceError
 
 from .clocks import clock_state
-from .latency import versions
+from .latency import check, versions
 from .machine import commit, describe_machine
 from .peer_report import plot, report
 from .results import FORMAT, write_atomic, write_json
@@ -42,10 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and reports: 1 where outputs disagree or a pair failed, 2 where no peer is installed."""
-    if options.runs < 1 or options.warmup < 0:
-        raise BadRequestError(f"--runs {options.runs} --warmup {options.warmup}: expected at least 1 and 0")
-    if options.out and options.out.suffix != ".json":
-        raise BadRequestError(f"--out {options.out}: expected a name that ends in .json")
+    check(options)
     data = measure(options)
     groups = data["groups"]
     if all("missing" in g for g in groups.values()):
