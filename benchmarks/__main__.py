@@ -19,19 +19,23 @@ _MODULES = {
 }
 
 
+def _module(command: str) -> str:
+    return "benchmarks.compare" if command == "compare" else f"benchmarks.{command}.command"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a regression, 2 for a mistake in what was asked, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["gpu"]:
-        return int(importlib.import_module("benchmarks.gpu_suite").main(given[1:]))
+        return int(importlib.import_module("benchmarks.gpu.suite").main(given[1:]))
     if given[:1] == ["lossy"]:
-        return int(importlib.import_module("benchmarks.lossy").main(given[1:]))
+        return int(importlib.import_module("benchmarks.quality.lossy").main(given[1:]))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _MODULES.items():
         command = commands.add_parser(name, help=text)
         if given[:1] == [name]:  # its imports only when it is asked for
-            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
+            importlib.import_module(_module(name)).add_arguments(command)
     roofline = commands.add_parser("roofline", help="floors and predictions by device and precision")
     roofline.add_argument("--device", action="append", help="a key of devices.toml; repeatable; default: all")
     roofline.add_argument("--size", type=int, default=1024)
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _roofline(options)
         if options.command == "plan":
             return _plan(options)
-        return int(importlib.import_module(f"benchmarks.{options.command}").run(options))
+        return int(importlib.import_module(_module(options.command)).run(options))
     except MindOmniError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -59,14 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _roofline(options: argparse.Namespace) -> int:
-    from mindomni_rt.config import published
-    from mindomni_rt.shapes import Workload
+    from mindomni_rt.checkpoint.config import published
+    from mindomni_rt.memory.layers import Workload
 
     from .devices import choose, load_devices
     from .results import all_results
-    from .roofline import DEFAULT_SCHEMES, bound, describe, measured_bound, measured_table, plot, table
-    from .roofline import measured_totals as totals
-    from .roofline import memory_note as note
+    from .roofline.command import DEFAULT_SCHEMES, bound, describe, measured_bound, measured_table, plot, table
+    from .roofline.command import measured_totals as totals
+    from .roofline.command import memory_note as note
 
     sheet = load_devices()
     work = Workload(height=options.size, width=options.size, steps=options.steps, new_tokens=options.new_tokens)
@@ -93,9 +97,9 @@ def _roofline(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mindomni_rt.config import published
-    from mindomni_rt.planner import gigabytes, parse_bytes, plan
-    from mindomni_rt.shapes import Workload
+    from mindomni_rt.checkpoint.config import published
+    from mindomni_rt.memory.layers import Workload
+    from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
 
     work = Workload(height=options.size, width=options.size)
     found = plan(published(), work, budget=parse_bytes(options.memory_budget))

@@ -14,7 +14,7 @@ import numpy as np
 
 from mindomni_rt.errors import BadRequestError
 
-from . import gate
+from .counts import gate
 from .results import Result, read_json, read_result
 
 _DRAWS = 4000

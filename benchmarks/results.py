@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mindomni_rt.config import ModelConfig
+from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.errors import BadRequestError, MindOmniError
-from mindomni_rt.shapes import Workload
+from mindomni_rt.memory.layers import Workload
 
 FORMAT = 1
 FOLDER = Path(__file__).with_name("results")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindomni_rt.config import ModelConfig, StackConfig, published
+from mindomni_rt.checkpoint.config import ModelConfig, StackConfig, published
 from mindomni_rt.errors import BadRequestError
 
 SIZES = {"tiny": (16, 4), "small": (8, 6), "medium": (4, 8)}

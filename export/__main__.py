@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mindomni_rt.bundle import Manifest, open_bundle, read_manifest
-from mindomni_rt.contracts import PROFILES
+from mindomni_rt.bundle.contracts import PROFILES
+from mindomni_rt.bundle.manifest import Manifest, open_bundle, read_manifest
 from mindomni_rt.errors import MindOmniError
 
 from .targets import DEVICES, PRECISIONS, choose, parse_target, stages_of

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import mindomni_rt
-from mindomni_rt.backends.trt_module import import_tensorrt
-from mindomni_rt.bundle import GraphEntry, Manifest, hash_files, write_manifest, writing
-from mindomni_rt.contracts import GraphSpec, Profile, graph_specs, profile
+from mindomni_rt.backends.compiled.trt_module import import_tensorrt
+from mindomni_rt.bundle.contracts import GraphSpec, Profile, graph_specs, profile
+from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files, write_manifest, writing
 from mindomni_rt.errors import MissingExtraError
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from kernels.onnx_function import DOMAIN, NAME
-from mindomni_rt.backends.trt_module import import_tensorrt, make_logger
-from mindomni_rt.bundle import sha256
-from mindomni_rt.contracts import GraphSpec, Profile
+from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logger
+from mindomni_rt.bundle.contracts import GraphSpec, Profile
+from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindomni_rt.checkpoint import open_checkpoint
-from mindomni_rt.config import ModelConfig, published
-from mindomni_rt.contracts import profile
+from mindomni_rt.bundle.contracts import profile
+from mindomni_rt.checkpoint.config import ModelConfig, published
+from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.errors import OutOfMemoryError
-from mindomni_rt.memory import Precision, weight_bytes
-from mindomni_rt.planner import Plan, gigabytes, parse_bytes
-from mindomni_rt.planner import plan as fit
-from mindomni_rt.shapes import PART_OF, STAGES, Workload
+from mindomni_rt.memory.footprint import Precision, weight_bytes
+from mindomni_rt.memory.layers import PART_OF, STAGES, Workload
+from mindomni_rt.memory.planner import Plan, gigabytes, parse_bytes
+from mindomni_rt.memory.planner import plan as fit
 
 from .targets import ARCHITECTURES, DEVICES, QUANTIZED, Choice, Device, Target, choose
 

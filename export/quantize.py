@@ -241,7 +241,7 @@ def calibrate(
     folder: the checkpoint, for its tokenizer. size: image side in pixels. steps: of the sampler, which spread over
     all noise levels.
     """
-    from mindomni_rt.backends.torch import TorchBackend
+    from mindomni_rt.backends.torch.backend import TorchBackend
     from mindomni_rt.pipeline import Pipeline
 
     pipe = Pipeline(TorchBackend(model), folder)

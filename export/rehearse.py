@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from mindomni_rt.backends.trt_module import import_tensorrt
-from mindomni_rt.bundle import write_whole
-from mindomni_rt.config import ModelConfig, published
-from mindomni_rt.contracts import graph_specs, profile
+from mindomni_rt.backends.compiled.trt_module import import_tensorrt
+from mindomni_rt.bundle.contracts import graph_specs, profile
+from mindomni_rt.bundle.manifest import write_whole
+from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.mindomni import MindOmniModel
 

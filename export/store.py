@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import onnx_ir as ir
 
-from mindomni_rt.contracts import GraphSpec
+from mindomni_rt.bundle.contracts import GraphSpec
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph
 _ALIGN = 4096  # a page, so that a tensor can be mapped

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mindomni_rt.contracts import STAGES
+from mindomni_rt.bundle.contracts import STAGES
 from mindomni_rt.errors import BadRequestError, UnsupportedDeviceError
 
 GIB = 2**30

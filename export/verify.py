@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
-from mindomni_rt.backends.staged import StagedBackend
-from mindomni_rt.backends.torch import TorchBackend, load_torch
+from mindomni_rt.backends.compiled.staged import StagedBackend
+from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
 from mindomni_rt.errors import MindOmniError
-from mindomni_rt.images import ImagePatches
+from mindomni_rt.inputs.images import ImagePatches
+from mindomni_rt.inputs.positions import mrope_positions
 from mindomni_rt.loading import load
-from mindomni_rt.positions import mrope_positions
-from mindomni_rt.schedule import timesteps
+from mindomni_rt.sampling.schedule import timesteps
 
 # Relative error allowed. 16 bits: by rounding. 8 and 4 bits: a bound that tells a broken engine from a coarse one; what
 # rounding costs in pictures is for a benchmark to say.

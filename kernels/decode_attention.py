@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import Launch, for_sm, for_width, sm_of, upcast, use_triton
 from .segment_attention import LOG2_E
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 # block_m is the least that a matrix product takes; block_n keys are in flight at once. None is measured yet.
 LAUNCHES = {

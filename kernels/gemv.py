@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import Launch, for_sm, sm_of, use_triton
 from .quantize import Rows
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 # block_m outputs, block_n inputs. None is measured yet.
 LAUNCHES = {

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import Launch, for_sm, interpreting, sm_of, use_triton
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 # block_m: outputs of a program; block_n: groups read at once (GEMV), rows of x (product). None is measured yet.
 GEMV = {

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import TENSOR_CORES, Launch, for_sm, for_width, interpreting, sm_of, split_head, upcast, use_triton
 from .quantize import quantize_rows_torch, round_e4m3
 from .segment_attention import LOG2_E
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 LAUNCHES = {
     80: Launch(block_m=128, block_n=64, warps=8, stages=3),

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .language import HAS_TRITON, triton
+from .triton_compat import HAS_TRITON, triton
 
 SMS = (75, 80, 86, 87, 89, 90, 100, 110, 120, 121)
 

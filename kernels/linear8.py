@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .language import tl, triton
 from .launch import TENSOR_CORES, Launch, for_sm, sm_of, tensor_cores, use_triton
 from .quantize import LARGEST, Rows, eight_bit_types, quantize_rows_torch
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 BLOCK_K = 128
 GROUP = 8  # row blocks that share a column block before moving on, for the L2

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .gemv import gemv
-from .language import tl, triton
 from .launch import Launch, for_sm, sm_of, use_triton
 from .norms import add_norm_torch
 from .quantize import Rows
 from .spec import Spec, make_spec, pointers
 from .swiglu import swiglu_torch
+from .triton_compat import tl, triton
 
 # block_m outputs, block_n inputs; with the gate twice as many weights are in flight. None is measured yet.
 LAUNCHES = {

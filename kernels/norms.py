@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import interpreting, use_triton
 from .quantize import (
     EIGHT_BIT,
@@ -23,6 +22,7 @@ from .quantize import (
     to_eight_bit,
 )
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 
 @triton.jit

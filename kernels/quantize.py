@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import interpreting, use_triton
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8": 448.0}

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import use_triton
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 HEADS = 8  # heads of a program; they share one row of the tables
 

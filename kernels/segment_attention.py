@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import Launch, for_sm, for_width, sm_of, split_head, upcast, use_triton
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 # Reasons in docs/kernels.md. Turing: 64 KiB and no asynchronous copies. 86, 89, 120, 121: 99 KiB. Hopper and the data
 # centre's Blackwell want 64 rows for each group of four warps. None is measured yet.

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .language import tl, triton
 from .launch import interpreting, use_triton
 from .quantize import (
     EIGHT_BIT,
@@ -20,6 +19,7 @@ from .quantize import (
     to_eight_bit,
 )
 from .spec import Spec, make_spec, pointers
+from .triton_compat import tl, triton
 
 BLOCK = 2048  # columns of a program when rows need no common scale
 

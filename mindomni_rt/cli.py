@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__, load
 from .errors import BadRequestError, MindOmniError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .images import save_png
+from .inputs.images import save_png
 from .request import Request
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -257,7 +257,7 @@ def _understand(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from .checkpoint import PARTS, open_checkpoint, resolve
+    from .checkpoint.layout import PARTS, open_checkpoint, resolve
 
     checkpoint = open_checkpoint(resolve(options.model, options.revision, None, options.offline))
     count = {part: sum(_product(e.shape) for e in checkpoint.tensors[part].values()) for part in PARTS}
@@ -295,7 +295,7 @@ def _demo(options: argparse.Namespace) -> int:
         if model.is_dir() and importlib.util.find_spec(package) is not None:
             prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
             return _demo_on(model, prompt, paths, options)
-    from .demo import write_random_checkpoint
+    from .model.tiny import write_random_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder))

@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .bundle import Manifest, is_bundle, read_manifest
-from .checkpoint import resolve
-from .contracts import STAGES
+from .bundle.contracts import STAGES
+from .bundle.manifest import Manifest, is_bundle, read_manifest
+from .checkpoint.layout import resolve
 from .errors import BadRequestError, MissingExtraError
-from .memory import Precision
-from .planner import parse_bytes, plan
-from .shapes import PART_OF
+from .memory.footprint import Precision
+from .memory.layers import PART_OF
+from .memory.planner import parse_bytes, plan
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -63,7 +63,7 @@ def load(
         import torch  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("torch", "torch") from error
-    from .backends.torch import load_torch
+    from .backends.torch.backend import load_torch
     from .pipeline import Pipeline
 
     loaded = load_torch(folder, device, dtype, precision=precision, memory_budget=memory_budget, fast=fast)
@@ -82,10 +82,10 @@ def _load_bundle(
     if dtype not in (None, manifest.dtype):
         raise BadRequestError(f"{folder} computes in {manifest.dtype}; for {dtype} build another bundle")
     if kind == "onnx":
-        from .backends.onnx import load_onnx
+        from .backends.compiled.onnx import load_onnx
 
         return Pipeline(load_onnx(folder, device, resident=_resident(manifest, memory_budget)), folder)
-    from .backends.trt import load_tensorrt
+    from .backends.compiled.trt import load_tensorrt
 
     return Pipeline(load_tensorrt(folder, device, resident=_resident(manifest, memory_budget)), folder)
 

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
 from .errors import BadRequestError, MindOmniError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .images import DEFAULT_IMAGE_TOKENS, ImagePatches, prepare_image, to_pil, vae_pixels
-from .positions import mrope_positions
-from .prompts import (
+from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, prepare_image, to_pil, vae_pixels
+from .inputs.positions import mrope_positions
+from .inputs.prompts import (
     CASCADE_SEPARATOR,
     LATENT_TOKEN,
     Chat,
@@ -43,8 +43,8 @@ from .prompts import (
     understand_messages,
 )
 from .request import Request
-from .sampling import batch_noise, uniforms
-from .schedule import timesteps
+from .sampling.random import batch_noise, uniforms
+from .sampling.schedule import timesteps
 
 logger = logging.getLogger(__name__)
 NEGATIVE_CACHE = 2  # prefixes kept; one is 0.4 MB a token at full size in 16 bits

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from .backends.base import FIRST_STEPS
 from .errors import BadRequestError
-from .images import DEFAULT_IMAGE_TOKENS
-from .prompts import DEFAULT_NEGATIVE
-from .schedule import SOLVERS
+from .inputs.images import DEFAULT_IMAGE_TOKENS
+from .inputs.prompts import DEFAULT_NEGATIVE
+from .sampling.schedule import SOLVERS
 
 MAX_SIDE = 3072
 MAX_STEPS = 1000

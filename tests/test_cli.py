@@ -17,7 +17,7 @@ from conftest import PARITY
 from PIL import Image
 
 from mindomni_rt.cli import main
-from mindomni_rt.images import read_settings
+from mindomni_rt.inputs.images import read_settings
 
 MODEL = ["--model", str(PARITY), "--device", "cpu"]
 SMALL = ["--size", "48x32", "--steps", "2", "--max-new-tokens", "6", "--seed", "5"]
@@ -109,7 +109,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     """A write that fails is an error, the old file stays, no half file is left."""
     out = tmp_path / "a.png"
     out.write_bytes(b"old")
-    from mindomni_rt import images
+    from mindomni_rt.inputs import images
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")

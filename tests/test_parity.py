@@ -12,11 +12,11 @@ from conftest import CASES, PARITY, load_case, relative
 
 import mindomni_rt
 from mindomni_rt.backends.base import DenoiseRequest
-from mindomni_rt.images import prepare_image
+from mindomni_rt.inputs.images import prepare_image
 from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import Request
-from mindomni_rt.sampling import noise
-from mindomni_rt.schedule import timesteps
+from mindomni_rt.sampling.random import noise
+from mindomni_rt.sampling.schedule import timesteps
 
 PAINTING = [c for c in CASES if not c.startswith("understand")]
 UNDERSTANDING = [c for c in CASES if c.startswith("understand")]
@@ -128,8 +128,8 @@ def test_understanding_hidden_states_and_logits(pipe: Pipeline, name: str) -> No
 
     import torch
 
-    from mindomni_rt.backends.torch import TorchBackend
-    from mindomni_rt.prompts import understand_messages
+    from mindomni_rt.backends.torch.backend import TorchBackend
+    from mindomni_rt.inputs.prompts import understand_messages
 
     case, arrays = load_case(name)
     patches = prepare_image(PARITY / "cases" / case["image"], pipe.config) if case["image"] else None
@@ -153,7 +153,7 @@ def test_understanding_hidden_states_and_logits(pipe: Pipeline, name: str) -> No
 def test_negative_prompt_agrees(pipe: Pipeline) -> None:
     import threading
 
-    from mindomni_rt.prompts import generate_messages
+    from mindomni_rt.inputs.prompts import generate_messages
 
     case, arrays = load_case("t2i_plain")
     messages = generate_messages(case["negative_prompt"], think=False)

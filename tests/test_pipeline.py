@@ -16,7 +16,7 @@ from PIL import Image
 
 import mindomni_rt
 from mindomni_rt import BadRequestError, GenerationCancelled, ImageEvent, Pipeline, StepEvent, TextEvent
-from mindomni_rt.demo import write_random_checkpoint
+from mindomni_rt.model.tiny import write_random_checkpoint
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=2, max_new_tokens=6, seed=1, output="numpy")
 

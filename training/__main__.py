@@ -25,7 +25,12 @@ _HELP = {
 }
 
 
-_MODULES = {"evaluate": "evaluate", "ablate": "ablate", "pack": "pack", "plot": "plots"}
+_MODULES = {
+    "evaluate": "evaluation.evaluate",
+    "ablate": "evaluation.ablate",
+    "pack": "pack",
+    "plot": "evaluation.plots",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--out", type=Path, help="a JSON file for the result")
     new = commands.add_parser("new", help="the small model's untrained checkpoint, with the world's autoencoder")
     new.add_argument("folder", type=Path)
-    new.add_argument("--vae", type=Path, required=True, help="the folder `vae` that `python -m training.world` wrote")
+    new.add_argument(
+        "--vae", type=Path, required=True, help="the folder `vae` that `python -m training.data.world` wrote"
+    )
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
@@ -83,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .runs import finish, start
+    from .loop.runs import finish, start
 
     config = load_config(options.config, options.overrides)
     if config.stage != options.command:
@@ -111,7 +118,7 @@ def _gpu_step(options: argparse.Namespace) -> int:
     result: dict[str, Any] = gpu_step(pretrain, rgpo)
     print(json.dumps(result, indent=2))
     if options.out:
-        from .logs import commit
+        from .loop.logs import commit
 
         record = {"commit": commit(), "result": result, "pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
         options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -119,11 +126,11 @@ def _gpu_step(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from mindomni_rt.model.save import save_model
+    from mindomni_rt.checkpoint.write import save_model
 
+    from .data.world import words
+    from .data.world.vae import load_vae
     from .fresh import write_fresh
-    from .world import words
-    from .world.vae import load_vae
 
     trained = load_vae(options.vae)
     if options.width % 32:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mindomni_rt.config import (
+from mindomni_rt.checkpoint.config import (
     ConnectorConfig,
     DecoderConfig,
     GenerationConfig,
@@ -27,9 +27,9 @@ from mindomni_rt.config import (
     VAEConfig,
     VisionConfig,
 )
+from mindomni_rt.checkpoint.write import save_model
+from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 from mindomni_rt.model.mindomni import MindOmniModel
-from mindomni_rt.model.save import save_model
-from mindomni_rt.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", LATENT_TOKEN,

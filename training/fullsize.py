@@ -21,17 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mindomni_rt.config import ModelConfig, published
+from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.errors import UnsupportedDeviceError
+from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.block import Block
 from mindomni_rt.model.mindomni import MindOmniModel
-from mindomni_rt.prompts import Chat
 
 from .config import Config
-from .contexts import Contexts
-from .data import Record
+from .data.records import Record
 from .fresh import write_tokenizer
-from .stage import Draws, Stage
+from .stages.base import Draws, Stage
+from .stages.contexts import Contexts
 
 GIB = 2**30
 OMNIGEN_VOCABULARY = 32064
@@ -50,10 +50,10 @@ def full_config() -> ModelConfig:
 
 def meta_stage(config: Config, model_config: ModelConfig | None = None) -> Stage:
     """The configuration's stage over a model without storage."""
-    from .pretrain import Pretrain
-    from .prior import Prior
-    from .rgpo import Rgpo
-    from .sft import Sft
+    from .stages.pretrain import Pretrain
+    from .stages.prior import Prior
+    from .stages.rgpo import Rgpo
+    from .stages.sft import Sft
 
     kinds: dict[str, type[Stage]] = {"prior": Prior, "pretrain": Pretrain, "sft": Sft, "rgpo": Rgpo}
     with torch.device("meta"):
@@ -208,8 +208,8 @@ def gpu_step(
 
 
 def _random_stage(config: Config, model_config: ModelConfig, device: torch.device, folder: Path) -> Stage:
-    from .pretrain import Pretrain
-    from .rgpo import Rgpo
+    from .stages.pretrain import Pretrain
+    from .stages.rgpo import Rgpo
 
     write_tokenizer(folder, ["draw", "a", "cat", "on", "the", "moon"])
     with torch.device("meta"):

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from mindomni_rt.checkpoint import resolve
+from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
-from mindomni_rt.model.save import save_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
@@ -32,7 +32,7 @@ Images have 96x96 pixels. It knows {words} words in lower case; any other is `<u
 ## How it was made
 {making}
 
-Autoencoder and reward model: `python -m training.world`. Times are of one thread beside other work.
+Autoencoder and reward model: `python -m training.data.world`. Times are of one thread beside other work.
 
 Ours, not the paper's: stage 0 (`prior`), which stands for the pretrained weights of the published model; the feature
 distillation in stage 2; captions replayed in stage 3's image KL. The consistency reward is a small CLIP trained on

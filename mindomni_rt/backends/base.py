@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import ModelConfig
-from ..images import ImagePatches
+from ..checkpoint.config import ModelConfig
+from ..inputs.images import ImagePatches
 
 Array = Any
 FIRST_STEPS = ("full", "condition_only")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import StackConfig
+from ..checkpoint.config import StackConfig
 from .attention import Attend
 
 

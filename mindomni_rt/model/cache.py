@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import StackConfig
+from ..checkpoint.config import StackConfig
 
 
 class StaticCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..config import ConnectorConfig
+from ..checkpoint.config import ConnectorConfig
 from .attention import attention
 from .block import Block
 

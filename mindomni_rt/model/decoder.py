@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import DecoderConfig
-from ..positions import image_positions, rope_tables, time_features
+from ..checkpoint.config import DecoderConfig
+from ..inputs.positions import image_positions, rope_tables, time_features
 from .attention import Attend, Workspace, attention, segment_attention
 from .block import Block, RMSNorm
 

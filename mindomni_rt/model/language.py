@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..config import LanguageConfig
+from ..checkpoint.config import LanguageConfig
 from .attention import Attend, attention
 from .block import Block, RMSNorm
 from .cache import StaticCache

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import PARTS, Checkpoint, LoadReport, TensorEntry, open_checkpoint
-from ..config import ModelConfig
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.layout import PARTS, Checkpoint, LoadReport, TensorEntry, open_checkpoint
 from ..errors import BadCheckpointError
 from .connector import Connector
 from .decoder import DiffusionDecoder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import VAEConfig
+from ..checkpoint.config import VAEConfig
 from ..errors import BadCheckpointError, BadRequestError
 
 TILE = 128  # latents a side: a 1024-pixel image is decoded whole

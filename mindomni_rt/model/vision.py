@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import VisionConfig
+from ..checkpoint.config import VisionConfig
 from .attention import attention
 from .block import RMSNorm, apply_rope
 

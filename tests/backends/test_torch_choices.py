@@ -11,12 +11,12 @@ import torch
 from conftest import PARITY
 
 import mindomni_rt
-from mindomni_rt.backends.torch_attention import Segments, candidates, choose
-from mindomni_rt.backends.torch_graph import Replay
-from mindomni_rt.backends.torch_load import check_device
-from mindomni_rt.backends.torch_products import Dense, EightBit
-from mindomni_rt.backends.torch_tune import choose_eight_bit, choose_fused_rows, choose_one_row
-from mindomni_rt.memory import Precision
+from mindomni_rt.backends.fast.attention import Segments, candidates, choose
+from mindomni_rt.backends.fast.graph import Replay
+from mindomni_rt.backends.fast.linear import Dense, EightBit
+from mindomni_rt.backends.fast.load import check_device
+from mindomni_rt.backends.fast.tune import choose_eight_bit, choose_fused_rows, choose_one_row
+from mindomni_rt.memory.footprint import Precision
 
 
 def _attention_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segments]:

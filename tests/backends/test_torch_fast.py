@@ -16,13 +16,13 @@ from torch import nn
 import mindomni_rt
 from mindomni_rt import BadRequestError, Pipeline
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
-from mindomni_rt.backends.torch_cuda import FastOptions, TorchCudaBackend
-from mindomni_rt.memory import Precision, stage_memory
+from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
+from mindomni_rt.backends.fast.residency import Residency
+from mindomni_rt.memory.footprint import Precision, stage_memory
+from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.planner import plan
 from mindomni_rt.model.mindomni import load_model
-from mindomni_rt.planner import plan
-from mindomni_rt.residency import Residency
-from mindomni_rt.schedule import timesteps
-from mindomni_rt.shapes import Workload
+from mindomni_rt.sampling.schedule import timesteps
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=4, max_new_tokens=9, seed=1, output="numpy")
 
@@ -273,7 +273,7 @@ def test_the_loop_alone(slow: Pipeline, fast: Pipeline) -> None:
 def test_edit_features_on_the_fast_path(tmp_path: Path) -> None:
     from PIL import Image
 
-    from mindomni_rt.demo import write_random_checkpoint
+    from mindomni_rt.model.tiny import write_random_checkpoint
 
     write_random_checkpoint(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.clocks import NONE, clock_state, output, over_current, pinned_clocks, power_mode, throttling
-from benchmarks.energy import Energy, describe_energy, hwmon_rails
+from benchmarks.latency.energy import Energy, describe_energy, hwmon_rails
 from benchmarks.machine import commit, describe_machine
 
 Tool = Callable[[str, str], None]

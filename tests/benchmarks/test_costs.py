@@ -5,12 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.costs import SCHEMES, denoiser_cost, language_costs, prefix_cost, request_costs, vae_cost, vision_cost
 from benchmarks.devices import load_devices
-from benchmarks.roofline import bound, kernel_seconds
+from benchmarks.roofline.command import bound, kernel_seconds
+from benchmarks.roofline.costs import (
+    SCHEMES,
+    denoiser_cost,
+    language_costs,
+    prefix_cost,
+    request_costs,
+    vae_cost,
+    vision_cost,
+)
 from benchmarks.scaled import scaled
-from mindomni_rt.config import published
-from mindomni_rt.shapes import PARTS, Workload, block_linears, parameters
+from mindomni_rt.checkpoint.config import published
+from mindomni_rt.memory.layers import PARTS, Workload, block_linears, parameters
 
 CONFIG = published()
 
@@ -107,7 +115,7 @@ def _count(run) -> int:
 @pytest.fixture(scope="module")
 def backend():
     torch = pytest.importorskip("torch")
-    from mindomni_rt.backends.torch import TorchBackend
+    from mindomni_rt.backends.torch.backend import TorchBackend
     from mindomni_rt.model.mindomni import MindOmniModel
 
     torch.manual_seed(0)
@@ -117,7 +125,7 @@ def backend():
 def test_torch_counts_the_same_in_every_stage(backend):
     """Convolutions, products and attention of our modules; the counter counts masked pairs too."""
     from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
-    from mindomni_rt.images import ImagePatches
+    from mindomni_rt.inputs.images import ImagePatches
 
     config = backend.config
     work = Workload(
@@ -166,8 +174,8 @@ def test_torch_counts_the_same_in_every_stage(backend):
 def test_no_measured_result_beats_its_floor():
     """Every latency result of the folder that says what its machine reached, or ran on a device of the sheet."""
     from benchmarks.results import all_results
-    from benchmarks.roofline import measured_bound
-    from mindomni_rt.shapes import STAGES
+    from benchmarks.roofline.command import measured_bound
+    from mindomni_rt.memory.layers import STAGES
 
     rows = [(r, *m) for r in all_results() if (m := measured_bound(r, load_devices())) is not None]
     assert rows, "no result in the folder has a floor"
@@ -183,7 +191,7 @@ def test_no_measured_result_beats_its_floor():
     [("h200", "bf16", "27."), ("rtx4060", "bf16", "does not fit"), ("rtx4060", "w4a4+attn8", "7.")],
 )
 def test_memory_notes(device, scheme, starts):
-    from benchmarks.roofline import memory_note
+    from benchmarks.roofline.command import memory_note
 
     note = memory_note(CONFIG, Workload(), load_devices().devices[device], scheme)
     assert note.startswith(starts)  # bf16: 24.9 GB of weights and 2 GB of buffers; 4 bits: swapped below 8 GB

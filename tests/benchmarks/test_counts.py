@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.counter import counting, counting_flops
-from benchmarks.counts import BASELINE, measure
-from benchmarks.gate import EVERYWHERE, read_counts, rises
+from benchmarks.counts.command import BASELINE, measure
+from benchmarks.counts.counter import counting, counting_flops
+from benchmarks.counts.gate import EVERYWHERE, read_counts, rises
 from mindomni_rt.model.decoder import DiffusionDecoder
 
 RENEW = "; where that is meant: python -m benchmarks counts --out benchmarks/results/counts-baseline.json"

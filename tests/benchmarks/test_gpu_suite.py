@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_kernels import Case, run_case
-from benchmarks.gpu_measure import Meter, Record
-from benchmarks.gpu_report import TARGETS, eager_request, markdown
-from benchmarks.gpu_suite import main
+from benchmarks.gpu.kernels import Case, run_case
+from benchmarks.gpu.measure import Meter, Record
+from benchmarks.gpu.report import TARGETS, eager_request, markdown
+from benchmarks.gpu.suite import main
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from conftest import PARITY
 from PIL import Image
 
 from benchmarks.__main__ import main
-from benchmarks.cold import cold_starts, describe_cold
 from benchmarks.compare import change
-from benchmarks.latency import percentiles
+from benchmarks.latency.cold import cold_starts, describe_cold
+from benchmarks.latency.command import percentiles
 from benchmarks.machine import describe_machine
 from benchmarks.results import read_result
 

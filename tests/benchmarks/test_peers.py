@@ -14,14 +14,15 @@ import torch
 from conftest import PARITY
 from PIL import Image
 
-from benchmarks import peer_torch, peers
 from benchmarks.__main__ import main
-from benchmarks.gpu_baselines import omnigen_decoder, omnigen_inputs, omnigen_step
-from benchmarks.gpu_measure import Meter, relative_error
-from benchmarks.gpu_stages import Preset, conditions, make_backend, noise, random_model
-from benchmarks.pairs import Group, Match, Pair, after_first, run_group, timed
+from benchmarks.gpu.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
+from benchmarks.gpu.measure import Meter, relative_error
+from benchmarks.gpu.stages import Preset, conditions, make_backend, noise, random_model
+from benchmarks.peers import command as peers
+from benchmarks.peers import torch as peer_torch
+from benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
 from benchmarks.scaled import scaled
-from mindomni_rt.memory import Precision
+from mindomni_rt.memory.footprint import Precision
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 pytest.importorskip("diffusers", reason="the bench extra is not installed")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaled import scaled
-from mindomni_rt.config import published
+from mindomni_rt.checkpoint.config import published
 from mindomni_rt.errors import BadRequestError, OutOfMemoryError
-from mindomni_rt.memory import Precision, stage_memory, weight_bytes
-from mindomni_rt.planner import parse_bytes, plan
-from mindomni_rt.shapes import Workload
+from mindomni_rt.memory.footprint import Precision, stage_memory, weight_bytes
+from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.planner import parse_bytes, plan
 
 CONFIG = published()
 
@@ -34,7 +34,7 @@ def test_a_plan_keeps_its_budget(budget):
     assert found.peak <= parse_bytes(budget)
     loaded: set[str] = set(found.resident)
     weights = weight_bytes(CONFIG, found.precision)
-    from mindomni_rt.shapes import PART_OF
+    from mindomni_rt.memory.layers import PART_OF
 
     memory = {s.stage: s for s in found.stages}
     for move in found.schedule:  # replayed: each stage finds its weights, and the peak is what is loaded
@@ -77,7 +77,7 @@ CHECKS = [
 @pytest.mark.parametrize(("size", "work"), CHECKS, ids=["image", "large", "long"])
 def test_peak_within_a_tenth_of_the_measured_one(size, work):
     pytest.importorskip("torch")
-    from benchmarks.peaks import measure
+    from benchmarks.counts.peaks import measure
 
     config, precision = scaled(size), Precision.uniform("float32")
     measured = measure(config, work)

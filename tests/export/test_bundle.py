@@ -19,7 +19,7 @@ from conftest import PARITY
 
 import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, UnsupportedDeviceError
-from mindomni_rt.bundle import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, writing
+from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, writing
 
 Edit = Callable[[dict[str, Any]], object]
 

@@ -12,10 +12,10 @@ import pytest
 from conftest import PARITY
 
 from export.__main__ import main
-from mindomni_rt.bundle import MANIFEST, hash_files, read_manifest
-from mindomni_rt.contracts import OPSET, PROFILES, graph_specs, profile, resolve
-from mindomni_rt.demo import write_random_checkpoint
+from mindomni_rt.bundle.contracts import OPSET, PROFILES, graph_specs, profile, resolve
+from mindomni_rt.bundle.manifest import MANIFEST, hash_files, read_manifest
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.model.tiny import write_random_checkpoint
 
 
 def test_verify_passes_and_fails(
@@ -124,7 +124,7 @@ def test_profiles(name: str, bundles: Callable[[str], Path]) -> None:
 
 
 def test_unknown_profile() -> None:
-    from mindomni_rt.config import published
+    from mindomni_rt.checkpoint.config import published
 
     with pytest.raises(BadRequestError, match="profile '2048'"):
         profile("2048", published())
@@ -158,7 +158,7 @@ def test_a_budget_lets_stages_take_turns(bundles: Callable[[str], Path]) -> None
     import numpy as np
 
     import mindomni_rt
-    from mindomni_rt.backends.staged import StagedBackend
+    from mindomni_rt.backends.compiled.staged import StagedBackend
     from mindomni_rt.errors import OutOfMemoryError
 
     options = dict(height=32, width=32, num_inference_steps=2, max_new_tokens=4, seed=1, output="numpy")

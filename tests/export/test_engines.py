@@ -12,8 +12,8 @@ from conftest import PARITY
 from export.build import BuildRequest, build
 from export.engines import EngineBuildError, EngineReport, build_engine, external_files, fused_attention
 from export.targets import ARCHITECTURES, PRECISIONS, choose, parse_target
-from mindomni_rt.bundle import open_bundle, read_manifest
-from mindomni_rt.contracts import graph_specs, profile
+from mindomni_rt.bundle.contracts import graph_specs, profile
+from mindomni_rt.bundle.manifest import open_bundle, read_manifest
 from mindomni_rt.errors import UnsupportedDeviceError
 
 trt = pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT for RTX (extra: export)")

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from export.quantize import DEFAULT_PROMPTS, read_prompts
 from export.verify import BOUNDS, table, verify
 from mindomni_rt import BadRequestError
-from mindomni_rt.bundle import read_manifest
+from mindomni_rt.bundle.manifest import read_manifest
 
 
 def tensors(bundle: Path, graph: str) -> dict[str, np.ndarray]:

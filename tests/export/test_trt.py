@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, MissingExtraError, UnsupportedDeviceError
-from mindomni_rt.backends import trt
-from mindomni_rt.backends.capture import STAGED_BYTES, Action, Captures, staged
-from mindomni_rt.backends.trt_module import import_tensorrt
-from mindomni_rt.bundle import MANIFEST, read_manifest, write_whole
+from mindomni_rt.backends.compiled import trt
+from mindomni_rt.backends.compiled.graph_cache import STAGED_BYTES, Action, Captures, staged
+from mindomni_rt.backends.compiled.trt_module import import_tensorrt
+from mindomni_rt.bundle.manifest import MANIFEST, read_manifest, write_whole
 
 
 def test_device_names() -> None:

@@ -11,7 +11,7 @@ from conftest import PARITY, relative
 
 import mindomni_rt
 from mindomni_rt import Pipeline
-from mindomni_rt.demo import write_random_checkpoint
+from mindomni_rt.model.tiny import write_random_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,10 +14,10 @@ import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
 from kernels.expressions import CeilDiv, Dim, Mul, build, evaluate, from_data, to_data
-from kernels.language import triton
 from kernels.launch import Launch, for_sm, split_head
 from kernels.plugin import INPUTS, LAUNCHES, PTX, Image, grid, launch_numbers, plugin_kernel, spec, strip_hidden
 from kernels.segment_attention import LOG2_E, segment_attention_torch
+from kernels.triton_compat import triton
 
 ROOT = Path(__file__).parents[2]
 SMALL = Launch(block_m=32, block_n=32, warps=4, stages=1)

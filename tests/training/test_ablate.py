@@ -9,9 +9,9 @@ from test_loop import folder  # noqa: F401 a fixture
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.mindomni import load_model
-from training.ablate import CONFIGS, STUDIES, _is_base, fresh_connector, main, run_arm, table
 from training.config import load_config
-from training.plots import plot_study, read_metrics, smooth
+from training.evaluation.ablate import CONFIGS, STUDIES, _is_base, fresh_connector, main, run_arm, table
+from training.evaluation.plots import plot_study, read_metrics, smooth
 
 
 def test_every_arm_is_a_configuration_that_reads():

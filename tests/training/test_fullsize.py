@@ -10,8 +10,8 @@ import torch
 from toy import VAE, WORDS
 
 from mindomni_rt.errors import UnsupportedDeviceError
-from training.ablate import CONFIGS
 from training.config import load_config
+from training.evaluation.ablate import CONFIGS
 from training.fresh import SPECIAL, fresh_config
 from training.fullsize import GIB, gpu_step, memory_plan, meta_stage, parameter_table, report
 

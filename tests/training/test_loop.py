@@ -18,15 +18,15 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
+from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
-from mindomni_rt.model.save import save_model
-from training import checkpointing
-from training.checkpointing import StorageError
 from training.config import OptimConfig
-from training.logs import dump_rollouts
-from training.loop import Trainer, learning_rate
-from training.pretrain import Pretrain
+from training.loop import checkpointing
+from training.loop.checkpointing import StorageError
+from training.loop.logs import dump_rollouts
+from training.loop.trainer import Trainer, learning_rate
+from training.stages.pretrain import Pretrain
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from toy import ToyRecord, picture, toy_contexts, toy_folder
 
+from mindomni_rt.checkpoint.write import save_model
+from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE
 from mindomni_rt.loading import load
-from mindomni_rt.model.save import save_model
-from mindomni_rt.prompts import DEFAULT_NEGATIVE
-from training import rollouts
-from training.contexts import context_of, thought_text
-from training.losses import IGNORE
+from training.stages import rollouts
+from training.stages.contexts import context_of, thought_text
+from training.stages.losses import IGNORE
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindomni_rt.errors import BadRequestError
-from training.fresh import write_tokenizer
-from training.world.scene import BRIGHTNESS, COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
-from training.world.sources import MIXTURES, WorldStream, make
-from training.world.text import (
+from training.data.world.scene import BRIGHTNESS, COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
+from training.data.world.sources import MIXTURES, WorldStream, make
+from training.data.world.text import (
     COLOUR_CLUES,
     QUESTIONS,
     SHAPE_CLUES,
@@ -27,6 +26,7 @@ from training.world.text import (
     slip,
     words,
 )
+from training.fresh import write_tokenizer
 
 SCENES = st.sampled_from(all_scenes())
 

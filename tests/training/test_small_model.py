@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.evaluate import departures, main, pool
+from training.evaluation.evaluate import departures, main, pool
 from training.pack import RECORD
 
 MODEL = Path(__file__).parents[2] / "assets" / "shapes-world"

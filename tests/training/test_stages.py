@@ -9,13 +9,13 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
-from training.adapters import merge_adapters
-from training.loop import NonFiniteError, Trainer
-from training.pretrain import Pretrain
-from training.prior import Prior
-from training.rgpo import Rgpo
-from training.sft import Sft
-from training.stage import Draws, digest
+from training.loop.trainer import NonFiniteError, Trainer
+from training.stages.adapters import merge_adapters
+from training.stages.base import Draws, digest
+from training.stages.pretrain import Pretrain
+from training.stages.prior import Prior
+from training.stages.rgpo import Rgpo
+from training.stages.sft import Sft
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_several_updates_of_one_set_of_rollouts_leave_ratio_one(folder, tmp_path
 
 
 def test_distillation_is_zero_where_student_and_teacher_see_the_same(folder, tmp_path):
-    from training import losses
+    from training.stages import losses
 
     stage, stream, _ = make("pretrain", folder, tmp_path)
     painting = stage.prepare(stream.next_batch(3), Draws(0, 0, 0, 3, 0, 3))[0]
@@ -175,7 +175,7 @@ def test_equal_rollouts_computed_once_give_what_each_alone_gives(folder, tmp_pat
         trained = stage.choose_trainable()
         if name == "each":
             monkeypatch.setattr(
-                "training.rgpo._distinct", lambda contexts, _: (list(contexts), [*range(len(contexts))])
+                "training.stages.rgpo._distinct", lambda contexts, _: (list(contexts), [*range(len(contexts))])
             )
         prepared = stage("prepare", stream.next_batch(2), Draws(0, 0, 0, 2, 0, 2))
         generator = torch.Generator().manual_seed(0)

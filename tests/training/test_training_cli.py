@@ -11,15 +11,15 @@ from toy import picture, toy_folder
 
 from mindomni_rt.loading import load
 from training.__main__ import main
-from training.ablate import CONFIGS
-from training.world.clip import WorldClip, save_clip
-from training.world.vae import CONFIG as VAE_CONFIG
-from training.world.vae import AutoencoderKL, save_vae
+from training.data.world.clip import WorldClip, save_clip
+from training.data.world.vae import CONFIG as VAE_CONFIG
+from training.data.world.vae import AutoencoderKL, save_vae
+from training.evaluation.ablate import CONFIGS
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """An untrained autoencoder and reward model, as `python -m training.world` leaves trained ones."""
+    """An untrained autoencoder and reward model, as `python -m training.data.world` leaves trained ones."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     save_vae(AutoencoderKL(VAE_CONFIG), folder / "vae")

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mindomni_rt.config import VAEConfig
+from mindomni_rt.checkpoint.config import VAEConfig
+from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
-from mindomni_rt.prompts import Chat
 from training.config import Config, build
-from training.contexts import Contexts
 from training.fresh import write_fresh
+from training.stages.contexts import Contexts
 
 WORDS = [
     "draw",

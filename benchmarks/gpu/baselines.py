@@ -1,0 +1,268 @@
+"""What `gpu_suite` compares with, on the same weights and shapes.
+
+`EagerDecoder` is our own writing of the released code's formulation: each step runs the time token and the image tokens
+of both branches as one padded batch, appends them to the cached condition with torch.cat in every layer, and attends
+under a dense additive mask. `language_generate` is transformers' Qwen2.5-VL; `omnigen_step` diffusers' transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mindomni_rt.checkpoint.config import DecoderConfig
+from mindomni_rt.inputs.positions import image_positions, rope_tables, time_features
+from mindomni_rt.model.attention import attention
+from mindomni_rt.model.decoder import DiffusionDecoder
+from mindomni_rt.model.language import LanguageModel
+
+
+class EagerDecoder:
+    """The whole sequence in eager PyTorch: prefill of the condition, then masked, concatenating steps.
+
+    conditions: (1, L_p, C) of each branch; latents (1, 4, h, w) shared by them.
+    """
+
+    def __init__(self, decoder: DiffusionDecoder, conditions: list[Tensor], rows: int, columns: int) -> None:
+        self.decoder, self._lengths = decoder, [c.shape[1] for c in conditions]
+        self._longest, self._count = max(self._lengths), rows * columns
+        stack, batch = decoder.config.stack, len(conditions)
+        device, self._dtype = conditions[0].device, conditions[0].dtype
+        places, total = [], self._longest + 1 + self._count
+        for length in self._lengths:  # left-padded, as a chat batch is
+            place = np.concatenate([np.zeros(self._longest - length), np.arange(length + 1 + self._count)])
+            places.append(rope_tables(stack.rope, stack.head_dim, place, length + 1 + self._count))
+        self._cos = torch.from_numpy(np.stack([c for c, _ in places])).to(device)
+        self._sin = torch.from_numpy(np.stack([s for _, s in places])).to(device)
+        grid = image_positions(decoder.config, rows, columns)
+        self._positions = torch.from_numpy(grid).to(device, self._dtype)
+        seen = torch.zeros(batch, 1, total, total, device=device, dtype=torch.bool)
+        for row, length in enumerate(self._lengths):
+            pad = self._longest - length
+            causal = torch.ones(total, total, device=device, dtype=torch.bool).tril()
+            causal[self._longest + 1 :] = True
+            causal[:, :pad] = False
+            seen[row, 0] = causal | torch.eye(total, device=device, dtype=torch.bool)
+        self._mask = torch.zeros(seen.shape, device=device, dtype=self._dtype).masked_fill(~seen, float("-inf"))
+        padded = [torch.nn.functional.pad(c, (0, 0, self._longest - c.shape[1], 0)) for c in conditions]
+        self._cache: list[tuple[Tensor, Tensor]] = []
+        self._prefill(torch.cat(padded))
+
+    def _prefill(self, x: Tensor) -> None:
+        length = self._longest
+        mask = self._mask[:, :, :length, :length]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._cache.append((k, v))
+            return attention(q, k, v, mask=mask)
+
+        for layer in self.decoder.llm.layers:
+            x = layer(x, self._cos[:, :length], self._sin[:, :length], attend)
+
+    def step(self, latents: Tensor, time: float) -> Tensor:
+        """Velocities (P, 4, h, w) of latents (1, 4, h, w) at a time."""
+        decoder, start = self.decoder, self._longest
+        features = torch.from_numpy(time_features(np.array([time]), decoder.config.time_frequencies))
+        features = features.to(latents.device, self._dtype)
+        batch = len(self._lengths)
+        image = decoder.x_embedder(latents.to(self._dtype).expand(batch, -1, -1, -1)) + self._positions
+        x = torch.cat([decoder.time_token(features).unsqueeze(1).expand(batch, -1, -1), image], dim=1)
+        mask = self._mask[:, :, start:]
+        for index, layer in enumerate(decoder.llm.layers):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+                old_k, old_v = self._cache[index]
+                return attention(q, torch.cat([old_k, k], 2), torch.cat([old_v, v], 2), mask=mask)
+
+            x = layer(x, self._cos[:, start:], self._sin[:, start:], attend)
+        modulation = decoder.modulation(features).unsqueeze(1)
+        return decoder._velocity(x[:, 1:], modulation, *latents.shape[-2:])
+
+
+def transformers_language(language: LanguageModel) -> Any:
+    """transformers' Qwen2.5-VL with our language model's own tensors (shared, not copied). Raises ImportError."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config, stack = language.config, language.config.stack
+    text = dict(
+        hidden_size=stack.hidden_size,
+        num_hidden_layers=stack.num_layers,
+        num_attention_heads=stack.num_heads,
+        num_key_value_heads=stack.num_kv_heads,
+        intermediate_size=stack.intermediate_size,
+        rms_norm_eps=stack.rms_norm_eps,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_positions,
+        bos_token_id=None,
+        eos_token_id=None,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": stack.rope.theta,
+            "mrope_section": list(stack.rope.mrope_section),
+        },
+    )
+    vision = dict(depth=1, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=stack.hidden_size)
+    whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=config.image_token_id)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(whole)
+    state = {
+        ("lm_head.weight" if name == "lm_head.weight" else f"model.language_model.{name}"): tensor
+        for name, tensor in language.state_dict().items()
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert not unexpected and all(".visual." in name for name in missing), (missing, unexpected)
+    model.model.visual = torch.nn.Identity()  # text only
+    model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
+    rotary = model.model.language_model.rotary_emb
+    device = language.embed_tokens.weight.device
+    model.model.language_model.rotary_emb = type(rotary)(whole.text_config).to(device)  # it was made on meta
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def language_generate(
+    model: Any, ids: Tensor, new_tokens: int, static: bool, first: Callable[[], None] | None = None
+) -> Tensor:
+    """Greedy tokens (1, S + new). static: static cache, compiled by transformers itself. first: called when the first
+    token is there."""
+    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    if first is not None:
+
+        def look(input_ids: Tensor, _: Any, **__: Any) -> Tensor:
+            """A stopping criterion that never stops; transformers asks it after every token."""
+            if input_ids.shape[1] == ids.shape[1] + 1:
+                if ids.is_cuda:
+                    torch.cuda.synchronize(ids.device)
+                first()
+            return torch.zeros(1, dtype=torch.bool, device=ids.device)
+
+        options["stopping_criteria"] = [look]
+    with torch.inference_mode():
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+            **options,
+        )
+
+
+def omnigen_transformer(config: DecoderConfig, vocabulary: int = 64) -> Any:
+    """diffusers' OmniGen transformer of the decoder's size, on torch's default device. Raises ImportError."""
+    from diffusers import OmniGenTransformer2DModel
+
+    stack, rope = config.stack, config.stack.rope
+    short, long = list(rope.short_factor), list(rope.long_factor)
+    if rope.kind == "plain":
+        short = long = [1.0] * (stack.head_dim // 2)
+    return OmniGenTransformer2DModel(
+        in_channels=config.latent_channels,
+        patch_size=config.patch_size,
+        hidden_size=stack.hidden_size,
+        rms_norm_eps=stack.rms_norm_eps,
+        num_attention_heads=stack.num_heads,
+        num_key_value_heads=stack.num_kv_heads,
+        intermediate_size=stack.intermediate_size,
+        num_layers=stack.num_layers,
+        pad_token_id=0,
+        vocab_size=vocabulary,
+        max_position_embeddings=rope.max_positions,
+        original_max_position_embeddings=rope.original_max_positions,
+        rope_base=int(rope.theta),
+        rope_scaling={"short_factor": short, "long_factor": long, "type": "su"},
+        pos_embed_max_size=config.position_grid,
+        time_step_dim=config.time_frequencies,
+    )
+
+
+def omnigen_state(decoder: DiffusionDecoder) -> dict[str, Tensor]:
+    """Our decoder's tensors (views, not copies) under diffusers' names; its attention takes Q, K and V apart."""
+    names = {
+        "x_embedder.proj": "patch_embedding.output_image_proj",
+        "input_x_embedder.proj": "patch_embedding.input_image_proj",
+        "time_token.mlp.0": "time_token.linear_1",
+        "time_token.mlp.2": "time_token.linear_2",
+        "t_embedder.mlp.0": "t_embedder.linear_1",
+        "t_embedder.mlp.2": "t_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
+    }
+    stack = decoder.config.stack
+    width, key_width = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
+    found: dict[str, Tensor] = {}
+    for name, tensor in decoder.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        module = names.get(module, module.removeprefix("llm."))
+        if module.endswith("qkv_proj"):
+            parts = tensor.split([width, key_width, key_width])
+            found |= {f"{module.removesuffix('qkv_proj')}to_{p}.{kind}": t for p, t in zip("qkv", parts, strict=True)}
+        elif module != "embed_tokens":
+            found[f"{module.replace('.o_proj', '.to_out.0')}.{kind}"] = tensor
+    return found
+
+
+def omnigen_decoder(decoder: DiffusionDecoder, conditions: Sequence[Tensor]) -> Any:
+    """diffusers' OmniGen with our decoder's own tensors. Raises ImportError.
+
+    conditions: (1, L, C) of each branch. They are the rows of its text embedding, one after another from token 1 on
+    (0 pads), so that token ids carry them in. The position table is diffusers' own.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    table = torch.cat([torch.zeros_like(conditions[0][0, :1]), *(c[0] for c in conditions)])
+    with torch.device("meta"):
+        model = omnigen_transformer(decoder.config, len(table))
+    side, hidden = decoder.config.position_grid, decoder.config.stack.hidden_size
+    grid = get_2d_sincos_pos_embed(hidden, side, base_size=64, interpolation_scale=1.0, output_type="pt")
+    state = {
+        **omnigen_state(decoder),
+        "embed_tokens.weight": table,
+        "patch_embedding.pos_embed": grid[None].to(table.device, table.dtype),
+    }
+    model.load_state_dict(state, assign=True)  # strict: every name on both sides
+    return model.eval().requires_grad_(False)
+
+
+def omnigen_inputs(lengths: Sequence[int], tokens: int, device: torch.device) -> dict[str, Any]:
+    """Ids, mask and positions of branches of these lengths as its pipeline makes them: one batch, padded on the left.
+
+    The longest must be first: the transformer turns every row by the positions of row 0 alone, which for a shorter
+    row that starts later is a shift of all its tokens, and RoPE sees differences only.
+    """
+    longest = max(lengths)
+    assert lengths[0] == longest, lengths
+    total, ids, masks, first = longest + 1 + tokens, [], [], 1
+    for length in lengths:
+        pad = longest - length
+        ids.append(torch.cat([torch.zeros(pad, dtype=torch.long), torch.arange(first, first + length)]))
+        mask = torch.ones(total, total, dtype=torch.long).tril()
+        mask[longest + 1 :] = 1
+        mask[:, :pad] = 0
+        masks.append(mask)
+        first += length
+    places = [torch.cat([torch.zeros(longest - n), torch.arange(n + 1 + tokens)]).long() for n in lengths]
+    return {
+        "input_ids": torch.stack(ids).to(device),
+        "attention_mask": torch.stack(masks).to(device),
+        "position_ids": torch.stack(places).to(device),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+    }
+
+
+def omnigen_step(model: Any, latents: Tensor, time: float, inputs: Mapping[str, Any]) -> Tensor:
+    """Velocities (P, 4, h, w) of latents (1, 4, h, w): one forward of all branches, the condition recomputed in it."""
+    batch = len(inputs["input_ids"])
+    with torch.inference_mode():
+        return model(
+            hidden_states=latents.to(model.dtype).expand(batch, -1, -1, -1),
+            timestep=torch.full((batch,), time, device=latents.device),
+            return_dict=False,
+            **inputs,
+        )[0]

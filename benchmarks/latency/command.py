@@ -1,0 +1,291 @@
+"""`python -m benchmarks latency MODEL`: how long one request takes, stage by stage, as MLPerf's single stream does it.
+
+One request at a time, warm-up runs first and not counted, then n runs: p50, p90, p99. Clocks and throttling are read
+before and after them. The cold start comes last, in other processes (`cold`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import mindomni_rt
+from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.inputs.images import prepare_image, vae_pixels
+from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, generate_messages
+from mindomni_rt.memory.footprint import Precision, weight_bytes
+from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
+
+from ..clocks import clock_state
+from ..machine import commit, describe_machine
+from ..results import FORMAT, write_atomic, write_json
+from .ceilings import measured_ceilings
+from .cold import cold_starts, describe_cold
+from .energy import Energy, describe_energy
+
+if TYPE_CHECKING:
+    from mindomni_rt.pipeline import Pipeline
+
+STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
+PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "transformers", "diffusers", "numpy")
+_PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", help="checkpoint folder, hub id or bundle")
+    parser.add_argument("--prompt", default=_PROMPT)
+    parser.add_argument("--image", type=Path, help="reference image")
+    parser.add_argument("--size", type=int, default=1024, help="image side in pixels")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--max-new-tokens", type=int, default=300)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype")
+    parser.add_argument("--memory-budget")
+    parser.add_argument("--no-cold-start", action="store_true", help="leave out the runs in fresh processes")
+    parser.add_argument("--out", type=Path, help="a .json file; .md and .png are written beside it")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises BadRequestError for runs that cannot be counted and a result that has no place."""
+    if options.runs < 1 or options.warmup < 0:
+        raise BadRequestError(f"--runs {options.runs} --warmup {options.warmup}: expected at least 1 and 0")
+    if options.out and options.out.suffix != ".json":
+        raise BadRequestError(f"--out {options.out}: expected a name that ends in .json")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports. An interrupt keeps the runs that were made."""
+    check(options)
+    data = measure(options)
+    text = report(data)
+    print(text)
+    if options.out:
+        write_json(options.out, data)
+        write_atomic(options.out.with_suffix(".md"), text + "\n")
+        try:
+            plot(data, options.out.with_suffix(".png"))
+        except MissingExtraError as error:
+            print(f"no picture: {error}", file=sys.stderr)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The result, in the form that `results.read_result` reads."""
+    request = {
+        "image": options.image,
+        "height": options.size,
+        "width": options.size,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "max_new_tokens": options.max_new_tokens,
+        "output": "numpy",
+    }
+    load = {"device": options.device, "dtype": options.dtype, "memory_budget": options.memory_budget}
+    pipe = mindomni_rt.load(options.model, **load)
+    energy = Energy(pipe.backend.device)
+    before = clock_state()
+    runs: list[dict[str, float]] = []
+    tokens: list[int] = []
+    try:
+        for index in range(options.warmup + options.runs):
+            with energy.over(index >= options.warmup):
+                result = pipe.generate(options.prompt, seed=index, **request)
+            if index >= options.warmup:
+                runs.append(_figures(result.timings))
+                tokens.append(len(result.token_ids))
+            print(f"run {index + 1} of {options.warmup + options.runs}", end="\r", file=sys.stderr)
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
+    after = clock_state()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    work = _workload(pipe, options, tokens)
+    weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
+    streamed = min(weights["language"], weights["decoder"])
+    data = {
+        "kind": "latency",
+        "format": FORMAT,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "model": {
+            "name": Path(options.model).name,
+            "config": pipe.config.to_dict(),
+            "backend": pipe.backend.name,
+            "device": pipe.backend.device,
+            "dtype": pipe.backend.dtype,
+        },
+        "machine": describe_machine(),
+        "clocks": {"before": before, "after": after},
+        "versions": versions(),
+        "request": {k: v.name if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
+        "workload": asdict(work),
+        "warmup": options.warmup,
+        "tokens": tokens,
+        "runs": runs,
+        "ceilings": measured_ceilings(pipe.backend.device, pipe.backend.dtype, streamed),
+        "peak_host_bytes": peak,
+        "peak_device_bytes": _device_peak(pipe.backend.device),
+        "energy": energy.record(),
+        "cold_start": [],
+    }
+    if not options.no_cold_start:
+        del pipe  # a fresh process needs the memory
+        _free()
+        data["cold_start"] = cold_starts(options.model, load, {**request, "prompt": options.prompt})
+    return data
+
+
+def _workload(pipe: Pipeline, options: argparse.Namespace, tokens: Sequence[int]) -> Workload:
+    """The sizes of the request as it ran. With VAE features the prompt is longer by their tokens."""
+    patches, counts, latents = (0, 0), list[int](), 0
+    if options.image:
+        image = prepare_image(options.image, pipe.config)
+        patches, counts = (image.grid[1], image.grid[2]), [image.tokens]
+        if pipe.config.edit_features == "vit+vae":
+            height, width = vae_pixels(options.image).shape[-2:]
+            latents = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+    prompt = pipe.chat.encode(generate_messages(options.prompt, True, bool(counts), latents), counts)
+    negative = pipe.chat.encode(generate_messages(DEFAULT_NEGATIVE, think=False))
+    return Workload(
+        prompt_tokens=len(prompt),
+        new_tokens=round(float(np.mean(tokens))),
+        negative_tokens=len(negative),
+        patches=patches,
+        height=options.size,
+        width=options.size,
+        steps=options.steps,
+        guidance=options.guidance != 1,
+    )
+
+
+def _figures(timings: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of one run by stage, "first_token" and "total" with them."""
+    return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this package and of those that a result may depend on."""
+    found = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _free() -> None:
+    """Gives unused device memory back."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing without CUDA
+
+
+def _device_peak(device: str) -> int | None:
+    """Bytes that torch held at most; None on the CPU and for backends that do not tell."""
+    torch = sys.modules.get("torch")
+    if not device.startswith("cuda") or torch is None:
+        return None
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p50, p90, p99 by linear interpolation."""
+    p50, p90, p99 = np.percentile(np.asarray(values, np.float64), (50, 90, 99))
+    return float(p50), float(p90), float(p99)
+
+
+def report(data: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    runs, request, model = data["runs"], data["request"], data["model"]
+    lines = [
+        f"# Latency of {model['name']}",
+        "",
+        f"{data['date']}, commit {data['commit']}, {model['backend']} on {model['device']} in {model['dtype']}; "
+        f"{request['width']}x{request['height']}, {request['num_inference_steps']} steps, guidance "
+        f"{request['guidance_scale']:g}, {np.mean(data['tokens']):.0f} tokens written. "
+        f"{data['warmup']} warm-up, n = {len(runs)}.",
+        "",
+        "; ".join(f"{k} {v}" for k, v in data["machine"].items()),
+        *_clock_lines(data.get("clocks", {})),
+        "",
+        "| stage | p50 s | p90 s | p99 s |",
+        "| --- | --- | --- | --- |",
+    ]
+    steps = request["num_inference_steps"]
+    rows = {name: [r[name] for r in runs if name in r] for name in (*STAGES, "first_token", "total")}
+    rows["denoising step"] = [seconds / steps for seconds in rows["denoiser"]]
+    rows["first thinking token"] = rows.pop("first_token")
+    for name in (*STAGES, "first thinking token", "denoising step", "total"):
+        if rows[name]:
+            p50, p90, p99 = percentiles(rows[name])
+            lines.append(f"| {name} | {p50:.4f} | {p90:.4f} | {p99:.4f} |")
+    lines += ["", "| figure | value |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in _rates(data)]
+    return "\n".join(lines)
+
+
+def _clock_lines(clocks: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """State before and after the runs; none where nothing could be read."""
+    if not any(clocks.values()):
+        return ["", "Clocks and throttling before and after the runs: not available."]
+    told = (f"{when} the runs: {', '.join(f'{k} {v}' for k, v in state.items())}" for when, state in clocks.items())
+    return ["", f"Clocks {'; '.join(told)}."]
+
+
+def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    runs = data["runs"]
+    decode = [
+        (count - 1) / (r["language"] - (r["first_token"] - r.get("vision", 0.0)))
+        for r, count in zip(runs, data["tokens"], strict=True)
+        if count > 1 and r.get("language", 0) > r.get("first_token", 0) - r.get("vision", 0.0)
+    ]
+    out = []
+    if decode:  # a rate's slow end is its 10th and 1st percentile
+        p50, p10, p1 = np.percentile(decode, (50, 10, 1))
+        out.append(("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}"))
+    out.append(("peak host memory", f"{data['peak_host_bytes'] / 1e9:.2f} GB"))
+    device = data["peak_device_bytes"]
+    out.append(("peak device memory", f"{device / 1e9:.2f} GB" if device else "not available"))
+    out.append(("energy an image", describe_energy(data["energy"])))
+    for index, cold in enumerate(data["cold_start"]):
+        name = ("first", "second")[index]
+        out.append((f"cold start, {name} run", describe_cold(cold)))
+    return out
+
+
+def plot(data: Mapping[str, Any], path: Path) -> None:
+    """Stages as one stacked bar (medians), PNG."""
+    from ..figures import COLOURS, new_figure, save
+
+    figure, axes = new_figure(9.0, 2.4)
+    left = 0.0
+    for index, stage in enumerate(STAGES):
+        values = [r[stage] for r in data["runs"] if stage in r]
+        if not values:
+            continue
+        width = float(np.median(values))
+        axes.barh(0, width, left=left, color=COLOURS[index % len(COLOURS)], label=f"{stage} {width:.3g} s")
+        left += width
+    model = data["model"]
+    axes.set_yticks([])
+    axes.set_xlabel("seconds, median")
+    axes.set_title(f"{model['name']}: {model['backend']}, {model['device']}, {model['dtype']}", fontsize=10, loc="left")
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    save(figure, path)

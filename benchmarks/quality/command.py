@@ -1,0 +1,178 @@
+"""`python -m benchmarks quality SUITE MODEL --prompts PATH --out FOLDER`: images and answers for official evaluators.
+
+Prompts are your own copies: none is bundled or downloaded. The same command goes on where a run ended; `--shard i/n`
+in n processes shares one folder. No official score is computed here: `report.md` says what to run next. The suite
+`shapes` needs no prompts and is scored exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mindomni_rt
+from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.errors import BadRequestError, MissingExtraError
+
+from ..results import FORMAT, read_json
+from . import answers as quality_answers
+from . import images as quality_images
+from .paint import request_of
+from .report import write_report
+from .run import RunFolder, fingerprint, shard_of
+from .shapes import SHAPES
+from .suite import Item, Prompts, Settings, Suite
+
+if TYPE_CHECKING:
+    from mindomni_rt.pipeline import Pipeline
+
+SUITES = {s.name: s for s in (*quality_images.SUITES, *quality_answers.SUITES, SHAPES)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command. Defaults are each suite's own: `--list` shows them."""
+    parser.add_argument("suite", nargs="?", help=", ".join(SUITES))
+    parser.add_argument("model", nargs="?", help="checkpoint folder, hub id or bundle")
+    parser.add_argument("--list", action="store_true", help="suites, their prompt files, published scores")
+    parser.add_argument("--prompts", type=Path, help="your copy of the benchmark's prompts")
+    parser.add_argument("--out", type=Path, help="the run's folder, new or to go on in")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the items")
+    parser.add_argument("--n", type=int, help="only the first N items")
+    parser.add_argument("--seed", type=int, default=0, help="base of the seeds of all images")
+    parser.add_argument("--no-think", dest="think", action="store_false", default=None)
+    parser.add_argument("--samples", type=int, help="images a prompt")
+    parser.add_argument("--size", type=int, help="image side in pixels")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--max-image-tokens", type=int, help="cap on a question's image; 0 for none")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype")
+    parser.add_argument("--memory-budget")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Makes what is lacking and reports. Exit code 130 when interrupted; what was made is kept."""
+    if options.list:
+        sys.stdout.write(listing() + "\n")
+        return 0
+    suite, settings = _asked(options)
+    index, count = shard_of(options.shard)
+    if options.n is not None and options.n < 1:
+        raise BadRequestError(f"--n {options.n}: expected at least 1")
+    prompts = suite.read(options.prompts)
+    if suite is SHAPES and options.think is False:
+        prompts = replace(prompts, items=tuple(i for i in prompts.items if not i.think))
+    if settings.size is not None:
+        request_of(prompts.items[0], settings)  # its checks, before a model is loaded
+    chosen = prompts.items[: options.n]
+    model = resolve(options.model)
+    folder = RunFolder(options.out)
+    name = model.resolve().name if Path(options.model).is_dir() else Path(options.model).name
+    claim: dict[str, Any] = {
+        "kind": "quality",
+        "format": FORMAT,
+        "suite": suite.name,
+        "model": {"name": name, "fingerprint": fingerprint(model)},
+        "settings": asdict(settings),
+        "prompts": {"files": [p.name for p in prompts.files], "sha256": prompts.sha256},
+    }
+    known = folder.check(claim)
+    todo = [i for i in chosen[index - 1 :: count] if not folder.done(suite.outputs(i, settings))]
+    code = 0
+    if todo or not known:
+        pipe = _load(options)
+        device = pipe.backend.device.partition(":")[0]  # shards may have a GPU each
+        claim["runs_on"] = {"backend": pipe.backend.name, "device": device, "dtype": pipe.backend.dtype}
+        folder.claim(claim)
+        try:
+            _make(pipe, suite, settings, folder, todo, len(chosen[index - 1 :: count]))
+        except KeyboardInterrupt:
+            sys.stderr.write("error: interrupted; what was made is kept, and the same command goes on\n")
+            code = 130
+        except Exception:
+            _report(suite, folder, prompts, chosen, settings)
+            raise
+    sys.stdout.write(_report(suite, folder, prompts, chosen, settings) + "\n")
+    return code
+
+
+def _asked(options: argparse.Namespace) -> tuple[Suite, Settings]:
+    """The suite and its settings, the defaults filled in. Raises BadRequestError."""
+    if options.suite not in SUITES:
+        raise BadRequestError(f"suite {options.suite!r}: expected one of {', '.join(SUITES)}; --list tells more")
+    suite = SUITES[options.suite]
+    for name in ("model", "out"):
+        if getattr(options, name) is None:
+            raise BadRequestError(f"{'MODEL' if name == 'model' else '--out'} is missing: see --help")
+    given: dict[str, Any] = {"seed": options.seed}
+    for name in ("samples", "size", "steps", "guidance", "max_new_tokens", "max_image_tokens"):
+        value = getattr(options, name)
+        if value is not None and getattr(suite.defaults, name) is None:
+            raise BadRequestError(f"--{name.replace('_', '-')}: {suite.title} has no such setting; leave it out")
+        if value is not None:
+            given[name] = value
+    if options.think is False and suite is not SHAPES:
+        if suite.defaults.think is None:
+            raise BadRequestError(f"--no-think: {suite.title} asks for answers in words; leave it out")
+        given["think"] = False
+    settings = replace(suite.defaults, **given)
+    if settings.samples is not None and not 1 <= settings.samples <= suite.most_samples:
+        raise BadRequestError(f"--samples {settings.samples}: {suite.title} takes 1 to {suite.most_samples}")
+    if settings.max_new_tokens < 1 or (settings.max_image_tokens or 4) < 4:
+        raise BadRequestError("--max-new-tokens: expected at least 1; --max-image-tokens: at least 4, or 0 for no cap")
+    return suite, settings
+
+
+def _load(options: argparse.Namespace) -> Pipeline:
+    return mindomni_rt.load(
+        options.model,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        memory_budget=options.memory_budget,
+    )
+
+
+def _make(
+    pipe: Pipeline, suite: Suite, settings: Settings, folder: RunFolder, todo: Sequence[Item], total: int
+) -> None:
+    """Makes and stores the items that lack. Raises WriteError, and BadRequestError naming an item's place."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise MissingExtraError("tqdm", "bench") from error
+    bar = tqdm(total=total, initial=total - len(todo), desc=suite.name, unit="item", disable=None, file=sys.stderr)
+    with bar:
+        for item in todo:
+            try:
+                files = suite.make(pipe, item, settings)
+            except BadRequestError as error:
+                raise BadRequestError(f"{item.where}: {error}") from error
+            folder.store(files)
+            bar.update()
+
+
+def _report(suite: Suite, folder: RunFolder, prompts: Prompts, chosen: Sequence[Item], settings: Settings) -> str:
+    return write_report(suite, folder, prompts, chosen, settings, read_json(folder.settings))
+
+
+def listing() -> str:
+    """Every suite: prompts, evaluator, published scores, defaults."""
+    lines = []
+    for suite in SUITES.values():
+        published = ", ".join(f"{value} ({name})" for name, value in suite.published.items()) or "none"
+        defaults = ", ".join(f"{k} {v}" for k, v in asdict(suite.defaults).items() if v is not None and k != "seed")
+        lines += [
+            suite.name,
+            f"  prompts    {suite.prompts} ({suite.project})",
+            f"  evaluator  {suite.evaluated}",
+            f"  published  {published}",
+            f"  defaults   {defaults}",
+        ]
+    return "\n".join([*lines, "", "published: README of the released MindOmni; nothing is bundled or downloaded"])

@@ -1,0 +1,126 @@
+"""`python -m benchmarks lossy MODEL`: what each lossy option of `generate` costs, against the exact 50 steps.
+
+Same riddles, same seeds, one run: PSNR of the picture, cosine of the latents, share of right pictures (`shapes` reads
+them), and the time of the denoising loop as a share of the exact one's on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mindomni_rt
+from mindomni_rt.errors import BadRequestError, MindOmniError
+
+from ..results import write_atomic, write_json
+from .judge import riddles, share
+
+EXACT: dict[str, Any] = {"num_inference_steps": 50}
+ARMS: dict[str, dict[str, Any]] = {
+    "euler, 28 steps": {"num_inference_steps": 28},
+    "euler, 25 steps": {"num_inference_steps": 25},
+    "multistep, 28 steps": {"num_inference_steps": 28, "solver": "multistep"},
+    "multistep, 25 steps": {"num_inference_steps": 25, "solver": "multistep"},
+    "guidance interval 0:0.6": {"num_inference_steps": 50, "guidance_interval": (0.0, 0.6)},
+    "guidance interval 0.2:0.8": {"num_inference_steps": 50, "guidance_interval": (0.2, 0.8)},
+    "step cache 0.05": {"num_inference_steps": 50, "step_cache": 0.05},
+    "step cache 0.1": {"num_inference_steps": 50, "step_cache": 0.1},
+    "step cache 0.2": {"num_inference_steps": 50, "step_cache": 0.2},
+}
+
+
+def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Decibels, for pixels in [0, 1]; equal pictures give 100."""
+    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
+    return min(100.0, -10 * np.log10(error)) if error > 0 else 100.0
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Of two arrays of one shape."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
+
+
+def measure(model: Path, n: int, guidance: float) -> dict[str, dict[str, float]]:
+    """Figures of the exact run and of each arm. Raises BadRequestError for n < 1."""
+    asked = riddles()[:n]
+    if n < 1:
+        raise BadRequestError(f"n = {n}: expected at least 1")
+    pipe = mindomni_rt.load(model, device="auto", fast=True)
+    results: dict[str, list[Any]] = {name: [] for name in ("exact", *ARMS)}
+    for seed, riddle in enumerate(asked):
+        for name, options in (("exact", EXACT), *ARMS.items()):
+            results[name].append(
+                pipe.generate(
+                    riddle.instruction,
+                    height=96,
+                    width=96,
+                    guidance_scale=guidance,
+                    seed=seed,
+                    max_new_tokens=48,
+                    output="numpy",
+                    **options,
+                )
+            )
+    exact = results["exact"]
+    seconds = sum(r.timings["denoiser"] for r in exact)
+    out = {}
+    for name, found in results.items():
+        pairs = list(zip(found, exact, strict=True))
+        out[name] = {
+            "psnr": round(float(np.mean([psnr(a.images[0], b.images[0]) for a, b in pairs])), 2),
+            "latent_cosine": round(float(np.mean([cosine(a.latents, b.latents) for a, b in pairs])), 5),
+            "right": round(share(asked, [r.images[0] for r in found]), 4),
+            "time": round(sum(r.timings["denoiser"] for r in found) / seconds, 3),
+        }
+    return out
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Figures as Markdown."""
+    lines = ["| option | PSNR dB | latent cosine | right | time of the loop |", "| --- | --- | --- | --- | --- |"]
+    for name, row in found.items():
+        cells = f"{row['psnr']:.1f} | {row['latent_cosine']:.4f} | {100 * row['right']:.0f} % | {row['time']:.2f}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks lossy", description=__doc__)
+    parser.add_argument("model", type=Path, help="assets/shapes-world")
+    parser.add_argument("--n", type=int, default=24)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .md")
+    options = parser.parse_args(arguments)
+    try:
+        found = measure(options.model, options.n, options.guidance)
+        text = table(found)
+        sys.stdout.write(text + "\n")
+        if options.out:
+            record = {
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, {platform.system()}, CPU",
+                "model": options.model.name,
+                "n": options.n,
+                "guidance": options.guidance,
+                "options": found,
+            }
+            write_json(options.out, record)
+            write_atomic(options.out.with_suffix(".md"), text + "\n")
+    except MindOmniError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What a suite of `quality` is: items read from a user's prompt file, what is written for each, who reads that.
+
+The suites themselves are data in `quality_images`, `quality_answers` and `quality_shapes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindomni_rt.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from mindomni_rt.pipeline import Pipeline
+
+    from .run import RunFolder
+
+_LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name and a suffix come on top
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How images or answers are made. None: the suite has no such thing, and giving it is an error.
+
+    size: image side in pixels. samples: images a prompt. max_image_tokens: cap on a question's image, 0 for none.
+    """
+
+    seed: int = 0
+    think: bool | None = None
+    samples: int | None = None
+    size: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    max_new_tokens: int = 512
+    max_image_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One prompt. name: its id, which becomes a file name. where: its place in the prompt file, for errors.
+
+    key: what its seeds follow from, the name if empty. think: overrides the setting. row: the rest of its record.
+    """
+
+    name: str
+    prompt: str
+    where: str
+    key: str = ""
+    think: bool | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What a prompt file or folder holds, in its order, and the hash of all that was read."""
+
+    files: tuple[Path, ...]
+    items: tuple[Item, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A benchmark: what it reads and writes, and what was published.
+
+    prompts: the expected file, project: the repository it comes from. evaluated: reads the folder, in one line.
+    read: --prompts → items. outputs: the files of an item, relative to the run's folder; all there means done.
+    make: an item → the bytes of each. finish: writes what the done items make together and returns what the report
+    adds. commands: the evaluator's command lines, with $RUN for the run's folder.
+    """
+
+    name: str
+    title: str
+    prompts: str
+    project: str
+    evaluated: str
+    published: Mapping[str, str]
+    defaults: Settings
+    most_samples: int = 1
+    read: Callable[[Path | None], Prompts]
+    outputs: Callable[[Item, Settings], list[str]]
+    make: Callable[[Pipeline, Item, Settings], dict[str, bytes]]
+    finish: Callable[[RunFolder, Sequence[Item], Sequence[Item], Mapping[str, Any]], dict[str, Any]]
+    commands: Callable[[Mapping[str, Any]], list[str]]
+
+    @property
+    def wanted(self) -> str:
+        """What --prompts must name, for errors."""
+        return f"{self.title} needs {self.prompts} of {self.project}; pass your copy as --prompts"
+
+
+def located(path: Path | None, suite: Suite) -> Path:
+    """--prompts, checked to be there. Raises BadRequestError that names the expected file and its project."""
+    if path is None:
+        raise BadRequestError(f"--prompts is missing: {suite.wanted}")
+    if not path.exists():
+        raise BadRequestError(f"nothing at {path}: {suite.wanted}")
+    if not os.access(path, os.R_OK):
+        raise BadRequestError(f"{path} may not be read: give its owner's rights or another copy")
+    return path
+
+
+def text_of(path: Path) -> str:
+    """A UTF-8 file's text, a byte order mark removed. Raises BadRequestError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRequestError(f"{path} is not UTF-8 text: byte {error.start} is {error.reason}") from error
+    except OSError as error:
+        raise BadRequestError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def hashed(files: Iterable[Path]) -> str:
+    """sha256 over names and contents, read in pieces."""
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def checked_prompt(value: Any, where: str, name: str = "prompt") -> str:
+    """A text that a model can be asked. Raises BadRequestError."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadRequestError(f"{where}: expected a text under {name!r}, found {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequestError(f"{where}: {name!r} holds half a surrogate pair, which is no character") from error
+    return value
+
+
+def checked_name(value: Any, where: str) -> str:
+    """An id that is safe as a file name of any evaluator. Raises BadRequestError."""
+    text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    bad = not text.strip() or text.startswith(".") or any(c in "/\\" or not c.isprintable() for c in text)
+    if bad or len(text.encode()) > _LONGEST_NAME:
+        raise BadRequestError(
+            f"{where}: id {str(value)[:80]!r} cannot name a file: expected a number or text of at most "
+            f"{_LONGEST_NAME} bytes with no path separator, control character or leading dot"
+        )
+    return text
+
+
+def checked_items(items: Sequence[Item], source: Path | str, suite: Suite) -> tuple[Item, ...]:
+    """Items, refused when there are none or two share an id. Raises BadRequestError."""
+    if not items:
+        raise BadRequestError(f"{source} holds no prompts: {suite.wanted}")
+    seen: dict[str, str] = {}
+    for item in items:
+        if item.name in seen:
+            raise BadRequestError(f"{item.where}: id {item.name!r} was already used at {seen[item.name]}")
+        seen[item.name] = item.where
+    return tuple(items)

@@ -1,0 +1,144 @@
+"""Matrix products of the fast path: one class for each way a weight is kept, all called alike.
+
+`rows` says what a product takes: None for floats, "int8" or "fp8" for 8-bit rows, which the norm or the gate before it
+writes directly. Embeddings, norms, final layer and modulation are never here: they stay in the compute type.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.gemv import gemv
+from kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
+from kernels.linear8 import linear8, quantize_weight
+from kernels.quantize import Rows, quantize_rows
+
+from ...errors import BadRequestError
+
+QUANTIZED = ("int8", "int8_weight_only", "fp8", "int4")
+STORED = ("float32", "float16", "bfloat16", *QUANTIZED)
+
+
+class Product(nn.Module):
+    """x (…, K) -> (…, N). Tensors are buffers, so that a part moves between host and device as one module."""
+
+    rows: str | None = None
+    bias: Tensor | None
+
+    def __init__(self, bias: Tensor | None, impl: str) -> None:
+        super().__init__()
+        self.impl = impl
+        self.register_buffer("bias", bias)
+
+    def __call__(self, x: Tensor | Rows) -> Tensor:
+        return self.forward(x)
+
+    def row_weight(self) -> Tensor | Rows | None:
+        """The weight as `norm_gemv` takes it, where it can."""
+        return None
+
+
+class Dense(Product):
+    """A weight as it was loaded. One row on CUDA goes to whichever of `one_row`'s candidates is set."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
+        super().__init__(bias, impl)
+        self.register_buffer("weight", weight)
+        self.one_row = "library"
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        assert isinstance(x, Tensor)
+        if self.one_row == "gemv" and x.numel() == self.weight.shape[1]:
+            return gemv(x, self.weight, self.bias, impl=self.impl)
+        return F.linear(x, self.weight, self.bias)
+
+    def row_weight(self) -> Tensor | Rows | None:
+        return self.weight
+
+
+class EightBit(Product):
+    """8-bit weights and 8-bit rows: for products that are bound by arithmetic (the decoder's)."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, impl: str, kind: str) -> None:
+        super().__init__(bias, impl)
+        quantized = quantize_weight(weight, kind)
+        self.rows, self.dtype = kind, weight.dtype
+        self.how = impl  # "library" or "triton" once `torch_tune` has measured
+        self.register_buffer("values", quantized.values)
+        self.register_buffer("scale", quantized.scale)
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        assert isinstance(self.rows, str)
+        rows = x if isinstance(x, Rows) else quantize_rows(x, self.rows, impl=self.impl)
+        return linear8(rows, Rows(self.values, self.scale), self.dtype, self.bias, impl=self.how)
+
+
+class WeightOnly8(Product):
+    """int8 weights, rows as they are: for products that are bound by reading the weight (decoding)."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
+        super().__init__(bias, impl)
+        quantized = quantize_weight(weight, "int8")
+        self.register_buffer("values", quantized.values)
+        self.register_buffer("scale", quantized.scale)
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        assert isinstance(x, Tensor)
+        return gemv(x, Rows(self.values, self.scale), self.bias, impl=one_row_impl(self.impl, x))
+
+    def row_weight(self) -> Tensor | Rows | None:
+        return Rows(self.values, self.scale)
+
+
+class FourBit(Product):
+    """4-bit weights in groups, rows as they are."""
+
+    packed: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
+        super().__init__(bias, impl)
+        packed = quantize_int4(weight)
+        for name in ("packed", "scale", "minimum"):
+            self.register_buffer(name, getattr(packed, name))
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        assert isinstance(x, Tensor)
+        return int4_linear(x, Int4Weight(self.packed, self.scale, self.minimum), self.bias, impl=self.impl)
+
+
+def one_row_impl(impl: str, x: Tensor) -> str:
+    """A kernel for one row cannot be forced on more."""
+    return impl if impl != "triton" or x.numel() == x.shape[-1] else "auto"
+
+
+def make_product(
+    weight: Tensor, bias: Tensor | None, stored: str, impl: str = "auto", work: str | None = None
+) -> Product:
+    """A product whose weight (N, K) is kept as `stored`, one of STORED. Raises BadRequestError for another.
+
+    work: a device to quantize on; the result returns to where the weight was.
+    """
+    if stored not in STORED:
+        raise BadRequestError(f"precision {stored!r}: expected one of {', '.join(STORED)}")
+    if stored not in QUANTIZED:
+        return Dense(weight, bias, impl)
+    home, weight = weight.device, weight.to(work or weight.device)
+    if stored in ("int8", "fp8"):
+        return EightBit(weight, bias, impl, stored).to(home)
+    return (WeightOnly8 if stored == "int8_weight_only" else FourBit)(weight, bias, impl).to(home)
+
+
+def stored_bytes(product: Product) -> int:
+    """Bytes of a product's tensors."""
+    return sum(t.numel() * t.element_size() for t in product.buffers())

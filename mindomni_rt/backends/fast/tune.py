@@ -1,0 +1,136 @@
+"""Which products a CUDA device takes: the library's or ours, measured once for each shape.
+
+Work is timed as it will run, inside a CUDA graph: a launch from Python costs more than one row's product takes. All
+products of a shape are timed together, so that no weight is still in the cache when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+from kernels.triton_compat import REFUSALS
+
+from ...errors import UnsupportedDeviceError
+from .linear import Dense, EightBit
+from .stack import FastBlock, FastStack
+
+logger = logging.getLogger(__name__)
+RUNS = 7
+Clock = Callable[[Callable[[], object]], float]
+P = TypeVar("P", Dense, EightBit)
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median milliseconds of `run` replayed as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(RUNS + 1):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return median(times[1:])
+
+
+def _fastest(
+    group: Sequence[P],
+    label: str,
+    names: Sequence[str],
+    choose: Callable[[P, str], None],
+    x: torch.Tensor,
+    clock: Clock,
+) -> None:
+    """Sets every product of one shape to the fastest of `names`; the log tells all times."""
+
+    def all_of_them() -> None:
+        for product in group:
+            product(x)
+
+    times: dict[str, float] = {}
+    for name in names:
+        for product in group:
+            choose(product, name)
+        try:
+            times[name] = clock(all_of_them) / len(group)
+        except REFUSALS as error:
+            logger.info("%s: %s does not run: %s", label, name, str(error).split("\n")[0])
+    if not times:
+        raise UnsupportedDeviceError(f"no product of {label} runs on {x.device}; load without this precision")
+    best = min(times, key=lambda name: times[name])
+    for product in group:
+        choose(product, best)
+    logger.info("%s: %s (%s)", label, best, ", ".join(f"{name} {t:.4f} ms" for name, t in times.items()))
+
+
+def choose_one_row(products: Iterable[Dense], clock: Clock = milliseconds) -> None:
+    """Sets `one_row` of each product to the faster of "library" and "gemv" for its shape."""
+    groups: dict[tuple[int, int, bool], list[Dense]] = defaultdict(list)
+    for product in products:
+        groups[product.weight.shape[0], product.weight.shape[1], product.bias is not None].append(product)
+
+    def choose(product: Dense, name: str) -> None:
+        product.one_row = name
+
+    for (n, k, _), group in groups.items():
+        weight = group[0].weight
+        x = torch.randn(1, k, dtype=weight.dtype, device=weight.device)
+        _fastest(group, f"one row of {n}x{k}", ("library", "gemv"), choose, x, clock)
+
+
+def choose_eight_bit(products: Iterable[EightBit], rows: int, clock: Clock = milliseconds) -> None:
+    """Sets `how` of each 8-bit product to the faster of "library" and "triton" for `rows` rows of its shape.
+
+    One that does not run on this device is left out. Raises UnsupportedDeviceError when neither does.
+    """
+    groups: dict[tuple[int, int], list[EightBit]] = defaultdict(list)
+    for product in products:
+        groups[product.values.shape[0], product.values.shape[1]].append(product)
+
+    def choose(product: EightBit, name: str) -> None:
+        product.how = name
+
+    for (n, k), group in groups.items():
+        x = torch.randn(rows, k, dtype=group[0].dtype, device=group[0].values.device)
+        few = group[:4]  # bound by arithmetic, not by reading the weight
+        _fastest(few, f"{few[0].rows} rows of {n}x{k}", ("library", "triton"), choose, x, clock)
+        for product in group[4:]:
+            product.how = few[0].how
+
+
+def choose_fused_rows(stack: FastStack, clock: Clock = milliseconds) -> None:
+    """Sets `fused_rows` of a stack to whether one row passes its norms, products and gates faster fused."""
+    blocks = [block for block in stack.blocks if isinstance(block, FastBlock)]
+    if any(p.row_weight() is None for block in blocks for p in (block.qkv, block.gate_up)):
+        return
+    like = blocks[0].norm1
+    x = torch.randn(1, stack.config.hidden_size, dtype=like.dtype, device=like.device)
+    times = {}
+    for fused in (False, True):
+
+        def halves(fused: bool = fused) -> None:
+            for block in blocks:
+                stack._normed(block.qkv, x, block.norm1, block.eps, x, fused)
+                stack._gated(block, x, x, fused)
+
+        try:
+            times[fused] = clock(halves) / len(blocks)
+        except REFUSALS as error:
+            logger.info("norm and product of one row as one kernel do not run: %s", str(error).split("\n")[0])
+    stack.fused_rows = times.get(True, float("inf")) < times[False]
+    measured = ", ".join(f"{'fused' if fused else 'apart'} {t:.4f} ms" for fused, t in times.items())
+    logger.info("norm, product and gate of one row: %s (%s)", "fused" if stack.fused_rows else "apart", measured)

@@ -1,0 +1,172 @@
+"""Will it fit? What to keep loaded within a memory budget, and what to swap between stages.
+
+`load(..., memory_budget=)`, `export plan` and `benchmarks plan` share it. Weights move between stages and never inside
+one: streaming them in every denoising step would cost more than the step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from ..checkpoint.config import ModelConfig
+from ..errors import BadRequestError, OutOfMemoryError
+from .footprint import Precision, StageMemory, stage_memory
+from .layers import PART_OF, PARTS, Workload
+
+# From the most exact to the smallest; a refusal names the first that fits.
+LADDER = (
+    Precision(),
+    Precision(vae="bfloat16"),
+    Precision(language="int8", head="int8", vae="bfloat16"),
+    Precision(language="int8", head="int8", decoder="int8", vae="bfloat16"),
+    Precision(language="int4", head="int8", decoder="int8", vae="bfloat16"),
+    Precision(language="int4", head="int8", decoder="int4", vae="bfloat16"),
+)
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """Before a stage: parts to drop, then parts to load. peak: bytes in use at most while the stage runs."""
+
+    stage: str
+    drop: tuple[str, ...]
+    load: tuple[str, ...]
+    peak: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where every byte goes. resident: parts that stay loaded across requests; schedule: the stages of one request."""
+
+    precision: Precision
+    work: Workload
+    stages: tuple[StageMemory, ...]
+    schedule: tuple[Move, ...]
+    resident: tuple[str, ...]
+    reserve: int
+    budget: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes in use at most, the reserve included."""
+        return max(move.peak for move in self.schedule)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of weights loaded in each request; 0 when everything stays."""
+        weights = {PART_OF[s.stage]: s.weights for s in self.stages}
+        return sum(weights[part] for move in self.schedule for part in move.load)
+
+    def summary(self) -> str:
+        """One line."""
+        kept = "everything stays loaded" if not self.moved else f"swaps {gigabytes(self.moved)} a request"
+        return f"peak {gigabytes(self.peak)}, {kept}; {self.precision}"
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as decimal GB."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def parse_bytes(text: str | float) -> int:
+    """Bytes of "8GB", "7.5 GiB", "800MB" or a number of bytes. Raises BadRequestError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise BadRequestError(f"memory {text!r}: expected a positive size such as 8GB, 7.5GiB or 800MB")
+    return round(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _runs(stages: tuple[StageMemory, ...], work: Workload) -> list[StageMemory]:
+    return [s for s in stages if s.stage != "vision" or work.patches[0]]
+
+
+def _schedule(
+    stages: tuple[StageMemory, ...], work: Workload, resident: tuple[str, ...], reserve: int
+) -> tuple[Move, ...]:
+    """The moves of one request when `resident` parts stay and the others come and go."""
+    weights = {PART_OF[s.stage]: s.weights for s in stages}
+    base = sum(weights[part] for part in resident) + reserve
+    moves, loaded = list[Move](), ""
+    for stage in _runs(stages, work):
+        part = PART_OF[stage.stage]
+        drop = (loaded,) if loaded and loaded != part else ()
+        load = (part,) if part not in resident and part != loaded else ()
+        loaded = part if part not in resident else "" if drop else loaded
+        guest = weights[loaded] if loaded else 0
+        moves.append(Move(stage=stage.stage, drop=drop, load=load, peak=base + guest + stage.state + stage.activations))
+    return tuple(moves)
+
+
+def _choices(stages: tuple[StageMemory, ...]) -> Iterator[tuple[str, ...]]:
+    """Sets of parts to keep, the heaviest first: what is kept is not moved."""
+    weights = {PART_OF[s.stage]: s.weights for s in stages}
+    sets = [kept for count in range(len(PARTS) + 1) for kept in combinations(PARTS, count)]
+    yield from sorted(sets, key=lambda kept: -sum(weights[part] for part in kept))
+
+
+def _fit(config: ModelConfig, work: Workload, precision: Precision, budget: int | None, reserve: int) -> Plan | None:
+    stages = stage_memory(config, work, precision)
+    for kept in _choices(stages):
+        schedule = _schedule(stages, work, kept, reserve)
+        if budget is None or max(move.peak for move in schedule) <= budget:
+            return Plan(
+                precision=precision,
+                work=work,
+                stages=stages,
+                schedule=schedule,
+                resident=kept,
+                reserve=reserve,
+                budget=budget,
+            )
+    return None
+
+
+def plan(
+    config: ModelConfig,
+    work: Workload | None = None,
+    *,
+    precision: Precision | None = None,
+    budget: int | None = None,
+    reserve: int = 0,
+) -> Plan:
+    """What to keep loaded for a request of this size within `budget` bytes (None: all of it stays).
+
+    precision None takes the first of `LADDER` that fits. reserve: bytes that the driver and libraries hold besides.
+    Raises OutOfMemoryError, which names the stage that is too large and the nearest choice that fits.
+    """
+    work = work or Workload()
+    for choice in (precision,) if precision else LADDER:
+        found = _fit(config, work, choice, budget, reserve)
+        if found:
+            return found
+    assert budget is not None
+    tried = precision or LADDER[-1]
+    least = _schedule(stage_memory(config, work, tried), work, (), reserve)
+    worst = max(least, key=lambda move: move.peak)
+    raise OutOfMemoryError(
+        f"stage {worst.stage} alone needs {gigabytes(worst.peak)} of the {gigabytes(budget)} given ({tried}, "
+        f"{work.width}x{work.height}); {_advice(config, work, precision, budget, reserve)}"
+    )
+
+
+def _advice(config: ModelConfig, work: Workload, precision: Precision | None, budget: int, reserve: int) -> str:
+    """The nearest choice that fits: another precision, then a smaller image, then the least budget."""
+    for choice in LADDER if precision else ():
+        found = _fit(config, work, choice, budget, reserve)
+        if found:
+            return f"this fits: {found.summary()}"
+    for share in (0.75, 0.5, 0.25):
+        height, width = (max(16, int(side * share) // 16 * 16) for side in (work.height, work.width))
+        smaller = replace(work, height=height, width=width)
+        for choice in (precision, *LADDER) if precision else LADDER:
+            found = _fit(config, smaller, choice, budget, reserve)
+            if found:
+                return f"this fits: {width}x{height}, {found.summary()}"
+    peaks = [
+        max(move.peak for move in _schedule(stage_memory(config, work, choice), work, (), reserve)) for choice in LADDER
+    ]
+    return f"nothing fits; the least that this image size needs is {gigabytes(min(peaks))} ({LADDER[-1]})"

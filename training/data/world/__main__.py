@@ -1,0 +1,37 @@
+"""`python -m training.data.world FOLDER`: the world's autoencoder and its reward model, trained from nothing."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from .clip import retrieval, save_clip, train_clip
+from .vae import check_vae, save_vae, train_vae
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.data.world", description=__doc__)
+    parser.add_argument("folder", type=Path, help="gets vae/ and reward/")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+
+    def tell(step: int, figures: dict[str, float]) -> None:
+        shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        print(f"autoencoder step {step}: {shown} ({time.perf_counter() - began:.0f} s)", flush=True)
+
+    vae = train_vae(options.seed, options.vae_steps, report=tell)
+    save_vae(vae, options.folder / "vae")
+    print(f"autoencoder: the verifier reads {check_vae(vae)} of its pictures", flush=True)
+    clip = train_clip(options.seed)
+    save_clip(clip, options.folder / "reward")
+    print(f"reward model: retrieval {retrieval(clip):.3f} of 96 ({time.perf_counter() - began:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

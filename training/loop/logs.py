@@ -1,0 +1,171 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, config.json with the commit, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import mindomni_rt
+
+from ..config import Config
+from .checkpointing import StorageError
+
+
+def commit() -> str:
+    """The commit of the code that runs, "+" behind it with uncommitted changes; "unknown" outside a repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Log:
+    """The log of one run, appended to when it resumes at `start`; only the first process of several writes.
+
+    Lines of steps that a kill left behind the resumed checkpoint are dropped, so each step stands there once.
+    """
+
+    def __init__(self, config: Config, start: int, writes: bool = True, bar: bool = True) -> None:
+        self._writes = writes
+        self._bar: Any = None
+        self._board: Any = None
+        self.path = Path(config.out) / "metrics.jsonl"
+        self._evaluations = self.path.with_name("evaluation.jsonl")
+        if not writes:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut(self.path, start)
+            _cut(self._evaluations, start)
+            record = {
+                "config": config.to_dict(),
+                "commit": commit(),
+                "version": mindomni_rt.__version__,
+                "torch": torch.__version__,
+                "python": sys.version.split()[0],
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "from_step": start,
+            }
+            with (Path(config.out) / "runs.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            (Path(config.out) / "config.json").write_text(
+                json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
+            )
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
+        self._board = _board(Path(config.out) / "tensorboard", start)
+        if bar:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=config.optim.steps, initial=start, desc=config.stage, unit="step", mininterval=2.0, smoothing=0.05
+            )
+
+    def write(self, step: int, figures: Mapping[str, float], show: tuple[str, ...] = ()) -> None:
+        """One line of figures for a step; numbers that are none are written as null."""
+        if not self._writes:
+            return
+        line = {"step": step, **{k: round(v, 8) if math.isfinite(v) else None for k, v in figures.items()}}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+        if self._bar is not None:
+            shown = {n: f"{figures[n]:.4g}" for n in show if n in figures}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line in evaluation.jsonl."""
+        if not self._writes:
+            return
+        line = {"step": step, **{k: round(v, 6) for k, v in figures.items()}}
+        try:
+            with self._evaluations.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"log {self._evaluations} cannot be written: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"evaluation/{name}", value, step)
+        if self._bar is not None:
+            shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            self._bar.write(f"step {step}: {shown}", file=sys.stderr)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if not self._writes:
+            return
+        with contextlib.suppress(OSError):  # each line was flushed, and told of a full disk, when it was written
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _cut(path: Path, start: int) -> None:
+    """Leaves the lines up to step `start`."""
+    if not path.is_file():  # or a device, which has no lines to cut
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                lines.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # a half-written last line
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _board(folder: Path, start: int) -> Any:
+    """TensorBoard's writer, or None without the package: the JSON lines hold the same figures."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+
+def dump_rollouts(folder: Path, step: int, rows: list[dict[str, Any]], images: list[Any], columns: int) -> None:
+    """Texts with their scores as JSON lines, and the images as one grid, a group a row."""
+    from PIL import Image
+
+    name = folder / f"step-{step:06d}"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    height, width = images[0].shape[:2]
+    grid = Image.new("RGB", (columns * (width + 2), -(-len(images) // columns) * (height + 2)), "white")
+    for index, image in enumerate(images):
+        grid.paste(Image.fromarray(image), (index % columns * (width + 2), index // columns * (height + 2)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        name.with_suffix(".jsonl").write_text(text, encoding="utf-8")
+        grid.save(name.with_suffix(".png"))
+    except OSError as error:
+        raise StorageError(f"rollouts {name} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,188 @@
+"""From a configuration to a running stage, and from a finished stage to a model in the published layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.checkpoint.write import save_model
+from mindomni_rt.errors import UnsupportedDeviceError
+from mindomni_rt.inputs.prompts import Chat
+from mindomni_rt.model.mindomni import load_model
+
+from ..config import Config, DataConfig
+from ..stages.adapters import merge_adapters
+from ..stages.base import Draws, Stage
+from ..stages.contexts import Contexts
+from .logs import dump_rollouts
+from .trainer import Stream, Trainer, start_processes, world
+
+if TYPE_CHECKING:
+    from ..stages.rgpo import Experience, Reward
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """A configuration's device; under torchrun each process takes the GPU of its local rank."""
+    import os
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UnsupportedDeviceError("device 'cuda': this PyTorch finds no CUDA device; use device=cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def open_contexts(model: str, device: torch.device, image_size: int, cache: str = "", bf16: bool = False) -> Contexts:
+    """A checkpoint ready for training: frozen weights in bf16 on request, the VAE always in float32."""
+    folder = resolve(model)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    loaded, report = load_model(folder, dtype, device, vae_dtype=torch.float32)
+    logger.info("%s", report)
+    # A float32 checkpoint stays mapped to its file: a run that trains must own its weights.
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.clone()
+    return Contexts(loaded, Chat(folder / "mllm"), image_size, device=device, cache=cache)
+
+
+def make_stage(config: Config, contexts: Contexts) -> Stage:
+    """The stage that a configuration names, over a model."""
+    if config.stage == "rgpo":
+        from ..stages.rgpo import Rgpo
+
+        return Rgpo(contexts.model, contexts, config, make_rewards(config, contexts))
+    if config.stage == "sft":
+        from ..stages.sft import Sft
+
+        return Sft(contexts.model, contexts, config)
+    if config.stage == "pretrain":
+        from ..stages.pretrain import Pretrain
+
+        return Pretrain(contexts.model, contexts, config)
+    from ..stages.prior import Prior
+
+    return Prior(contexts.model, contexts, config)
+
+
+def start(config: Config, bar: bool = True) -> Trainer:
+    """Loads model and data and makes the trainer. Raises BadConfigError, BadCheckpointError, UnsupportedDeviceError."""
+    device = choose_device(config.device)
+    start_processes(device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    bf16 = config.wants_bf16(device.type)
+    contexts = open_contexts(config.model, device, config.data.image_size, config.data.cache_latents, bf16)
+    stage = make_stage(config, contexts)
+    dump = _dumper(config) if config.stage == "rgpo" else None
+    return Trainer(config, stage, make_stream(config), dump, make_evaluation(config), bar)
+
+
+def finish(trainer: Trainer) -> Path:
+    """The finished model in the published layout under `out/model`: averaged weights, adapters merged."""
+    from .checkpointing import whole
+
+    stage, out = trainer.stage, Path(trainer.config.out) / "model"
+    trainer.use_average()
+    if trainer.processes > 1:
+        state = {n: whole(p, keep=trainer.rank == 0) for n, p in trainer.trained.items()}
+        if trainer.rank:
+            return out
+        # A fresh copy that is not sharded takes the gathered weights; what was frozen is as it was.
+        single = replace(trainer.config, device="cpu", precision="fp32")
+        bf16 = trainer.config.wants_bf16(stage.contexts.device.type)
+        contexts = open_contexts(single.model, torch.device("cpu"), single.data.image_size, bf16=bf16)
+        stage = make_stage(single, contexts)
+        with torch.no_grad():
+            for name, parameter in stage.choose_trainable().items():
+                parameter.copy_(state[name])
+    merge_adapters(stage.model)
+    save_model(stage.model, out, source=resolve(trainer.config.model))
+    return out
+
+
+def make_stream(config: Config) -> Stream:
+    """Records of a configuration. Every process reads the same ones; the loop takes each process's slice."""
+    from ..data import records as data
+
+    return data.open_stream(config.data, config.stage, config.seed)
+
+
+def make_evaluation(config: Config) -> Callable[[Stage], dict[str, float]] | None:
+    """What `evaluate_every` asks for: the world's suites, or the loss terms of the validation records."""
+    if not config.evaluate_every:
+        return None
+    if config.data.source == "world":
+        return partial(_suites, config)
+    held = replace(config.data, paths=config.data.validation, drop=0.0)
+    return partial(_validate, config, held)
+
+
+def _suites(config: Config, stage: Stage) -> dict[str, float]:
+    from ..evaluation.evaluate import Settings, evaluate
+
+    wanted = {
+        "prior": ("teacher", "questions"),
+        "pretrain": ("captions",),
+        "sft": ("riddles", "direct", "captions"),
+        "rgpo": ("riddles", "direct", "captions", "questions"),
+    }[config.stage]
+    found = evaluate(stage.contexts, wanted, Settings(n=config.evaluate_count))
+    return {
+        f"{suite}/{name}": value["share"] if isinstance(value, dict) else value
+        for suite, scores in found.items()
+        for name, value in scores.items()
+    }
+
+
+@torch.no_grad()
+def _validate(config: Config, held: DataConfig, stage: Stage) -> dict[str, float]:
+    """Loss terms of the first evaluate_count records, at noise and times that are the same every time."""
+    from ..data.records import open_stream
+
+    stream, batch = open_stream(held, config.stage, 0), config.optim.batch
+    sums: dict[str, float] = {}
+    rounds = max(1, config.evaluate_count // batch)
+    rank, processes = world()
+    here = batch // processes
+    for index in range(rounds):
+        mine = stream.next_batch(batch)[rank * here : (rank + 1) * here]
+        terms = stage.terms(stage.prepare(mine, Draws(0, index, 0, batch, rank * here, here)))
+        for name, value in {**{n: t.item() for n, t in terms.parts.items()}, **terms.figures}.items():
+            sums[name] = sums.get(name, 0.0) + value / rounds
+    return sums
+
+
+def make_rewards(config: Config, contexts: Contexts) -> dict[str, Reward]:
+    """The rewards that a configuration names, ready to score."""
+    from ..stages import rewards
+
+    device = str(contexts.device)
+    return {name: rewards.make(name, model=config.rgpo.reward_model, device=device) for name in config.rgpo.rewards}
+
+
+def _dumper(config: Config) -> Any:
+    every = config.rgpo.dump_every
+
+    def dump(step: int, experience: Experience) -> None:
+        if not every or world()[0] or (step != 1 and step % every):
+            return
+        rows = [
+            {"prompt": r.prompt, "text": r.text, "gt_prompt": r.gt_prompt, "reward": round(t, 4)}
+            for r, t in zip(experience.scored, experience.totals, strict=True)
+        ]
+        images = [r.image for r in experience.scored]
+        dump_rollouts(Path(config.out) / "rollouts", step, rows, images, config.rgpo.group)
+
+    return dump

@@ -1,0 +1,333 @@
+"""The loop that all stages share: accumulate, clip, step, average, log, save, resume, stop.
+
+On one process it is plain PyTorch. Under torchrun the parameters are sharded by FSDP2 (`fully_shard`, one unit a
+block), every process reads the same global batch and keeps its slice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mindomni_rt.errors import BadCheckpointError, MindOmniError
+from mindomni_rt.model.block import Block
+
+from ..config import Config, OptimConfig
+from ..stages.base import Draws, Stage, Terms
+from . import checkpointing
+from .logs import Log
+
+if TYPE_CHECKING:
+    from ..data.records import Record
+
+SHOW = ("loss", "reward/total", "grad_norm")
+
+
+class NonFiniteError(MindOmniError, ArithmeticError):
+    """A loss or gradient that is no number. The message names the step, the term and the record."""
+
+
+class Interrupted(MindOmniError):
+    """SIGTERM or Ctrl-C: the state was saved; the same command resumes."""
+
+
+class Stream(Protocol):
+    """Where records come from, with a position that can be stored."""
+
+    def next_batch(self, count: int) -> Sequence[Record]: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """The rate of 0-based step: linear warm-up, then constant, cosine or linear to lr · final at the end."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    share = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
+    return config.lr * (config.final + (1 - config.final) * share)
+
+
+def world() -> tuple[int, int]:
+    """(rank, processes) as torchrun sets them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(device: torch.device) -> None:
+    """Joins the process group that torchrun describes; nothing on one process."""
+    if world()[1] > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def shard(stage: Stage, bf16: bool) -> None:
+    """Shards a stage over all processes, one unit a block; in bf16 the gradients are still summed in float32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(stage.contexts.device.type, (world()[1],))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for module in reversed(list(stage.model.modules())):
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The rest stays gathered between forwards: embeddings and norms are used many times a step.
+    fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def recompute_blocks(stage: Stage) -> None:
+    """Blocks keep only their input for the backward pass and run forward again there."""
+    from torch.utils.checkpoint import checkpoint
+
+    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return forward(*arguments)
+            out: Tensor = checkpoint(forward, *arguments, use_reentrant=False)
+            return out
+
+        return run
+
+    for module in stage.model.modules():
+        if isinstance(module, Block):
+            module.forward = again(module.forward)  # type: ignore[method-assign]
+
+
+class Trainer:
+    """One run of one stage."""
+
+    def __init__(
+        self,
+        config: Config,
+        stage: Stage,
+        stream: Stream,
+        on_step: Callable[[int, Any], None] | None = None,
+        evaluate: Callable[[Stage], dict[str, float]] | None = None,
+        bar: bool = True,
+    ) -> None:
+        self.config, self.stage, self.stream, self.on_step, self.bar = config, stage, stream, on_step, bar
+        self.evaluate = evaluate
+        self.rank, self.processes = world()
+        if config.optim.batch % self.processes:
+            raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
+        chosen = set(stage.choose_trainable())
+        stage.eval()  # dropout acts in updates only, never in rollouts
+        if config.recompute:
+            recompute_blocks(stage)
+        if self.processes > 1:
+            shard(stage, config.wants_bf16(stage.contexts.device.type))
+        self.trained = {n: p for n, p in stage.model.named_parameters() if n in chosen}
+        o = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
+        )
+        self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
+        self.step = 0
+        self._stop = self._told = False
+        self.folder = Path(config.out) / "checkpoints"
+
+    # Saving
+
+    def save(self) -> None:
+        """A checkpoint of this moment; gathered by all processes, written by the first."""
+        state = checkpointing.capture(
+            self.step,
+            self.trained,
+            self.optimizer,
+            self.ema,
+            self.stream.state_dict(),
+            self._fingerprint(),
+            keep=self.rank == 0,
+        )
+        if self.rank == 0:
+            checkpointing.save(self.folder, state, self.config.keep)
+        if self.processes > 1:
+            torch.distributed.barrier()
+
+    def resume(self) -> bool:
+        """Continues from the newest checkpoint of this run, if there is one."""
+        state = checkpointing.latest(self.folder)
+        if state is None:
+            return False
+        if state.fingerprint != self._fingerprint():
+            raise BadCheckpointError(
+                f"{self.folder} is of another run ({state.fingerprint}; this one is {self._fingerprint()}): "
+                "use a new `out`"
+            )
+        checkpointing.restore(state, self.trained, self.optimizer, self.ema)
+        self.stream.load_state_dict(state.data)
+        self.step = state.step
+        return True
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {"stage": self.config.stage, "seed": self.config.seed}
+
+    # Training
+
+    def run(self) -> None:
+        """To the last step. Raises NonFiniteError, StorageError, Interrupted."""
+        self.resume()
+        steps = self.config.optim.steps
+        with self._signals(), Log(self.config, self.step, self.rank == 0, self.bar) as log:
+            if self.step == 0:
+                self._evaluated(log)
+            while self.step < steps:
+                figures = self._one()
+                last = self.step == steps
+                if self.step % self.config.log_every == 0 or last:
+                    log.write(self.step, figures, SHOW)
+                if last or (self.config.evaluate_every and self.step % self.config.evaluate_every == 0):
+                    self._evaluated(log)
+                stop = self._stop if self.processes == 1 else self._told
+                if stop or last or self.step % self.config.save_every == 0:
+                    self.save()
+                if stop and not last:
+                    raise Interrupted(f"stopped after step {self.step}, saved; the same command resumes")
+
+    def _evaluated(self, log: Log) -> None:
+        if self.evaluate is not None and self.config.evaluate_every:
+            self.stage.eval()
+            log.evaluation(self.step, self._mean(self.stage("apply_to", self.evaluate)))
+
+    def _one(self) -> dict[str, float]:
+        """One optimizer step (or `updates` of them, over one set of rollouts)."""
+        o, began = self.config.optim, time.perf_counter()
+        parts = []
+        for part in range(o.accumulate):
+            records = list(self.stream.next_batch(o.batch))
+            here = o.batch // self.processes
+            first = here * self.rank
+            mine = records[first : first + here]
+            draws = Draws(self.config.seed, self.step, part, o.batch, first, here)
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step * 1009 + part * 31 + self.rank)  # dropout
+            parts.append((mine, draws, self.stage("prepare", mine, draws)))
+        self._agree(sum(self.stage.passes(p) for _, _, p in parts))
+        prepared = time.perf_counter()
+        self.stage.train()
+        rate = learning_rate(o, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        figures: dict[str, float] = {}
+        for _ in range(self.stage.updates):
+            figures = self._update(parts)
+        self.stage.eval()
+        if self.on_step is not None:
+            self.on_step(self.step + 1, parts[-1][2])
+        self.step += 1
+        now = time.perf_counter()
+        return {**figures, "lr": rate, "time/prepare": prepared - began, "time/update": now - prepared}
+
+    def _update(self, parts: Sequence[tuple[Sequence[Record], Draws, Any]]) -> dict[str, float]:
+        o = self.config.optim
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        for records, draws, prepared in parts:
+            terms: Terms = self.stage("terms", prepared)
+            if not bool(torch.isfinite(terms.total)):
+                raise NonFiniteError(self._diagnose(terms, records, draws))
+            (terms.total / o.accumulate).backward()
+            shown = {"loss": terms.total, **{f"loss/{n}": t for n, t in terms.parts.items()}}
+            for name, value in {**{n: t.item() for n, t in shown.items()}, **terms.figures}.items():
+                sums[name] = sums.get(name, 0.0) + value / o.accumulate
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), o.clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not bool(torch.isfinite(norm)):
+            bad = next(n for n, p in self.trained.items() if p.grad is not None and not _finite(p.grad))
+            raise NonFiniteError(
+                f"step {self.step + 1}: the gradient of {bad} is not finite although the loss is "
+                f"({sums.get('loss')}); lower optim.lr, or train in fp32"
+            )
+        self.optimizer.step()
+        if self.ema:
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    self.ema[name].lerp_(parameter, 1 - o.ema)
+        return {**self._mean(sums), "grad_norm": float(norm)}
+
+    def _agree(self, passes: int) -> None:
+        """Stops processes whose records need different forward passes, which would wait for each other for ever.
+
+        Spreads a signal that one of them has seen.
+        """
+        if self.processes == 1:
+            return
+        mine = torch.tensor([passes, int(self._stop)], device=self.stage.contexts.device)
+        everyone = [torch.zeros_like(mine) for _ in range(self.processes)]
+        torch.distributed.all_gather(everyone, mine)
+        found, stops = zip(*(e.tolist() for e in everyone), strict=True)
+        self._told = any(stops)  # a signal reaches the processes at different moments; they end after the same step
+        if len(set(found)) > 1:
+            raise MindOmniError(
+                f"step {self.step + 1}: the processes drew different kinds of records (forward passes "
+                f"{list(found)}); raise optim.batch, or train each kind in a run of its own"
+            )
+
+    def _mean(self, sums: dict[str, float]) -> dict[str, float]:
+        """The mean over processes, so that every log shows the whole batch."""
+        if self.processes == 1:
+            return sums
+        names = sorted(sums)
+        values = torch.tensor([sums[n] for n in names], dtype=torch.float64)
+        gathered = [torch.zeros_like(values) for _ in range(self.processes)]
+        device = self.stage.contexts.device
+        moved = [g.to(device) for g in gathered]
+        torch.distributed.all_gather(moved, values.to(device))
+        return dict(zip(names, torch.stack(moved).mean(0).tolist(), strict=True))
+
+    def _diagnose(self, terms: Terms, records: Sequence[Record], draws: Draws) -> str:
+        """Which term, which record: each is run again alone."""
+        bad = [n for n, t in terms.parts.items() if not bool(torch.isfinite(t))] or ["their weighted sum"]
+        weights = [n for n, p in self.trained.items() if not _finite(p)]
+        text = f"step {self.step + 1}: loss term {', '.join(bad)} is not finite"
+        if weights:
+            return f"{text}; the weight {weights[0]} is not either: an earlier step was too large, lower optim.lr"
+        if self.processes == 1 and self.stage.name != "rgpo":
+            for index, record in enumerate(records):
+                alone = Draws(draws.seed, draws.step, draws.part, draws.count, draws.first + index, 1)
+                with torch.no_grad():
+                    found = self.stage("terms", self.stage("prepare", [record], alone)).total
+                if not bool(torch.isfinite(found)):
+                    where = getattr(record, "source", "") or record.instruction[:80]
+                    return f"{text}; record {where} is the cause: check its image, or remove it"
+        return f"{text}; no single record of the batch is: lower optim.lr, or train in fp32"
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step under way."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                before[number] = signal.signal(number, stop)
+            except ValueError:  # not the main thread: the caller keeps its own handlers
+                break
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def use_average(self) -> None:
+        """Puts the EMA weights, if any are kept, into the model: what is exported."""
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                self.trained[name].copy_(average)
+
+
+def _finite(tensor: Tensor) -> bool:
+    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(local).all())

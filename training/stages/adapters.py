@@ -1,0 +1,72 @@
+"""LoRA through peft: put in place, switched off for a reference, merged back into plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mindomni_rt.errors import BadRequestError, MissingExtraError
+
+from ..config import AdapterConfig
+
+
+def _layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Adapter layers below a module; none, and no import of peft, where there are none."""
+    return [(n, m) for n, m in module.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+
+
+def add_adapters(module: nn.Module, config: AdapterConfig, targets: tuple[str, ...], seed: int) -> None:
+    """Adapters on every Linear below `module` whose last name is in targets. The model computes the same as before."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingExtraError("peft", "train") from error
+    wanted = config.targets or targets
+    names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in wanted]
+    if not names:
+        raise BadRequestError(
+            f"lora.targets = {list(wanted)}: no Linear of that name; they are {_linear_names(module)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=int(config.alpha or config.rank),
+            lora_dropout=config.dropout,
+            target_modules=names,
+            init_lora_weights="gaussian" if config.init == "gaussian" else True,
+        )
+        inject_adapter_in_model(lora, module)
+
+
+def _linear_names(module: nn.Module) -> list[str]:
+    return sorted({n.rsplit(".", 1)[-1] for n, m in module.named_modules() if isinstance(m, nn.Linear)})
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The module as it was before its adapters: the reference policy, or the teacher."""
+    layers = [m for _, m in _layers(module)]
+    before = [m._disable_adapters for m in layers]
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch without its change of requires_grad
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
+
+
+def merge_adapters(module: nn.Module) -> None:
+    """Adds every adapter to its Linear and removes it: the published names again."""
+    for name, layer in _layers(module):
+        layer.merge()
+        parent, _, last = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        base = layer.get_base_layer()
+        base.requires_grad_(False)
+        setattr(owner, last, base)

@@ -1,0 +1,217 @@
+"""What a training stage is: which names train, what is drawn for a step, and its loss terms.
+
+A stage is an nn.Module over the whole model, so that an engine which shards parameters sees every use of them inside
+one forward call: `stage("terms", prepared)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mindomni_rt.model.decoder import DiffusionDecoder
+from mindomni_rt.model.mindomni import MindOmniModel
+
+from ..config import Config
+from . import losses
+from .adapters import adapters_off
+from .contexts import Batch, Context, Contexts
+
+if TYPE_CHECKING:
+    from ..data.records import Record
+
+_MASK = 0x7FFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every random number of a step: a function of (seed, step, part, name) alone, so resuming needs no RNG state.
+
+    count records of the step in all processes together; this process holds [first, first + here).
+    """
+
+    seed: int
+    step: int
+    part: int = 0
+    count: int = 1
+    first: int = 0
+    here: int = 1
+
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator for one purpose."""
+        mixed = self.seed
+        for value in (self.step, self.part, *name.encode()):
+            mixed = (mixed * 6364136223846793005 + value + 1442695040888963407) & _MASK
+        return torch.Generator().manual_seed(mixed)
+
+    def times(self, name: str = "times") -> Tensor:
+        """Logit-normal times (here,)."""
+        return losses.logit_normal(self.count, self.generator(name))[self.first : self.first + self.here]
+
+    def noise(self, shape: Sequence[int], name: str = "noise") -> Tensor:
+        """Standard normal (here, *shape)."""
+        return torch.randn(self.count, *shape, generator=self.generator(name))[self.first : self.first + self.here]
+
+    def uniform(self, name: str) -> Tensor:
+        """Uniform (here,) in [0, 1)."""
+        return torch.rand(self.count, generator=self.generator(name))[self.first : self.first + self.here]
+
+
+@dataclass
+class Terms:
+    """A scalar to minimise, and what the log shows of it: terms of the loss and other figures."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Painting:
+    """What the flow loss needs: the conversations, the images' latents, times and noise, captions for the teacher."""
+
+    batch: Batch
+    latents: Tensor
+    times: Tensor
+    noise: Tensor
+    captions: list[str]
+    share: float  # of the step's images
+
+
+class Stage(nn.Module):
+    """Base of the stages. Subclasses say `pattern` (what trains), `prepare` (no gradient) and `terms`."""
+
+    name: ClassVar[str]
+
+    def __init__(self, model: MindOmniModel, contexts: Contexts, config: Config) -> None:
+        super().__init__()
+        self.model, self.contexts, self.config = model, contexts, config
+        self.updates = 1
+
+    def pattern(self) -> str:
+        """A regular expression that the names of all trained parameters match in full."""
+        raise NotImplementedError
+
+    def prepare(self, records: Sequence[Record], draws: Draws) -> Any:
+        """Everything of a step that takes no gradient."""
+        raise NotImplementedError
+
+    def terms(self, prepared: Any) -> Terms:
+        """The loss of what `prepare` made."""
+        raise NotImplementedError
+
+    def passes(self, prepared: Any) -> int:
+        """How many forward passes `terms` makes of what `prepare` made: the same in all processes, or none may run."""
+        return len(prepared) if isinstance(prepared, list) else 1
+
+    def forward(self, action: str, *arguments: Any) -> Any:
+        return getattr(self, action)(*arguments)
+
+    def apply_to(self, function: Callable[[Stage], Any]) -> Any:
+        """A function of this stage, run inside its forward: there, sharded weights can be used."""
+        return function(self)
+
+    def choose_trainable(self) -> dict[str, nn.Parameter]:
+        """Freezes everything but what `pattern` names; returns it by name. Trained weights are float32."""
+        pattern = re.compile(self.pattern())
+        for name, parameter in self.model.named_parameters():
+            trains = pattern.fullmatch(name) is not None
+            parameter.requires_grad_(trains)
+            if trains and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        chosen = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        assert chosen, f"stage {self.name}: nothing matches {self.pattern()}"
+        return chosen
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 where the configuration asks for it."""
+        device = self.contexts.device.type
+        return torch.autocast(device, dtype=torch.bfloat16) if self.config.wants_bf16(device) else nullcontext()
+
+    # Shared by the stages that paint
+
+    @staticmethod
+    def add(parts: dict[str, Tensor], name: str, value: Tensor, share: float = 1.0) -> None:
+        """Adds a share of a term."""
+        parts[name] = parts[name] + share * value if name in parts else share * value
+
+    def paintings(
+        self, records: Sequence[Record], draws: Draws, make: Callable[[Record, str], Context]
+    ) -> list[Painting]:
+        """What the records that have an image need, those with a reference image's latents apart from those without.
+
+        `make(record, dropped)` builds the conversation; dropped is the text that stands for "no condition", or "".
+        Apart, because a reference adds so many tokens that padding the others to their length would cost most.
+        """
+        rows = [i for i, r in enumerate(records) if r.output_image is not None]
+        if not rows:
+            return []
+        prompts = self.config.data.drop_prompts
+        hit = draws.uniform("drop") < self.config.data.drop
+        dropped = {i: prompts[(draws.step + draws.first + i) % len(prompts)] if bool(hit[i]) else "" for i in rows}
+        made = {i: make(records[i], dropped[i]) for i in rows}
+        latents = dict(zip(rows, self.contexts.latents.targets([records[i].output_image for i in rows]), strict=True))
+        times, noise = draws.times(), draws.noise(tuple(latents[rows[0]].shape))
+        device = self.contexts.device
+        # Several processes must make the same calls of a sharded model: there, all stay together.
+        groups = [rows]
+        if draws.here == draws.count:
+            groups = [[i for i in rows if (made[i].latents is None) == alone] for alone in (True, False)]
+        return [
+            Painting(
+                self.contexts.batch([made[i] for i in group]),
+                torch.stack([latents[i] for i in group]),
+                times[group].to(device),
+                noise[group].to(device),
+                [dropped[i] or records[i].gt_prompt or records[i].instruction for i in group],
+                len(group) / len(rows),
+            )
+            for group in groups
+            if group
+        ]
+
+    def flow(
+        self,
+        painting: Painting,
+        condition: Tensor,
+        lengths: Sequence[int],
+        spans: Sequence[Sequence[tuple[int, int]]],
+        features: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The flow loss of a condition."""
+        x, target = losses.noisy_latents(painting.latents, painting.noise, painting.times)
+        velocity = self.model.decoder(condition, x, painting.times, lengths, spans, features)
+        return losses.flow_loss(velocity, target)
+
+    @torch.no_grad()
+    def teacher_features(self, painting: Painting, teacher: DiffusionDecoder | None = None) -> list[Tensor]:
+        """Feature maps of the frozen decoder fed with its own text path, at the same noise and times.
+
+        teacher: a frozen copy where the decoder itself trains; adapters on it are switched off.
+        """
+        latents = [c.latents for c in painting.batch.contexts]
+        decoder = teacher or self.model.decoder
+        features: list[Tensor] = []
+        with adapters_off(decoder):
+            condition, lengths, spans = self.contexts.text_condition(painting.captions, latents, decoder)
+            x, _ = losses.noisy_latents(painting.latents, painting.noise, painting.times)
+            decoder(condition, x, painting.times, lengths, spans, features)
+        return features
+
+
+def digest(module: nn.Module, names: Sequence[str] | None = None) -> dict[str, int]:
+    """A number for each tensor that changes when any bit of it does (for checking that frozen means frozen)."""
+    out = {}
+    wanted = None if names is None else set(names)
+    for name, tensor in module.state_dict().items():
+        if wanted is None or name in wanted:
+            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).to(torch.int64)
+            place = torch.arange(1, raw.numel() + 1)
+            out[name] = int(((raw + 1) * (place * 2654435761 & 0xFFFFFFFF)).sum())
+    return out

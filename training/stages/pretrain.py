@@ -1,0 +1,58 @@
+"""Stage 1: the connector learns to speak the decoder's language. MLLM, decoder and VAE stay frozen.
+
+Loss: rectified flow + weight · feature KL to the same frozen decoder fed with its own text path, over all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from mindomni_rt.errors import BadRequestError
+
+from . import losses
+from .base import Draws, Painting, Stage, Terms
+from .contexts import Context
+
+if TYPE_CHECKING:
+    from ..data.records import Record
+
+
+class Pretrain(Stage):
+    """Captions and reference images in, flow loss and distillation out."""
+
+    name: ClassVar[str] = "pretrain"
+
+    def pattern(self) -> str:
+        return r"connector\..*"
+
+    def prepare(self, records: Sequence[Record], draws: Draws) -> list[Painting]:
+        def make(record: Record, dropped: str) -> Context:
+            if dropped:
+                return self.contexts.paint(dropped, think=False)
+            images, features = record.input_images, record.edit_features or None
+            return self.contexts.paint(record.instruction, think=False, images=images, edit_features=features)
+
+        paintings = self.paintings(records, draws, make)
+        if not paintings:
+            raise BadRequestError("stage pretrain: no record of this batch has an output_image")
+        return paintings
+
+    def terms(self, prepared: list[Painting]) -> Terms:
+        weight = self.config.distill.weight
+        parts: dict[str, torch.Tensor] = {}
+        with self.autocast():
+            for painting in prepared:
+                with torch.no_grad():
+                    states = self.contexts.states(painting.batch)
+                condition, spans = self.contexts.condition(painting.batch, states)
+                features: list[torch.Tensor] | None = [] if weight else None
+                flow = self.flow(painting, condition, painting.batch.lengths, spans, features)
+                self.add(parts, "flow", flow, painting.share)
+                if features is not None:
+                    distance = losses.feature_kl(self.teacher_features(painting), features)
+                    self.add(parts, "distill", distance, painting.share)
+        total = parts["flow"] + weight * parts["distill"] if weight else parts["flow"]
+        return Terms(total, parts)
