@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.onnx_function import DOMAIN, NAME
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logger
 from mindomni_rt.bundle.contracts import GraphSpec, Profile
 from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
+from mindomni_rt.kernels.onnx_function import DOMAIN, NAME
 
 logger = logging.getLogger(__name__)
 _REVISION = 1  # of this builder: raise it when the same ONNX would give another engine
@@ -288,7 +288,7 @@ def _register(trt: Any, spec: GraphSpec, node: dict[str, int], sms: Sequence[str
     """Our attention kernel for TensorRT, as machine code inside the engine."""
     import importlib
 
-    from kernels.tensorrt_plugin import register
+    from mindomni_rt.kernels.tensorrt_plugin import register
 
     if len(sms) != 1:
         raise EngineBuildError(f"{spec.name}: --attention triton builds for one architecture, not for {list(sms)}")

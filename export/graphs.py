@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.onnx_function import add_function, attend_by_node
 from mindomni_rt.bundle.contracts import MASKED, OPSET, GraphSpec, graph_specs, resolve
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.kernels.onnx_function import add_function, attend_by_node
 from mindomni_rt.model.attention import attention, segment_attention
 from mindomni_rt.model.mindomni import MindOmniModel
 

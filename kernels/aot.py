@@ -1,6 +1,6 @@
 """Compiles kernels for named GPUs ahead of time, on a machine that needs no GPU.
 
-    python -m kernels.aot --sm 89 90 --out build/kernels        # every kernel: .cubin, .ptx and a .json beside them
+    python -m mindomni_rt.kernels.aot --sm 89 90 --out build/kernels        # every kernel: .cubin, .ptx and a .json beside them
 
 The numbers in the JSON (shared memory, warps, registers, bytes spilled) are what a launcher and a reader need.
 """
@@ -28,6 +28,20 @@ from .spec import TRITON_TYPES, Spec
 
 # Triton 3.9 warns that its default will change. Contraction to FMA is what every test here was run with.
 FP_FUSION = True
+MODULES = (
+    "segment_attention",
+    "decode_attention",
+    "norms",
+    "rope",
+    "swiglu",
+    "quantize",
+    "linear8",
+    "int4_linear",
+    "gemv",
+    "norm_gemv",
+    "int8_attention",
+)
+"""Modules with a `specs(sm, dtype)` generator of what is compiled ahead of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +114,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def all_specs(sm: int, dtype: str | None = None) -> Iterator[Spec]:
     """Every kernel at the published model's shapes, for one SM. dtype is bfloat16, on Turing float16."""
-    from . import MODULES
-
     dtype = dtype or ("float16" if sm < 80 else "bfloat16")
     for module in MODULES:
         loaded = __import__(f"{__package__}.{module}", fromlist=["specs"])
@@ -110,7 +122,9 @@ def all_specs(sm: int, dtype: str | None = None) -> Iterator[Spec]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command of the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description="compile the kernels ahead of time")
+    parser = argparse.ArgumentParser(
+        prog="python -m mindomni_rt.kernels.aot", description="compile the kernels ahead of time"
+    )
     parser.add_argument("--sm", type=int, nargs="+", default=list(SMS), choices=SMS)
     parser.add_argument("--kernel", nargs="+", help="names that a kernel's name must begin with; all unless given")
     parser.add_argument("--dtype", choices=list(TRITON_TYPES), help="bfloat16 unless given (float16 on SM 75)")

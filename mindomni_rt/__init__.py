@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -18,6 +19,10 @@ from .loading import load
 if TYPE_CHECKING:
     from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
     from .pipeline import GenerationCancelled, Pipeline
+
+# In a checkout without symbolic links (Windows), the linked folders are found beside this one.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 __version__ = "0.1.0.dev0"
 __all__ = [

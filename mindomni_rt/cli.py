@@ -20,8 +20,9 @@ from .inputs.images import save_png
 from .request import Request
 
 USER_ERROR, INTERRUPTED = 2, 130
-# Of the checkout; an installed package has none of it. What each needs to run: the bundle needs no torch.
-_ASSETS = Path(__file__).parents[1] / "assets"
+# A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
+_INSTALLED = Path(__file__).with_name("assets")
+_ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
 DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 
 

@@ -46,8 +46,8 @@ def relative(a: Any, b: Any) -> float:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Bundles of the parity checkpoint for onnxruntime on the CPU, by precision; each is built once."""
     pytest.importorskip("onnxscript", reason="building graphs needs the export extra")
-    from export.build import BuildRequest, build
-    from export.targets import choose, parse_target
+    from mindomni_rt.export.build import BuildRequest, build
+    from mindomni_rt.export.targets import choose, parse_target
 
     folder, target = tmp_path_factory.mktemp("bundles"), parse_target("cpu")
 

@@ -117,7 +117,7 @@ def measure(config: ModelConfig, work: Workload, dtype: str = "float32") -> dict
     # glibc keeps freed blocks below its threshold; a low one makes resident memory follow the tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.counts.peaks"],
+        [sys.executable, "-m", "mindomni_rt.benchmarks.counts.peaks"],
         input=request,
         text=True,
         capture_output=True,

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.decode_attention import decode_attention
-from kernels.gemv import gemv
-from kernels.int4_linear import int4_linear, quantize_int4
-from kernels.int8_attention import int8_attention
-from kernels.linear8 import linear8, linear8_library, quantize_weight
-from kernels.norm_gemv import norm_gemv
-from kernels.norms import add_norm
-from kernels.quantize import quantize_rows
-from kernels.rope import rope, split_heads
-from kernels.segment_attention import segment_attention, segment_attention_torch
-from kernels.swiglu import swiglu
-from kernels.triton_compat import REFUSALS
 from mindomni_rt.backends.fast.attention import Segments, candidates
 from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.kernels.decode_attention import decode_attention
+from mindomni_rt.kernels.gemv import gemv
+from mindomni_rt.kernels.int4_linear import int4_linear, quantize_int4
+from mindomni_rt.kernels.int8_attention import int8_attention
+from mindomni_rt.kernels.linear8 import linear8, linear8_library, quantize_weight
+from mindomni_rt.kernels.norm_gemv import norm_gemv
+from mindomni_rt.kernels.norms import add_norm
+from mindomni_rt.kernels.quantize import quantize_rows
+from mindomni_rt.kernels.rope import rope, split_heads
+from mindomni_rt.kernels.segment_attention import segment_attention, segment_attention_torch
+from mindomni_rt.kernels.swiglu import swiglu
+from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from .measure import Meter, Run, relative_error
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gemv import gemv
-from kernels.int4_linear import int4_linear, quantize_int4
-from kernels.launch import SHARED_LIMIT, Launch
-from kernels.linear8 import linear8, quantize_weight
-from kernels.quantize import quantize_rows
-from kernels.segment_attention import segment_attention
-from kernels.triton_compat import REFUSALS
 from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.kernels.gemv import gemv
+from mindomni_rt.kernels.int4_linear import int4_linear, quantize_int4
+from mindomni_rt.kernels.launch import SHARED_LIMIT, Launch
+from mindomni_rt.kernels.linear8 import linear8, quantize_weight
+from mindomni_rt.kernels.quantize import quantize_rows
+from mindomni_rt.kernels.segment_attention import segment_attention
+from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from .kernels import Sizes
 from .measure import Meter

@@ -13,7 +13,7 @@ import numpy as np
 from conftest import PARITY
 from PIL import Image
 
-from benchmarks.__main__ import main
+from mindomni_rt.benchmarks.cli import main
 
 PAINT = ["--size", "32", "--steps", "2", "--max-new-tokens", "3", "--device", "cpu"]
 WRITE = ["--max-new-tokens", "3", "--device", "cpu"]

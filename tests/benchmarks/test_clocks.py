@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.clocks import NONE, clock_state, output, over_current, pinned_clocks, power_mode, throttling
-from benchmarks.latency.energy import Energy, describe_energy, hwmon_rails
-from benchmarks.machine import commit, describe_machine
+from mindomni_rt.benchmarks.clocks import NONE, clock_state, output, over_current, pinned_clocks, power_mode, throttling
+from mindomni_rt.benchmarks.latency.energy import Energy, describe_energy, hwmon_rails
+from mindomni_rt.benchmarks.machine import commit, describe_machine
 
 Tool = Callable[[str, str], None]
 ORIN = """SOC family:tegra234  Machine:NVIDIA Jetson AGX Orin Developer Kit

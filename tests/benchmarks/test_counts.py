@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.__main__ import main
-from benchmarks.counts.command import BASELINE, measure
-from benchmarks.counts.counter import counting, counting_flops
-from benchmarks.counts.gate import EVERYWHERE, read_counts, rises
+from mindomni_rt.benchmarks.cli import main
+from mindomni_rt.benchmarks.counts.command import BASELINE, measure
+from mindomni_rt.benchmarks.counts.counter import counting, counting_flops
+from mindomni_rt.benchmarks.counts.gate import EVERYWHERE, read_counts, rises
 from mindomni_rt.model.decoder import DiffusionDecoder
 
 RENEW = "; where that is meant: python -m benchmarks counts --out benchmarks/results/counts-baseline.json"

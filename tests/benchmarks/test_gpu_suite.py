@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.kernels import Case, run_case
-from benchmarks.gpu.measure import Meter, Record
-from benchmarks.gpu.report import TARGETS, eager_request, markdown
-from benchmarks.gpu.suite import main
+from mindomni_rt.benchmarks.gpu.kernels import Case, run_case
+from mindomni_rt.benchmarks.gpu.measure import Meter, Record
+from mindomni_rt.benchmarks.gpu.report import TARGETS, eager_request, markdown
+from mindomni_rt.benchmarks.gpu.suite import main
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ import pytest
 from conftest import PARITY
 from PIL import Image
 
-from benchmarks.__main__ import main
-from benchmarks.compare import change
-from benchmarks.latency.cold import cold_starts, describe_cold
-from benchmarks.latency.command import percentiles
-from benchmarks.machine import describe_machine
-from benchmarks.results import read_result
+from mindomni_rt.benchmarks.cli import main
+from mindomni_rt.benchmarks.compare import change
+from mindomni_rt.benchmarks.latency.cold import cold_starts, describe_cold
+from mindomni_rt.benchmarks.latency.command import percentiles
+from mindomni_rt.benchmarks.machine import describe_machine
+from mindomni_rt.benchmarks.results import read_result
 
 SMALL = ["--size", "32", "--steps", "2", "--max-new-tokens", "3", "--runs", "3", "--device", "cpu", "--no-cold-start"]
 
@@ -147,7 +147,7 @@ def test_a_full_disk_says_so_and_keeps_the_old_result(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("benchmarks.results.os.replace", full)
+    monkeypatch.setattr("mindomni_rt.benchmarks.results.os.replace", full)
     assert main(["latency", str(PARITY), *SMALL, "--out", str(result)]) == 2
     assert "No space left" in capsys.readouterr().err and result.read_bytes() == before
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.quality.judge import Riddle, read, riddles, right, share
-from benchmarks.quality.lossy import ARMS, cosine, psnr, table
+from mindomni_rt.benchmarks.quality.judge import Riddle, read, riddles, right, share
+from mindomni_rt.benchmarks.quality.lossy import ARMS, cosine, psnr, table
 from mindomni_rt.request import Request
-from training.data.world.scene import COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
-from training.data.world.text import all_sums
+from mindomni_rt.training.data.world.scene import COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
+from mindomni_rt.training.data.world.text import all_sums
 
 
 def pixels(scene: Scene, brightness: int = 0) -> np.ndarray:

@@ -14,14 +14,14 @@ import torch
 from conftest import PARITY
 from PIL import Image
 
-from benchmarks.__main__ import main
-from benchmarks.gpu.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
-from benchmarks.gpu.measure import Meter, relative_error
-from benchmarks.gpu.stages import Preset, conditions, make_backend, noise, random_model
-from benchmarks.peers import command as peers
-from benchmarks.peers import torch as peer_torch
-from benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
-from benchmarks.scaled import scaled
+from mindomni_rt.benchmarks.cli import main
+from mindomni_rt.benchmarks.gpu.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
+from mindomni_rt.benchmarks.gpu.measure import Meter, relative_error
+from mindomni_rt.benchmarks.gpu.stages import Preset, conditions, make_backend, noise, random_model
+from mindomni_rt.benchmarks.peers import command as peers
+from mindomni_rt.benchmarks.peers import torch as peer_torch
+from mindomni_rt.benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
+from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.memory.footprint import Precision
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaled import scaled
+from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.errors import BadRequestError, OutOfMemoryError
 from mindomni_rt.memory.footprint import Precision, stage_memory, weight_bytes
@@ -77,7 +77,7 @@ CHECKS = [
 @pytest.mark.parametrize(("size", "work"), CHECKS, ids=["image", "large", "long"])
 def test_peak_within_a_tenth_of_the_measured_one(size, work):
     pytest.importorskip("torch")
-    from benchmarks.counts.peaks import measure
+    from mindomni_rt.benchmarks.counts.peaks import measure
 
     config, precision = scaled(size), Precision.uniform("float32")
     measured = measure(config, work)

@@ -20,10 +20,10 @@ from PIL import Image
 from quality_cases import PAINT, dpg_folder, geneval_file, quality, questions, tree, wise_folder
 
 import mindomni_rt
-from benchmarks import results
-from benchmarks.__main__ import main
-from benchmarks.quality import judge as shapes
-from benchmarks.quality.run import RunFolder, seed_of
+from mindomni_rt.benchmarks import results
+from mindomni_rt.benchmarks.cli import main
+from mindomni_rt.benchmarks.quality import judge as shapes
+from mindomni_rt.benchmarks.quality.run import RunFolder, seed_of
 from mindomni_rt.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[2]

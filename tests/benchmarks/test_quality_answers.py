@@ -15,9 +15,9 @@ from PIL import Image
 from quality_cases import picture, quality, questions, tree, tsv
 
 import mindomni_rt
-from benchmarks.quality.answers import letter_of, side_by_side
-from benchmarks.quality.command import SUITES
-from benchmarks.quality.report import Share
+from mindomni_rt.benchmarks.quality.answers import letter_of, side_by_side
+from mindomni_rt.benchmarks.quality.command import SUITES
+from mindomni_rt.benchmarks.quality.report import Share
 
 OPTIONS = {"A": "one", "B": "a red Cross.", "D": "none"}
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import PARITY
 from quality_cases import PAINT, dpg_folder, geneval_file, picture, quality, questions, tsv, wise_folder
 
-from benchmarks.__main__ import main
+from mindomni_rt.benchmarks.cli import main
 
 LINE = json.dumps({"tag": "colors", "include": [], "prompt": "a red bell"})
 WISE_ROW = {"prompt_id": 1, "Prompt": "a bell", "Explanation": "", "Category": "", "Subcategory": ""}

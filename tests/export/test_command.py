@@ -11,10 +11,10 @@ import onnx
 import pytest
 from conftest import PARITY
 
-from export.__main__ import main
 from mindomni_rt.bundle.contracts import OPSET, PROFILES, graph_specs, profile, resolve
 from mindomni_rt.bundle.manifest import MANIFEST, hash_files, read_manifest
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.export.cli import main
 from mindomni_rt.model.tiny import write_random_checkpoint
 
 
@@ -136,8 +136,8 @@ def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path) -> None:
     from PIL import Image
 
     import mindomni_rt
-    from export.build import BuildRequest, build
-    from export.targets import choose, parse_target
+    from mindomni_rt.export.build import BuildRequest, build
+    from mindomni_rt.export.targets import choose, parse_target
 
     write_random_checkpoint(tmp_path / "model")
     target = parse_target("cpu")
@@ -178,7 +178,7 @@ def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path]
     import numpy as np
 
     import mindomni_rt
-    from export.engines import build_engine, plugin_node
+    from mindomni_rt.export.engines import build_engine, plugin_node
 
     out = tmp_path / "ours"
     assert main(["build", str(PARITY), "--target", "cpu", "--attention", "triton", "--out", str(out)]) == 0

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import PARITY
 
-from export.build import BuildRequest, build
-from export.engines import EngineBuildError, EngineReport, build_engine, external_files, fused_attention
-from export.targets import ARCHITECTURES, PRECISIONS, choose, parse_target
 from mindomni_rt.bundle.contracts import graph_specs, profile
 from mindomni_rt.bundle.manifest import open_bundle, read_manifest
 from mindomni_rt.errors import UnsupportedDeviceError
+from mindomni_rt.export.build import BuildRequest, build
+from mindomni_rt.export.engines import EngineBuildError, EngineReport, build_engine, external_files, fused_attention
+from mindomni_rt.export.targets import ARCHITECTURES, PRECISIONS, choose, parse_target
 
 trt = pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT for RTX (extra: export)")
 RTX = [sm for sm, a in ARCHITECTURES.items() if a.runtime == "tensorrt_rtx"]

@@ -11,10 +11,10 @@ import pytest
 from conftest import PARITY
 from onnx import numpy_helper
 
-from export.quantize import DEFAULT_PROMPTS, read_prompts
-from export.verify import BOUNDS, table, verify
 from mindomni_rt import BadRequestError
 from mindomni_rt.bundle.manifest import read_manifest
+from mindomni_rt.export.quantize import DEFAULT_PROMPTS, read_prompts
+from mindomni_rt.export.verify import BOUNDS, table, verify
 
 
 def tensors(bundle: Path, graph: str) -> dict[str, np.ndarray]:

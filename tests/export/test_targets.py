@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from export.plan import plan_build, report
-from export.targets import ARCHITECTURES, DEVICES, PRECISIONS, QUANTIZED, choose, parse_target, stages_of
 from mindomni_rt import BadRequestError, OutOfMemoryError, UnsupportedDeviceError
+from mindomni_rt.export.plan import plan_build, report
+from mindomni_rt.export.targets import ARCHITECTURES, DEVICES, PRECISIONS, QUANTIZED, choose, parse_target, stages_of
 
 # NVIDIA's own tables of types: FP8 from Ada and Hopper on, FP4 from Blackwell on, BF16 from Ampere on.
 FP8 = {"sm_89", "sm_90", "sm_100", "sm_110", "sm_120", "sm_121"}

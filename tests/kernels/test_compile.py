@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from kernel_checks import DEVICE
 
-from kernels import MODULES
-from kernels.launch import SHARED_LIMIT, SMS, TENSOR_CORES
+from mindomni_rt.kernels.launch import SHARED_LIMIT, SMS, TENSOR_CORES
 
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).parents[2]
@@ -29,7 +28,7 @@ PRODUCTS = ("segment_attention_96", "decode_attention_128", "linear8_int8", "int
 def compiled(sm: int, out: Path) -> dict[str, dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(out / "cache")}
-    command = [sys.executable, "-m", "kernels.aot", "--sm", str(sm), "--out", str(out)]
+    command = [sys.executable, "-m", "mindomni_rt.kernels.aot", "--sm", str(sm), "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {d["name"]: d for d in map(json.loads, done.stdout.splitlines())}
@@ -37,6 +36,8 @@ def compiled(sm: int, out: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("sm", SMS)
 def test_all_kernels(sm: int, tmp_path: Path) -> None:
+    from mindomni_rt.kernels.aot import MODULES
+
     found = compiled(sm, tmp_path)
     for module in MODULES:
         prefix = {"norms": "add_norm", "int4_linear": "int4_"}.get(module, module)
@@ -59,8 +60,8 @@ def test_all_kernels(sm: int, tmp_path: Path) -> None:
 
 
 def test_the_interpreter_cannot_compile() -> None:
-    from kernels import segment_attention
-    from kernels.aot import compile_spec
+    from mindomni_rt.kernels import segment_attention
+    from mindomni_rt.kernels.aot import compile_spec
 
     if DEVICE == "cpu":
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):

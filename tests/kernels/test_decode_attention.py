@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
-from kernels.decode_attention import decode_attention
-from kernels.launch import Launch
+from mindomni_rt.kernels.decode_attention import decode_attention
+from mindomni_rt.kernels.launch import Launch
 
 SMALL = Launch(block_m=16, block_n=16, warps=4, stages=1)
 

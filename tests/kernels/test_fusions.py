@@ -6,10 +6,10 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, convert, error
 
-from kernels.norms import add_norm
-from kernels.quantize import LARGEST, quantize_rows, quantize_rows_torch
-from kernels.rope import rope, split_heads
-from kernels.swiglu import swiglu
+from mindomni_rt.kernels.norms import add_norm
+from mindomni_rt.kernels.quantize import LARGEST, quantize_rows, quantize_rows_torch
+from mindomni_rt.kernels.rope import rope, split_heads
+from mindomni_rt.kernels.swiglu import swiglu
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

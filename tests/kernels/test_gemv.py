@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
-from kernels.gemv import gemv
-from kernels.linear8 import quantize_weight
+from mindomni_rt.kernels.gemv import gemv
+from mindomni_rt.kernels.linear8 import quantize_weight
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -7,9 +7,9 @@ import torch
 from kernel_checks import convert, error
 from kernels_cases import attention_case
 
-from kernels.int8_attention import int8_attention, int8_attention_torch
-from kernels.launch import Launch
-from kernels.segment_attention import segment_attention_torch
+from mindomni_rt.kernels.int8_attention import int8_attention, int8_attention_torch
+from mindomni_rt.kernels.launch import Launch
+from mindomni_rt.kernels.segment_attention import segment_attention_torch
 
 SMALL = Launch(block_m=32, block_n=32, warps=4, stages=1)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
-from kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
-from kernels.launch import Launch
-from kernels.linear8 import linear8, quantize_weight
-from kernels.quantize import Rows, quantize_rows_torch
+from mindomni_rt.kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
+from mindomni_rt.kernels.launch import Launch
+from mindomni_rt.kernels.linear8 import linear8, quantize_weight
+from mindomni_rt.kernels.quantize import Rows, quantize_rows_torch
 
 SMALL = Launch(block_m=32, block_n=32, warps=4, stages=1)
 

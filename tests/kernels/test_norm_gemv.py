@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
-from kernels.linear8 import quantize_weight
-from kernels.norm_gemv import norm_gemv
+from mindomni_rt.kernels.linear8 import quantize_weight
+from mindomni_rt.kernels.norm_gemv import norm_gemv
 
 
 def exact(x, weight, norm, eps, residual, bias, gate):

@@ -13,11 +13,21 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
-from kernels.expressions import CeilDiv, Dim, Mul, build, evaluate, from_data, to_data
-from kernels.launch import Launch, for_sm, split_head
-from kernels.plugin import INPUTS, LAUNCHES, PTX, Image, grid, launch_numbers, plugin_kernel, spec, strip_hidden
-from kernels.segment_attention import LOG2_E, segment_attention_torch
-from kernels.triton_compat import triton
+from mindomni_rt.kernels.expressions import CeilDiv, Dim, Mul, build, evaluate, from_data, to_data
+from mindomni_rt.kernels.launch import Launch, for_sm, split_head
+from mindomni_rt.kernels.plugin import (
+    INPUTS,
+    LAUNCHES,
+    PTX,
+    Image,
+    grid,
+    launch_numbers,
+    plugin_kernel,
+    spec,
+    strip_hidden,
+)
+from mindomni_rt.kernels.segment_attention import LOG2_E, segment_attention_torch
+from mindomni_rt.kernels.triton_compat import triton
 
 ROOT = Path(__file__).parents[2]
 SMALL = Launch(block_m=32, block_n=32, warps=4, stages=1)
@@ -172,7 +182,7 @@ class Attend(torch.nn.Module):
         self.o = torch.nn.Linear(2 * 32, 16)
 
     def forward(self, q, condition_k, condition_v, time_k, time_v, image_k, image_v):
-        from kernels.onnx_function import attend_by_node
+        from mindomni_rt.kernels.onnx_function import attend_by_node
 
         pair = (condition_k, condition_v), (time_k, time_v), (image_k, image_v)
         if torch.onnx.is_in_onnx_export():
@@ -207,7 +217,7 @@ def run(model, t):
 def test_the_function_means_what_the_kernel_does(exported, batch, tokens, length):
     import onnx
 
-    from kernels.onnx_function import DOMAIN, add_function, inlined
+    from mindomni_rt.kernels.onnx_function import DOMAIN, add_function, inlined
 
     module, traced = exported
     model = onnx.ModelProto()
@@ -230,7 +240,7 @@ def test_the_function_means_what_the_kernel_does(exported, batch, tokens, length
 def test_a_graph_without_the_node():
     from onnx import helper
 
-    from kernels.onnx_function import add_function
+    from mindomni_rt.kernels.onnx_function import add_function
 
     graph = helper.make_graph([], "empty", [], [])
     with pytest.raises(ValueError, match="no mindomni::SegmentAttention"):

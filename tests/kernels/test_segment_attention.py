@@ -7,8 +7,8 @@ import torch
 from kernel_checks import FLOATS, TOLERANCE, convert, error
 from kernels_cases import attention_case as case
 
-from kernels.launch import Launch, split_head
-from kernels.segment_attention import segment_attention, segment_attention_torch
+from mindomni_rt.kernels.launch import Launch, split_head
+from mindomni_rt.kernels.segment_attention import segment_attention, segment_attention_torch
 
 SMALL = Launch(block_m=32, block_n=32, warps=4, stages=1)
 

@@ -9,12 +9,12 @@ from conftest import PARITY, relative
 from torch.nn import functional as F
 
 import mindomni_rt
-from benchmarks.scaled import scaled
 from mindomni_rt import BadRequestError
 from mindomni_rt.backends.base import DenoiseRequest
 from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
 from mindomni_rt.backends.fast.linear import make_product, stored_bytes
 from mindomni_rt.backends.fast.load import choose
+from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.precision import parse_precision, split_attention, stored

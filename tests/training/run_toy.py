@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from toy import ToyStream, toy_config, toy_contexts
 
-from training.loop.trainer import Trainer, start_processes
-from training.stages.base import Stage
-from training.stages.pretrain import Pretrain
-from training.stages.rgpo import Rgpo
-from training.stages.sft import Sft
+from mindomni_rt.training.loop.trainer import Trainer, start_processes
+from mindomni_rt.training.stages.base import Stage
+from mindomni_rt.training.stages.pretrain import Pretrain
+from mindomni_rt.training.stages.rgpo import Rgpo
+from mindomni_rt.training.stages.sft import Sft
 
 
 def wordy(rollouts):

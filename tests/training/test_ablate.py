@@ -9,9 +9,9 @@ from test_loop import folder  # noqa: F401 a fixture
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.mindomni import load_model
-from training.config import load_config
-from training.evaluation.ablate import CONFIGS, STUDIES, _is_base, fresh_connector, main, run_arm, table
-from training.evaluation.plots import plot_study, read_metrics, smooth
+from mindomni_rt.training.config import load_config
+from mindomni_rt.training.evaluation.ablate import CONFIGS, STUDIES, _is_base, fresh_connector, main, run_arm, table
+from mindomni_rt.training.evaluation.plots import plot_study, read_metrics, smooth
 
 
 def test_every_arm_is_a_configuration_that_reads():
@@ -74,7 +74,7 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_plot_of_runs_shows_only_what_they_logged(tmp_path, capsys):
-    from training.__main__ import main as command
+    from mindomni_rt.training.cli import main as command
 
     for name, columns in (("pretrain", ("loss/flow",)), ("rgpo", ("reward/total", "policy/entropy", "loss/kl_text"))):
         (tmp_path / name).mkdir()

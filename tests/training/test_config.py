@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import BadConfigError, load_config
+from mindomni_rt.training.config import BadConfigError, load_config
 
 GOOD = 'stage = "pretrain"\nmodel = "m"\nout = "o"\n[optim]\nlr = 1\nsteps = 7\n[distill]\nweight = 256\n'
 

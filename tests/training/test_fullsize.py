@@ -10,10 +10,10 @@ import torch
 from toy import VAE, WORDS
 
 from mindomni_rt.errors import UnsupportedDeviceError
-from training.config import load_config
-from training.evaluation.ablate import CONFIGS
-from training.fresh import SPECIAL, fresh_config
-from training.fullsize import GIB, gpu_step, memory_plan, meta_stage, parameter_table, report
+from mindomni_rt.training.config import load_config
+from mindomni_rt.training.evaluation.ablate import CONFIGS
+from mindomni_rt.training.fresh import SPECIAL, fresh_config
+from mindomni_rt.training.fullsize import GIB, gpu_step, memory_plan, meta_stage, parameter_table, report
 
 
 @pytest.fixture(scope="module")

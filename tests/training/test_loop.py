@@ -21,12 +21,12 @@ from toy import ToyStream, toy_config, toy_contexts, toy_folder
 from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
-from training.config import OptimConfig
-from training.loop import checkpointing
-from training.loop.checkpointing import StorageError
-from training.loop.logs import dump_rollouts
-from training.loop.trainer import Trainer, learning_rate
-from training.stages.pretrain import Pretrain
+from mindomni_rt.training.config import OptimConfig
+from mindomni_rt.training.loop import checkpointing
+from mindomni_rt.training.loop.checkpointing import StorageError
+from mindomni_rt.training.loop.logs import dump_rollouts
+from mindomni_rt.training.loop.trainer import Trainer, learning_rate
+from mindomni_rt.training.stages.pretrain import Pretrain
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}

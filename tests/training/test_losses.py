@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from mindomni_rt.errors import BadRequestError
-from training.stages import losses
+from mindomni_rt.training.stages import losses
 
 
 def test_flow_target_and_loss_by_hand():

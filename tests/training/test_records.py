@@ -15,10 +15,10 @@ from PIL import Image
 from toy import picture
 
 from mindomni_rt.errors import BadRequestError
-from training.config import DataConfig
-from training.data.records import BadDataError, Record, open_stream
-from training.data.world.clip import WorldClip, load_clip, save_clip
-from training.stages.rewards import Rollout, make
+from mindomni_rt.training.config import DataConfig
+from mindomni_rt.training.data.records import BadDataError, Record, open_stream
+from mindomni_rt.training.data.world.clip import WorldClip, load_clip, save_clip
+from mindomni_rt.training.stages.rewards import Rollout, make
 
 
 def write(folder, lines):
@@ -238,8 +238,8 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 
 def test_latents_do_not_depend_on_what_is_encoded_beside_them(tmp_path):
     """A resumed run finds other latents kept than a whole one: rounding must be the same, to the bit."""
-    from training.data.world.scene import all_scenes, render
-    from training.loop.runs import open_contexts
+    from mindomni_rt.training.data.world.scene import all_scenes, render
+    from mindomni_rt.training.loop.runs import open_contexts
 
     model = str(Path(__file__).parents[2] / "assets" / "shapes-world")
     pictures = [render(s) for s in all_scenes()[::17]]
@@ -255,9 +255,9 @@ def test_latents_and_a_full_disk(tmp_path, monkeypatch):
     import torch
 
     from mindomni_rt.model.vae import AutoencoderKL
-    from training.data.latents import LatentCache
-    from training.data.world.vae import CONFIG
-    from training.loop.checkpointing import StorageError
+    from mindomni_rt.training.data.latents import LatentCache
+    from mindomni_rt.training.data.world.vae import CONFIG
+    from mindomni_rt.training.loop.checkpointing import StorageError
 
     def full(path, data):
         raise OSError(28, "No space left on device")
@@ -265,7 +265,7 @@ def test_latents_and_a_full_disk(tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = AutoencoderKL(CONFIG).eval().requires_grad_(False)
     cache = LatentCache(vae, 32, torch.device("cpu"), str(tmp_path / "latents"))
-    monkeypatch.setattr("training.data.latents.write_whole", full)
+    monkeypatch.setattr("mindomni_rt.training.data.latents.write_whole", full)
     with pytest.raises(StorageError, match="No space left"):
         cache.targets([picture(0)])
     monkeypatch.undo()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindomni_rt.errors import BadRequestError
-from training.data.world.scene import BRIGHTNESS, COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
-from training.data.world.sources import MIXTURES, WorldStream, make
-from training.data.world.text import (
+from mindomni_rt.training.data.world.scene import BRIGHTNESS, COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
+from mindomni_rt.training.data.world.sources import MIXTURES, WorldStream, make
+from mindomni_rt.training.data.world.text import (
     COLOUR_CLUES,
     QUESTIONS,
     SHAPE_CLUES,
@@ -26,7 +26,7 @@ from training.data.world.text import (
     slip,
     words,
 )
-from training.fresh import write_tokenizer
+from mindomni_rt.training.fresh import write_tokenizer
 
 SCENES = st.sampled_from(all_scenes())
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from training.evaluation.evaluate import departures, main, pool
-from training.pack import RECORD
+from mindomni_rt.training.evaluation.evaluate import departures, main, pool
+from mindomni_rt.training.pack import RECORD
 
 MODEL = Path(__file__).parents[2] / "assets" / "shapes-world"
 

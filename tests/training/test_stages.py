@@ -9,13 +9,13 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
-from training.loop.trainer import NonFiniteError, Trainer
-from training.stages.adapters import merge_adapters
-from training.stages.base import Draws, digest
-from training.stages.pretrain import Pretrain
-from training.stages.prior import Prior
-from training.stages.rgpo import Rgpo
-from training.stages.sft import Sft
+from mindomni_rt.training.loop.trainer import NonFiniteError, Trainer
+from mindomni_rt.training.stages.adapters import merge_adapters
+from mindomni_rt.training.stages.base import Draws, digest
+from mindomni_rt.training.stages.pretrain import Pretrain
+from mindomni_rt.training.stages.prior import Prior
+from mindomni_rt.training.stages.rgpo import Rgpo
+from mindomni_rt.training.stages.sft import Sft
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_several_updates_of_one_set_of_rollouts_leave_ratio_one(folder, tmp_path
 
 
 def test_distillation_is_zero_where_student_and_teacher_see_the_same(folder, tmp_path):
-    from training.stages import losses
+    from mindomni_rt.training.stages import losses
 
     stage, stream, _ = make("pretrain", folder, tmp_path)
     painting = stage.prepare(stream.next_batch(3), Draws(0, 0, 0, 3, 0, 3))[0]
@@ -175,7 +175,8 @@ def test_equal_rollouts_computed_once_give_what_each_alone_gives(folder, tmp_pat
         trained = stage.choose_trainable()
         if name == "each":
             monkeypatch.setattr(
-                "training.stages.rgpo._distinct", lambda contexts, _: (list(contexts), [*range(len(contexts))])
+                "mindomni_rt.training.stages.rgpo._distinct",
+                lambda contexts, _: (list(contexts), [*range(len(contexts))]),
             )
         prepared = stage("prepare", stream.next_batch(2), Draws(0, 0, 0, 2, 0, 2))
         generator = torch.Generator().manual_seed(0)

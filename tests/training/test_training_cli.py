@@ -10,11 +10,11 @@ import torch
 from toy import picture, toy_folder
 
 from mindomni_rt.loading import load
-from training.__main__ import main
-from training.data.world.clip import WorldClip, save_clip
-from training.data.world.vae import CONFIG as VAE_CONFIG
-from training.data.world.vae import AutoencoderKL, save_vae
-from training.evaluation.ablate import CONFIGS
+from mindomni_rt.training.cli import main
+from mindomni_rt.training.data.world.clip import WorldClip, save_clip
+from mindomni_rt.training.data.world.vae import CONFIG as VAE_CONFIG
+from mindomni_rt.training.data.world.vae import AutoencoderKL, save_vae
+from mindomni_rt.training.evaluation.ablate import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from PIL import Image
 from mindomni_rt.checkpoint.config import VAEConfig
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
-from training.config import Config, build
-from training.fresh import write_fresh
-from training.stages.contexts import Contexts
+from mindomni_rt.training.config import Config, build
+from mindomni_rt.training.fresh import write_fresh
+from mindomni_rt.training.stages.contexts import Contexts
 
 WORDS = [
     "draw",

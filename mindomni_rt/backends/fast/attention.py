@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.int8_attention import int8_attention
-from kernels.launch import split_head, tensor_cores
-from kernels.segment_attention import segment_attention
-from kernels.triton_compat import REFUSALS
+from mindomni_rt.kernels.int8_attention import int8_attention
+from mindomni_rt.kernels.launch import split_head, tensor_cores
+from mindomni_rt.kernels.segment_attention import segment_attention
+from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from .tune import milliseconds
 

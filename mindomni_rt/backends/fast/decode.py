@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import decode_attention
+from mindomni_rt.kernels.decode_attention import decode_attention
 
 from ...inputs.positions import rope_tables
 from ...model.attention import attention

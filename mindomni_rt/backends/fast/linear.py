@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.gemv import gemv
-from kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
-from kernels.linear8 import linear8, quantize_weight
-from kernels.quantize import Rows, quantize_rows
+from mindomni_rt.kernels.gemv import gemv
+from mindomni_rt.kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
+from mindomni_rt.kernels.linear8 import linear8, quantize_weight
+from mindomni_rt.kernels.quantize import Rows, quantize_rows
 
 from ...errors import BadRequestError
 

@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kernels.norm_gemv import norm_gemv
-from kernels.norms import add_norm
-from kernels.quantize import Rows
-from kernels.rope import rope
-from kernels.swiglu import swiglu
+from mindomni_rt.kernels.norm_gemv import norm_gemv
+from mindomni_rt.kernels.norms import add_norm
+from mindomni_rt.kernels.quantize import Rows
+from mindomni_rt.kernels.rope import rope
+from mindomni_rt.kernels.swiglu import swiglu
 
 from ...checkpoint.config import StackConfig
 from ...model.block import Block

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from kernels.triton_compat import REFUSALS
+from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from ...errors import UnsupportedDeviceError
 from .linear import Dense, EightBit

@@ -1,0 +1,143 @@
+"""`python -m training COMMAND`: the stages, evaluation, ablations, plots and the full-size dry run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindomni_rt.errors import BadRequestError, MindOmniError
+
+from .config import STAGES, BadConfigError, load_config
+
+_HELP = {
+    "prior": "stage 0, ours: a decoder and an MLLM for a model from scratch",
+    "pretrain": "stage 1: the connector, by flow loss and distillation",
+    "sft": "stage 2: connector and decoder, from thoughts",
+    "rgpo": "stage 3: the MLLM, by the rewards of what its thoughts paint",
+}
+
+
+_MODULES = {
+    "evaluate": "evaluation.evaluate",
+    "ablate": "evaluation.ablate",
+    "pack": "pack",
+    "plot": "evaluation.plots",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for stage in STAGES:
+        run = commands.add_parser(stage, help=_HELP[stage])
+        run.add_argument("--config", type=Path, required=True, help="a TOML file")
+        run.add_argument("--quiet", action="store_true", help="no progress bar")
+        run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 data.paths=['a.jsonl']")
+    dry = commands.add_parser("dry-run", help="parameters by name and memory by GPU, at the published sizes")
+    dry.add_argument("--config", type=Path, required=True)
+    dry.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
+    dry.add_argument("overrides", nargs="*", metavar="key=value")
+    step = commands.add_parser("gpu-step", help="one full-size step of stage 1 and of RGPO, measured on this GPU")
+    step.add_argument("--out", type=Path, help="a JSON file for the result")
+    new = commands.add_parser("new", help="the small model's untrained checkpoint, with the world's autoencoder")
+    new.add_argument("folder", type=Path)
+    new.add_argument(
+        "--vae", type=Path, required=True, help="the folder `vae` that `python -m training.data.world` wrote"
+    )
+    new.add_argument("--seed", type=int, default=0)
+    new.add_argument("--width", type=int, default=128)
+    new.add_argument("--connector-layers", type=int, default=2)
+    for name in _MODULES:
+        commands.add_parser(name, add_help=False, help=f"see `python -m training {name} --help`")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0, or 2 with one line on stderr for a mistake that the user can mend."""
+    logging.basicConfig(level=os.environ.get("LOGLEVEL", "WARNING").upper(), format="%(levelname)s %(message)s")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in _MODULES:  # its imports only when it is asked for
+            return int(importlib.import_module(f".{_MODULES[arguments[0]]}", __package__).main(arguments[1:]))
+        return _run(_parser().parse_args(arguments))
+    except MindOmniError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command in STAGES:
+        return _train(options)
+    if options.command == "dry-run":
+        from .fullsize import report
+
+        print(report(load_config(options.config, options.overrides), gpus=options.gpus))
+        return 0
+    if options.command == "gpu-step":
+        return _gpu_step(options)
+    return _new(options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .loop.runs import finish, start
+
+    config = load_config(options.config, options.overrides)
+    if config.stage != options.command:
+        raise BadConfigError(f"{options.config} is for stage {config.stage}, the command is {options.command}")
+    trainer = start(config, bar=not options.quiet)
+    if trainer.rank == 0:
+        trained = sum(p.numel() for p in trainer.trained.values())
+        every = sum(p.numel() for p in trainer.stage.model.parameters())
+        print(f"stage {config.stage}: {len(trainer.trained)} tensors train, {trained:,} of {every:,} parameters")
+    trainer.run()
+    out = finish(trainer)
+    if trainer.rank == 0:
+        print(f"model: {out}")
+    return 0
+
+
+def _gpu_step(options: argparse.Namespace) -> int:
+    from .fullsize import gpu_step
+
+    folder = Path(__file__).parent / "configs"
+    small = ["data.image_size=256", "optim.batch=4", "data.source=world"]
+    pretrain = load_config(folder / "pretrain-full.toml", small)
+    rollouts = ["optim.batch=1", "rgpo.max_new_tokens=64", "rgpo.image_steps=10"]
+    rgpo = load_config(folder / "rgpo-full.toml", [*small, *rollouts])
+    result: dict[str, Any] = gpu_step(pretrain, rgpo)
+    print(json.dumps(result, indent=2))
+    if options.out:
+        from .loop.logs import commit
+
+        record = {"commit": commit(), "result": result, "pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
+        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from mindomni_rt.checkpoint.write import save_model
+
+    from .data.world import words
+    from .data.world.vae import load_vae
+    from .fresh import write_fresh
+
+    trained = load_vae(options.vae)
+    if options.width % 32:
+        raise BadRequestError(f"--width {options.width}: expected a multiple of 32")
+    model = write_fresh(options.folder, words(), trained.config, options.seed, options.width, options.connector_layers)
+    model.vae.load_state_dict(trained.state_dict())
+    model.config = dataclasses.replace(model.config, vae=trained.config)
+    save_model(model, options.folder)
+    print(f"model: {options.folder}")
+    return 0
