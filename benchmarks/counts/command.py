@@ -25,7 +25,7 @@ from ..latency.command import versions
 from ..machine import commit
 from ..results import FOLDER, FORMAT, write_json
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "fixtures" / "parity"
 BUNDLE = ROOT / "assets" / "shapes-world-bundle"
 BASELINE = FOLDER / "counts-baseline.json"

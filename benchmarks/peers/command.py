@@ -24,7 +24,7 @@ from ..machine import commit, describe_machine
 from ..results import FORMAT, write_atomic, write_json
 from .report import plot, report
 
-BUNDLE = Path(__file__).parents[2] / "assets" / "shapes-world-bundle"
+BUNDLE = Path(__file__).resolve().parents[2] / "assets" / "shapes-world-bundle"
 PEERS = {"language": "transformers", "decoder": "diffusers", "graphs": "onnxruntime"}
 _MISSING = "not installed: pip install mindomni-rt[bench]"
 
