@@ -13,8 +13,9 @@ CODE = """
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "triton" else find(name, *rest)
-import mindomni_rt, kernels.language, kernels.segment_attention as attention, torch
-assert not kernels.language.HAS_TRITON
+import mindomni_rt, mindomni_rt.kernels.segment_attention as attention, torch
+from mindomni_rt.kernels import triton_compat
+assert not triton_compat.HAS_TRITON
 pipe = mindomni_rt.load(sys.argv[1], device="cpu", fast=True)
 result = pipe.generate("two cats", height=32, width=32, num_inference_steps=2, max_new_tokens=3, output="numpy")
 assert result.images.shape == (1, 32, 32, 3)
