@@ -37,11 +37,11 @@ _DATA = {
     "prefix": "decoder",
     "denoiser": "decoder",
     "denoiser_first": "decoder",
-    "euler": "decoder",
+    "update": "decoder",
     "vae": "vae",
     "vae_encode": "vae",
 }
-_FLOAT32 = ("choose", "euler")  # arithmetic on a few numbers, without weights
+_FLOAT32 = ("choose", "update")  # arithmetic on a few numbers, without weights
 _FILES = (".json", ".txt", ".jinja", ".model")
 
 

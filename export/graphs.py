@@ -79,6 +79,7 @@ class LanguageGraph(nn.Module):
         cos: Tensor,
         sin: Tensor,
         start: Tensor,
+        scored: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
         layers = len(self.language.layers)
@@ -96,7 +97,7 @@ class LanguageGraph(nn.Module):
                 return attention(q, keys[index], values[index], mask=mask)
 
             x = layer(x, cos, sin, attend)
-        logits = self.language.logits(x[:, -1]).float()
+        logits = self.language.logits(x.index_select(1, scored)).float()
         return (logits, x, *keys, *values)
 
 
@@ -222,14 +223,21 @@ class DenoiserGraph(nn.Module):
         return self.decoder.final_layer(self.decoder.llm.norm(x), modulation).float()
 
 
-class EulerGraph(nn.Module):
-    """Guidance and one Euler step."""
+class UpdateGraph(nn.Module):
+    """Guidance and one step of the solver."""
 
     def forward(
-        self, latents: Tensor, guided: Tensor, unguided: Tensor, scale: Tensor, interval: Tensor
+        self,
+        latents: Tensor,
+        guided: Tensor,
+        unguided: Tensor,
+        previous: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        previous_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         velocity = unguided + scale * (guided - unguided)
-        return latents + interval * velocity, velocity
+        return latents + (weight * velocity + previous_weight * previous), velocity
 
 
 class HalfAttention(nn.Module):
@@ -282,7 +290,7 @@ _WRAPPERS: dict[str, Callable[[MindOmniModel], nn.Module]] = {
     "prefix": PrefixGraph,
     "denoiser": DenoiserGraph,
     "denoiser_first": lambda model: DenoiserGraph(model, condition_only=True),
-    "euler": lambda model: EulerGraph(),
+    "update": lambda model: UpdateGraph(),
     "vae": VAEGraph,
     "vae_encode": VAEEncodeGraph,
 }
@@ -290,6 +298,7 @@ _WRAPPERS: dict[str, Callable[[MindOmniModel], nn.Module]] = {
 _SAMPLE = {
     "sequence": 5,
     "capacity": 24,
+    "scores": 2,
     "images": 3,
     "merged": 6,
     "windows": 3,

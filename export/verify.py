@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
-from mindomni_rt.backends.compiled.staged import StagedBackend
+from mindomni_rt.backends.compiled.backend import CompiledBackend
 from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
 from mindomni_rt.errors import MindOmniError
 from mindomni_rt.inputs.images import ImagePatches
 from mindomni_rt.inputs.positions import mrope_positions
 from mindomni_rt.loading import load
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
 # Relative error allowed. 16 bits: by rounding. 8 and 4 bits: a bound that tells a broken engine from a coarse one; what
@@ -54,7 +55,7 @@ def verify(bundle: Path, checkpoint: Path | None = None, device: str = "auto") -
     Raises BadBundleError, UnsupportedDeviceError, BadCheckpointError.
     """
     backend = load(bundle, device=device).backend
-    assert isinstance(backend, StagedBackend)
+    assert isinstance(backend, CompiledBackend)
     reference = load_torch(checkpoint, "cpu", "float32") if checkpoint else None
     rows = []
     for (stage, output, found), expected in zip(
@@ -64,7 +65,7 @@ def verify(bundle: Path, checkpoint: Path | None = None, device: str = "auto") -
     return rows
 
 
-def _row(backend: StagedBackend, stage: str, output: str, found: Any, expected: Any) -> Row:
+def _row(backend: CompiledBackend, stage: str, output: str, found: Any, expected: Any) -> Row:
     precision = backend.manifest.graphs[stage].precision
     a = _host(backend, found).astype(np.float64).ravel()
     bound = BOUNDS[precision]
@@ -112,7 +113,7 @@ def _inputs(backend: Any, reference: TorchBackend | None) -> _Inputs:
     hidden = draw.standard_normal((1, len(ids), config.connector.input_size)).astype(np.float32)
     condition = draw.standard_normal((1, len(ids), config.decoder.stack.hidden_size)).astype(np.float32)
     if reference is not None:
-        states = reference.language(language).hidden
+        states = reference.language(language).hidden()
         hidden, condition = reference.numpy(states), reference.numpy(reference.connector(states))
     latents = draw.standard_normal((1, config.decoder.latent_channels, 32, 32)).astype(np.float32)
     return _Inputs(ImagePatches(patches, (1, side, side)), language, hidden, condition, latents)
@@ -123,24 +124,24 @@ def _run(backend: Any, reference: TorchBackend | None) -> Iterator[tuple[str, st
     inputs = _inputs(backend, reference)
 
     def put(array: NDArray[np.float32]) -> Any:
-        return backend.put(array, backend.dtype) if isinstance(backend, StagedBackend) else backend.tensors(array)[0]
+        return backend.put(array, backend.dtype) if isinstance(backend, CompiledBackend) else backend.tensors(array)[0]
 
     yield "vision", "embeds", backend.vision(inputs.patches)
-    yield "language", "hidden", backend.language(inputs.language).hidden
+    yield "language", "hidden", backend.language(inputs.language).hidden()
     yield "connector", "condition", backend.connector(put(inputs.hidden))
     times = timesteps(2)
     tokens = inputs.latents.shape[-2] * inputs.latents.shape[-1] // backend.config.decoder.patch_size**2
     prefix = backend.prefix(put(inputs.condition), times[:-1], tokens)
-    kv = prefix if isinstance(backend, StagedBackend) else prefix.kv
+    kv = prefix if isinstance(backend, CompiledBackend) else prefix.kv
     for name in ("keys", "values", "time_keys", "time_values"):
         yield "prefix", name, getattr(kv, name)
     loop = DenoiseRequest(
         latents=inputs.latents, times=times, guided=prefix, unguided=None, guidance_scale=1.0, first_step="full"
     )
-    for step, (_, velocity) in enumerate(backend.denoiser(loop), 1):
-        yield "denoiser", f"velocity {step}", backend.numpy(velocity)
+    for state in denoise(backend, loop):
+        yield "denoiser", f"velocity {state.step}", backend.numpy(state.velocity)
     latents = inputs.latents * np.float32(backend.config.vae.scaling_factor)
-    yield "vae", "pixels", backend.vae(latents if isinstance(backend, StagedBackend) else backend.tensors(latents)[0])
+    yield "vae", "pixels", backend.vae(latents if isinstance(backend, CompiledBackend) else backend.tensors(latents)[0])
 
 
 def table(rows: list[Row]) -> str:

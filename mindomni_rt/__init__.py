@@ -9,6 +9,7 @@ from .errors import (
     BadBundleError,
     BadCheckpointError,
     BadRequestError,
+    GenerationCancelled,
     MindOmniError,
     MissingExtraError,
     OutOfMemoryError,
@@ -18,7 +19,7 @@ from .loading import load
 
 if TYPE_CHECKING:
     from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-    from .pipeline import GenerationCancelled, Pipeline
+    from .pipeline import Pipeline
 
 # In a checkout without symbolic links (Windows), the linked folders are found beside this one.
 if not Path(__file__).with_name("kernels").is_dir():
@@ -43,7 +44,7 @@ __all__ = [
     "UnsupportedDeviceError",
     "load",
 ]
-_LAZY = {"Pipeline": "pipeline", "GenerationCancelled": "pipeline"}
+_LAZY = {"Pipeline": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:

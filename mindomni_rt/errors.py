@@ -25,6 +25,10 @@ class OutOfMemoryError(MindOmniError, MemoryError):
     """A request that does not fit the memory of the device or the given budget."""
 
 
+class GenerationCancelled(MindOmniError):
+    """The caller stopped a running request: its `cancel` event is set, or its callback returned False."""
+
+
 class MissingExtraError(MindOmniError, ImportError):
     """An optional dependency that is not installed. The message names the extra."""
 

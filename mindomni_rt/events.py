@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +56,7 @@ class GenerationResult:
     images: PIL images, or float32 (n, H, W, 3) in [0, 1] with output="numpy". text: all that was written (the prompt
     itself without thinking). thinking, answer: the parts between tags. seed: image i was painted from seed + i, or
     None where latents were given. timings: seconds by stage, with "total". token_ids: the generated ones, all rounds.
-    latents: the final ones, float32 (n, 4, H/8, W/8). settings: what made it, as stored in a PNG.
+    settings: what made it, as stored in a PNG. `latents` are copied from the device when first asked for.
     """
 
     images: list[Image] | NDArray[np.float32] = field(default_factory=list)
@@ -64,5 +66,14 @@ class GenerationResult:
     seed: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
-    latents: NDArray[np.float32] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    fetch_latents: Callable[[], NDArray[np.float32]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def latents(self) -> NDArray[np.float32] | None:
+        """The final latents, float32 (n, 4, H/8, W/8); None for a request that only writes."""
+        return None if self.fetch_latents is None else self.fetch_latents()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickled result holds its latents, not the device that has them."""
+        return {**self.__dict__, "latents": self.latents, "fetch_latents": None}

@@ -63,11 +63,17 @@ def load(
         import torch  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("torch", "torch") from error
-    from .backends.torch.backend import load_torch
+    from .backends.torch.backend import choose_device, load_torch
     from .pipeline import Pipeline
 
-    loaded = load_torch(folder, device, dtype, precision=precision, memory_budget=memory_budget, fast=fast)
-    return Pipeline(loaded, folder)
+    device, dtype = choose_device(device, dtype)
+    if fast or (fast is None and device.startswith("cuda")):
+        from .backends.fast.load import load_fast
+
+        return Pipeline(load_fast(folder, device, dtype, precision, memory_budget), folder)
+    if precision is not None or memory_budget is not None:
+        raise BadRequestError("precision and memory_budget need the fast path: device='cuda', or fast=True")
+    return Pipeline(load_torch(folder, device, dtype), folder)
 
 
 def _load_bundle(

@@ -18,17 +18,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
-from .errors import BadRequestError, MindOmniError
+from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, LanguageSession, Prefix
+from .errors import BadRequestError, GenerationCancelled
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, prepare_image, to_pil, vae_pixels
+from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, load_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -43,15 +44,13 @@ from .inputs.prompts import (
     understand_messages,
 )
 from .request import Request
+from .sampling.decode import generate_tokens
+from .sampling.denoise import check, denoise
 from .sampling.random import batch_noise, uniforms
 from .sampling.schedule import timesteps
 
 logger = logging.getLogger(__name__)
 NEGATIVE_CACHE = 2  # prefixes kept; one is 0.4 MB a token at full size in 16 bits
-
-
-class GenerationCancelled(MindOmniError):
-    """The caller asked a running request to stop."""
 
 
 @dataclass
@@ -78,26 +77,34 @@ class Pipeline:
         self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
 
     def generate(
-        self, prompt: str, *, callback: Callable[[Event], bool | None] | None = None, **options: Any
+        self,
+        prompt: str,
+        *,
+        callback: Callable[[Event], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+        **options: Any,
     ) -> GenerationResult:
         """Thinks about the prompt and paints what came of it.
 
         Options and their defaults are those of `request.Request`:
         image: a reference image (path, bytes, PIL, uint8 array). think: reason in words first. cascade: a second round
         on the first one's answer. height, width: pixels, multiples of 16. num_inference_steps, guidance_scale (1 runs
-        one branch only), negative_prompt. seed: image i of num_images is painted from seed + i; None draws one.
+        one branch only), negative_prompt. seed: image i of num_images is painted from seed + i; None is a random seed.
         latents: float32 (n, 4, H/8, W/8) noise instead. max_new_tokens, temperature (0 is greedy). first_step: "full",
         the model as trained, or "condition_only", what the released code does with its cache on. edit_features:
         "vit", or "vit+vae" on checkpoints trained with it; None is the checkpoint's own. max_image_tokens: cap on the
         reference image, None for none. preview_every: a preview each so many steps. output: "pil" or "numpy".
 
-        Lossy, off by default, not on every backend: guidance_interval (start, end) guides only steps that begin in it;
-        solver "multistep" is of second order, for fewer steps; step_cache reuses most of a step that changes less than
-        this threshold. draft_tokens: guesses verified at once while thinking; the text stays the same.
+        Lossy, off by default: guidance_interval (start, end) guides only steps that begin in it; solver "multistep" is
+        of second order, for fewer steps; step_cache reuses most of a step that changes less than this threshold.
+        draft_tokens: guesses verified at once while thinking; the text stays the same. step_cache and draft_tokens need
+        a backend that has them (`backend.capabilities`).
 
-        callback sees every event and returns False to cancel. Raises BadRequestError, GenerationCancelled.
+        callback sees every event; returning False sets `cancel`. Setting `cancel`, from any thread, ends the request
+        after the current token or step. Raises BadRequestError, GenerationCancelled.
         """
-        return self._last(self.stream(prompt, **options), callback)
+        cancel = cancel or threading.Event()
+        return self._last(self.stream(prompt, cancel=cancel, **options), callback, cancel)
 
     def understand(
         self,
@@ -109,8 +116,13 @@ class Pipeline:
         seed: int | None = None,
         max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS,
         callback: Callable[[Event], bool | None] | None = None,
+        cancel: threading.Event | None = None,
     ) -> GenerationResult:
-        """Answers in words, about an image if one is given. Raises BadRequestError."""
+        """Answers in words, about an image if one is given. callback and cancel as in `generate`.
+
+        Raises BadRequestError, GenerationCancelled.
+        """
+        cancel = cancel or threading.Event()
         events = self.stream_understand(
             prompt,
             image,
@@ -118,15 +130,20 @@ class Pipeline:
             temperature=temperature,
             seed=seed,
             max_image_tokens=max_image_tokens,
+            cancel=cancel,
         )
-        return self._last(events, callback)
+        return self._last(events, callback, cancel)
 
     @staticmethod
-    def _last(events: Iterator[Event], callback: Callable[[Event], bool | None] | None) -> GenerationResult:
+    def _last(
+        events: Iterator[Event], callback: Callable[[Event], bool | None] | None, cancel: threading.Event
+    ) -> GenerationResult:
         result: GenerationResult | None = None
         for event in events:
             if callback is not None and callback(event) is False:
-                raise GenerationCancelled("cancelled by the callback")
+                cancel.set()
+                if isinstance(event, (ImageEvent, AnswerEvent)):  # no step is left that would see it
+                    raise GenerationCancelled("cancelled by the callback")
             if isinstance(event, (ImageEvent, AnswerEvent)):
                 result = event.result
         assert result is not None
@@ -144,14 +161,14 @@ class Pipeline:
             request = Request(prompt=prompt, **options)
         except TypeError as error:
             raise BadRequestError(f"generate: {error}".replace("Request.__init__() got", "got")) from error
-        lacking = [n for n in request.special() if n not in getattr(self.backend, "features", ())]
+        lacking = [n for n in request.optional() if n not in self.backend.capabilities]
         if lacking:
             raise BadRequestError(
-                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option"
+                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
             )
-        return self._generate(request, cancel or threading.Event())
+        return self._generate(request, cancel)
 
-    def _generate(self, request: Request, cancel: threading.Event) -> Generator[Event, None, None]:
+    def _generate(self, request: Request, cancel: threading.Event | None) -> Generator[Event, None, None]:
         clock = _Clock(self.backend)
         seed = request.seed if request.seed is not None else secrets.randbits(32)
         latents = request.latents
@@ -172,7 +189,7 @@ class Pipeline:
                 seed=None if request.latents is not None else seed,
                 timings=clock.report(),
                 token_ids=thought.token_ids,
-                latents=self.backend.numpy(final),
+                fetch_latents=partial(self.backend.numpy, final),
                 settings={
                     **request.settings(),
                     "seed": seed,
@@ -186,18 +203,19 @@ class Pipeline:
         self, request: Request, *, seed: int = 0, cancel: threading.Event | None = None, clock: _Clock | None = None
     ) -> Generator[Event, None, Thought]:
         """Prompt (and image) → text and hidden states. Without thinking, one prefill and no text."""
-        cancel, clock = cancel or threading.Event(), clock or _Clock(self.backend)
+        clock = clock or _Clock(self.backend)
         patches = embeds = latents = None
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                patches = prepare_image(request.image, self.config, request.max_image_tokens)
+                image = load_image(request.image)
+                patches = prepare_image(image, self.config, request.max_image_tokens)
                 embeds = self.backend.vision(patches)
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
-                    latents = self.backend.vae_encode(vae_pixels(request.image))
+                    latents = self.backend.vae_encode(vae_pixels(image))
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         texts: list[str] = []
         token_ids: list[int] = []
@@ -205,10 +223,10 @@ class Pipeline:
         for index in range(2 if request.cascade else 1):
             messages = generate_messages(prompt, request.think, patches is not None, latent_tokens)
             tokens = request.max_new_tokens if request.think else 0
-            language = self._language_request(messages, patches, embeds, tokens, request.temperature, seed, cancel)
-            language = replace(language, draft_tokens=request.draft_tokens)
-            run = self.backend.language(language)
-            text, new = yield from self._write(run, language, index, cancel, clock)
+            language = self.language_request(
+                messages, patches, embeds, tokens, request.temperature, seed, cancel, request.draft_tokens
+            )
+            session, text, new = yield from self._write(language, index, clock)
             texts.append(text)
             token_ids += new
             prompt = cascade_prompt(text) or prompt
@@ -217,16 +235,17 @@ class Pipeline:
             pad = self.chat.token_id(LATENT_TOKEN)
             spans = [(int(np.argmax(language.token_ids == pad)), latents)]
         text = CASCADE_SEPARATOR.join(texts) if request.think else request.prompt
-        return Thought(text, run.hidden, token_ids, spans)
+        return Thought(text, session.hidden(len(new)), token_ids, spans)
 
     def _write(
-        self, run: Any, language: LanguageRequest, index: int, cancel: threading.Event, clock: _Clock
-    ) -> Generator[Event, None, tuple[str, list[int]]]:
-        """Runs stage `language` to its end, telling each piece of text."""
+        self, language: LanguageRequest, index: int, clock: _Clock
+    ) -> Generator[Event, None, tuple[LanguageSession, str, list[int]]]:
+        """Runs stage `language` to its end and yields each piece of text."""
         stream, parser = TextStream(self.chat), ThoughtParser()
         tokens: list[int] = []
         with clock("language"):
-            for token in run:
+            session = self.backend.language(language)
+            for token in generate_tokens(session):
                 if not tokens:
                     clock.mark("first_token")
                 tokens.append(token)
@@ -234,12 +253,11 @@ class Pipeline:
                 for kind, text in parser.push(piece):
                     with clock.paused():
                         yield TextEvent(text, kind, index)
-                self._check(cancel)
         if tokens and tokens[-1] not in language.eos_token_ids:
             logger.info("text ended at max_new_tokens = %d", language.max_new_tokens)
         for kind, text in parser.push(stream.finish()) + parser.finish():
             yield TextEvent(text, kind, index)
-        return stream.text, tokens
+        return session, stream.text, tokens
 
     def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
@@ -256,12 +274,12 @@ class Pipeline:
         # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
         rope = self.config.decoder.stack.rope
         messages = generate_messages(request.negative_prompt, think=False)
-        language = self._language_request(messages, None, None, 0, 0.0, 0, threading.Event())
+        language = self.language_request(messages)
         long = len(language.token_ids) + 1 + self._image_tokens(request) > rope.original_max_positions
         key = (request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope")
         if key not in self._negatives:
             with clock("language"):
-                hidden = self.backend.language(language).hidden
+                hidden = self.backend.language(language).hidden()
             with clock("connector"):
                 condition = self.backend.connector(hidden)
             self._negatives[key] = self._prefix(condition, request, clock)
@@ -287,12 +305,11 @@ class Pipeline:
         cancel: threading.Event | None = None,
         clock: _Clock | None = None,
     ) -> Generator[Event, None, Array]:
-        """Noise (n, 4, H/8, W/8) → latents, telling each step."""
-        cancel, clock = cancel or threading.Event(), clock or _Clock(self.backend)
-        times = timesteps(request.num_inference_steps)
-        denoise = DenoiseRequest(
+        """Noise (n, 4, H/8, W/8) → latents, an event after each step."""
+        clock = clock or _Clock(self.backend)
+        loop = DenoiseRequest(
             latents=np.ascontiguousarray(latents, np.float32),
-            times=times,
+            times=timesteps(request.num_inference_steps),
             guided=guided,
             unguided=unguided,
             guidance_scale=request.guidance_scale,
@@ -300,21 +317,18 @@ class Pipeline:
             guidance_interval=request.guidance_interval,
             solver=request.solver,
             step_cache=request.step_cache,
-            cancelled=cancel.is_set,
+            cancel=cancel,
         )
-        current: Array = None
-        total = request.num_inference_steps
         with clock("denoiser"):
-            for step, (current, velocity) in enumerate(self.backend.denoiser(denoise), 1):
+            for state in denoise(self.backend, loop):
                 with clock.paused():
                     preview = None
-                    if request.preview_every and step % request.preview_every == 0 and step < total:
-                        # Where this step's velocity leads if followed to the end: clearer than the noisy latents.
-                        preview = to_pil(self.backend.vae(current + float(1 - times[step]) * velocity))
-                    yield StepEvent(step, total, preview)
-                self._check(cancel)
-        self._check(cancel)
-        return current
+                    wanted = request.preview_every and state.step % request.preview_every == 0
+                    if wanted and state.step < state.total:
+                        check(cancel)
+                        preview = to_pil(self.backend.vae(state.preview))
+                    yield StepEvent(state.step, state.total, preview)
+        return state.latents
 
     def decode(self, latents: Array, clock: _Clock | None = None) -> NDArray[np.float32]:
         """Latents → pixels (n, H, W, 3) in [0, 1]."""
@@ -334,7 +348,7 @@ class Pipeline:
     ) -> Generator[Event, None, None]:
         """`understand` as events: text as it is written, then the answer."""
         Request(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # the same checks
-        cancel, clock = cancel or threading.Event(), _Clock(self.backend)
+        clock = _Clock(self.backend)
         seed = seed if seed is not None else secrets.randbits(32)
         patches = embeds = None
         if image is not None:
@@ -342,8 +356,8 @@ class Pipeline:
                 patches = prepare_image(image, self.config, max_image_tokens)
                 embeds = self.backend.vision(patches)
         messages = understand_messages(prompt, image is not None)
-        language = self._language_request(messages, patches, embeds, max_new_tokens, temperature, seed, cancel)
-        text, tokens = yield from self._write(self.backend.language(language), language, 0, cancel, clock)
+        language = self.language_request(messages, patches, embeds, max_new_tokens, temperature, seed, cancel)
+        _, text, tokens = yield from self._write(language, 0, clock)
         settings = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         yield AnswerEvent(
             GenerationResult(
@@ -351,16 +365,18 @@ class Pipeline:
             )
         )
 
-    def _language_request(
+    def language_request(
         self,
         messages: list[Message],
-        patches: ImagePatches | None,
-        embeds: Array,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        cancel: threading.Event,
+        patches: ImagePatches | None = None,
+        embeds: Array = None,
+        max_new_tokens: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+        cancel: threading.Event | None = None,
+        draft_tokens: int = 0,
     ) -> LanguageRequest:
+        """A chat as stage `language` takes it: token ids, positions, and the checkpoint's generation settings."""
         ids = np.array(self.chat.encode(messages, [patches.tokens] if patches else []), np.int64)
         language, generation = self.config.language, self.config.generation
         room = language.max_positions - len(ids)
@@ -383,17 +399,13 @@ class Pipeline:
             repetition_penalty=generation.repetition_penalty,
             temperature=temperature,
             uniforms=uniforms(seed, max_new_tokens) if temperature > 0 else np.zeros(0),
-            cancelled=cancel.is_set,
+            draft_tokens=draft_tokens,
+            cancel=cancel,
         )
 
     def _image_tokens(self, request: Request) -> int:
         side = self.config.vae.downscale * self.config.decoder.patch_size
         return (request.height // side) * (request.width // side)
-
-    @staticmethod
-    def _check(cancel: threading.Event) -> None:
-        if cancel.is_set():
-            raise GenerationCancelled("cancelled by the caller")
 
 
 class _Clock:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import FIRST_STEPS
+from .backends.base import FIRST_STEPS, OPTIONAL
 from .errors import BadRequestError
 from .inputs.images import DEFAULT_IMAGE_TOKENS
 from .inputs.prompts import DEFAULT_NEGATIVE
@@ -95,11 +95,10 @@ class Request:
         """(n, 4, H/8, W/8)."""
         return self.num_images, 4, self.height // 8, self.width // 8
 
-    def special(self) -> list[str]:
-        """Options in use that not every backend has: the lossy ones and drafts."""
+    def optional(self) -> list[str]:
+        """Options in use that a backend may lack."""
         defaults = {f.name: f.default for f in fields(self)}
-        names = ("guidance_interval", "solver", "step_cache", "draft_tokens")
-        return [n for n in names if getattr(self, n) != defaults[n]]
+        return [name for name in OPTIONAL if getattr(self, name) != defaults[name]]
 
     def settings(self) -> dict[str, Any]:
         """What repeats the request, as plain data: everything but images and latents."""

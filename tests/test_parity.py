@@ -15,6 +15,7 @@ from mindomni_rt.backends.base import DenoiseRequest
 from mindomni_rt.inputs.images import prepare_image
 from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import Request
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.random import noise
 from mindomni_rt.sampling.schedule import timesteps
 
@@ -94,7 +95,7 @@ def test_each_stage(pipe: Pipeline, name: str) -> None:
         guidance_scale=case["guidance_scale"],
         first_step=request.first_step,
     )
-    velocities = [pipe.backend.numpy(v)[0] for _, v in pipe.backend.denoiser(loop)]
+    velocities = [pipe.backend.numpy(state.velocity)[0] for state in denoise(pipe.backend, loop)]
     assert len(velocities) == len(arrays["guided_velocity"])
     for found, expected in zip(velocities, arrays["guided_velocity"], strict=True):
         assert relative(found, expected) < pipe.bound
@@ -124,8 +125,6 @@ def test_understanding(pipe: Pipeline, name: str) -> None:
 
 @pytest.mark.parametrize("name", UNDERSTANDING)
 def test_understanding_hidden_states_and_logits(pipe: Pipeline, name: str) -> None:
-    import threading
-
     import torch
 
     from mindomni_rt.backends.torch.backend import TorchBackend
@@ -138,26 +137,25 @@ def test_understanding_hidden_states_and_logits(pipe: Pipeline, name: str) -> No
         np.testing.assert_allclose(patches.patches, arrays["generate_input_0.pixel_values"], atol=1e-5)
         assert list(patches.grid) == arrays["generate_input_0.image_grid_thw"][0].tolist()
     messages = understand_messages(case["text"], patches is not None)
-    language = pipe._language_request(messages, patches, embeds, 0, 0.0, 0, threading.Event())
+    language = pipe.language_request(messages, patches, embeds)
     assert language.token_ids.tolist() == arrays["generate_input_0.input_ids"][0].tolist()
-    run = pipe.backend.language(language)
-    assert relative(pipe.backend.numpy(run.hidden), arrays["prompt_hidden_prenorm"]) < pipe.bound
+    session = pipe.backend.language(language)
+    hidden = session.hidden()
+    assert relative(pipe.backend.numpy(hidden), arrays["prompt_hidden_prenorm"]) < pipe.bound
     if isinstance(pipe.backend, TorchBackend):
         with torch.inference_mode():
-            logits = pipe.backend.model.language.logits(run.hidden).numpy()
+            logits = pipe.backend.model.language.logits(hidden).numpy()
     else:  # a compiled graph computes the last row alone
-        logits = pipe.backend.numpy(run._logits)[None]
+        logits = pipe.backend.numpy(session._scores)
     assert relative(logits, arrays["prompt_logits"][:, -logits.shape[1] :]) < pipe.bound
 
 
 def test_negative_prompt_agrees(pipe: Pipeline) -> None:
-    import threading
-
     from mindomni_rt.inputs.prompts import generate_messages
 
     case, arrays = load_case("t2i_plain")
     messages = generate_messages(case["negative_prompt"], think=False)
-    language = pipe._language_request(messages, None, None, 0, 0.0, 0, threading.Event())
-    hidden = pipe.backend.language(language).hidden
+    language = pipe.language_request(messages)
+    hidden = pipe.backend.language(language).hidden()
     assert relative(pipe.backend.numpy(hidden), arrays["negative_context_hidden_state"]) < pipe.bound
     assert relative(pipe.backend.numpy(pipe.backend.connector(hidden)), arrays["connector_uncond"]) < pipe.bound

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from PIL import Image
 
 import mindomni_rt
 from mindomni_rt import BadRequestError, GenerationCancelled, ImageEvent, Pipeline, StepEvent, TextEvent
+from mindomni_rt.inputs.positions import image_positions
 from mindomni_rt.model.tiny import write_random_checkpoint
+from mindomni_rt.request import Request
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=2, max_new_tokens=6, seed=1, output="numpy")
 
@@ -167,9 +170,7 @@ def test_edit_features(editor: Pipeline) -> None:
     plain = editor.generate("the same, but red", image=picture(), edit_features="vit", **SMALL)
     full = editor.generate("the same, but red", image=picture(), edit_features="vit+vae", **SMALL)
     assert np.abs(plain.images - full.images).max() > 1e-3
-    request = mindomni_rt.pipeline.Request(  # type: ignore[attr-defined]
-        prompt="x", image=picture(), think=False, edit_features="vit+vae", height=32, width=48
-    )
+    request = Request(prompt="x", image=picture(), think=False, edit_features="vit+vae", height=32, width=48)
     thinking = editor.think(request)
     try:
         while True:
@@ -180,7 +181,7 @@ def test_edit_features(editor: Pipeline) -> None:
     assert latents.shape == (1, 4, 4, 8)  # 70x40 → 64x32 pixels
     condition = editor.backend.connector(thought.hidden, thought.image_latents)
     expected = editor.backend.model.decoder.input_x_embedder(latents)
-    expected = expected + torch.from_numpy(mindomni_rt.positions.image_positions(editor.config.decoder, 2, 4))
+    expected = expected + torch.from_numpy(image_positions(editor.config.decoder, 2, 4))
     torch.testing.assert_close(condition[:, start : start + 8], expected)
 
 
@@ -277,3 +278,45 @@ def test_decoding_alone(pipe: Pipeline, tmp_path: Path) -> None:
     result = pipe.generate("two cats", **SMALL)
     pixels = pipe.decode(torch.from_numpy(result.latents))
     np.testing.assert_allclose(pixels, result.images, atol=1e-6)
+
+
+def test_cancel_is_one_event_everywhere(pipe: Pipeline) -> None:
+    """generate and understand take it too; a callback's False sets it."""
+    cancel = threading.Event()
+    with pytest.raises(GenerationCancelled):
+        pipe.generate("two cats", cancel=cancel, callback=lambda event: not isinstance(event, StepEvent), **SMALL)
+    assert cancel.is_set()
+    for run in (pipe.generate, pipe.understand):
+        with pytest.raises(GenerationCancelled):
+            run("two cats", cancel=cancel)
+    with pytest.raises(GenerationCancelled):
+        pipe.generate("two cats", callback=lambda event: not isinstance(event, ImageEvent), **SMALL)
+
+
+def test_a_reference_image_is_decoded_once(editor: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "picture.png", []
+    picture().save(path)
+    original = Image.open
+
+    def counted(*given: Any, **named: Any) -> Image.Image:
+        opened.append(given)
+        return original(*given, **named)
+
+    monkeypatch.setattr(Image, "open", counted)
+    editor.generate("the same, but red", image=path, edit_features="vit+vae", **SMALL)
+    assert len(opened) == 1
+
+
+def test_latents_are_copied_when_asked_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    copy = pipe.backend.numpy
+    monkeypatch.setattr(pipe.backend, "numpy", lambda array: (copies.append(array.shape), copy(array))[1])
+    result = pipe.generate("two cats", **SMALL)
+    assert copies == []
+    latents = result.latents
+    assert latents is not None and latents.shape == (1, 4, 4, 6) and latents is result.latents and len(copies) == 1
+    assert pipe.generate("three dogs", **SMALL).latents is not None
+    assert np.array_equal(latents, pipe.generate("two cats", **SMALL).latents)
+    again = pickle.loads(pickle.dumps(result))
+    assert np.array_equal(again.latents, latents) and again.fetch_latents is None
+    assert pipe.understand("what is it?", max_new_tokens=2).latents is None

@@ -62,7 +62,7 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
 
     from .counter import counting, counting_flops
 
-    backend = load_torch(model, "cpu", "float32", fast=False)
+    backend = load_torch(model, "cpu", "float32")
     assert isinstance(backend, TorchBackend)
     for _ in stages(backend, counting):  # what is made once, on first use, is not part of a request
         pass
@@ -93,6 +93,8 @@ def stages(backend: Any, frame: Frame) -> Iterator[tuple[str, int, Any]]:
     """The fixed request: (stage, units of its work, what `frame` gave around it)."""
     from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
     from mindomni_rt.inputs.images import ImagePatches
+    from mindomni_rt.sampling.decode import generate_tokens
+    from mindomni_rt.sampling.denoise import denoise
     from mindomni_rt.sampling.schedule import timesteps
 
     config, sizes = backend.config, REQUEST
@@ -115,14 +117,14 @@ def stages(backend: Any, frame: Frame) -> Iterator[tuple[str, int, Any]]:
     yield "vision", 1, counter
     with frame() as counter:
         thought = language(sizes["prompt"], new)
-        tokens = iter(thought)
+        tokens = generate_tokens(thought)
         next(tokens)
     yield "language.prefill", 1, counter
     with frame() as counter:
         for _ in range(new - 1):
             next(tokens)
     yield "language.decode", new - 1, counter
-    hidden = [thought.hidden, language(sizes["negative"], 0).hidden]
+    hidden = [thought.hidden(new), language(sizes["negative"], 0).hidden()]
     with frame() as counter:
         conditions = [backend.connector(h) for h in hidden]
     yield "connector", 2, counter
@@ -138,7 +140,7 @@ def stages(backend: Any, frame: Frame) -> Iterator[tuple[str, int, Any]]:
         guidance_scale=3.0,
     )
     with frame() as counter:
-        latents = [latents for latents, _ in backend.denoiser(request)][-1]
+        latents = [state.latents for state in denoise(backend, request)][-1]
     yield "denoiser", steps, counter
     with frame() as counter:
         backend.vae(latents)

@@ -47,6 +47,8 @@ def run_stages(config: ModelConfig, work: Workload, dtype: str) -> dict[str, int
     from mindomni_rt.backends.torch.backend import TorchBackend
     from mindomni_rt.inputs.images import ImagePatches
     from mindomni_rt.model.mindomni import MindOmniModel
+    from mindomni_rt.sampling.decode import generate_tokens
+    from mindomni_rt.sampling.denoise import denoise
     from mindomni_rt.sampling.schedule import timesteps
 
     base = resident()[0]
@@ -76,9 +78,7 @@ def run_stages(config: ModelConfig, work: Workload, dtype: str) -> dict[str, int
             token_ids=ids, positions=places, next_position=tokens, image_embeds=embeds, max_new_tokens=new
         )
         language = backend.language(request)
-        for _ in language:
-            pass
-        return language.hidden
+        return language.hidden(len(list(generate_tokens(language))))
 
     embeds = None
     if work.patches[0]:
@@ -102,8 +102,8 @@ def run_stages(config: ModelConfig, work: Workload, dtype: str) -> dict[str, int
     )
 
     def paint() -> Any:
-        for latents, _ in backend.denoiser(request):
-            final = latents
+        for state in denoise(backend, request):
+            final = state.latents
         return final
 
     latents = stage("denoiser", paint)

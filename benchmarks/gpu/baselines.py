@@ -80,7 +80,7 @@ class EagerDecoder:
 
             x = layer(x, self._cos[:, start:], self._sin[:, start:], attend)
         modulation = decoder.modulation(features).unsqueeze(1)
-        return decoder._velocity(x[:, 1:], modulation, *latents.shape[-2:])
+        return decoder.velocity(x[:, 1:], modulation, *latents.shape[-2:])
 
 
 def transformers_language(language: LanguageModel) -> Any:

@@ -19,7 +19,9 @@ from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.model.mindomni import MindOmniModel
-from mindomni_rt.sampling.schedule import timesteps
+from mindomni_rt.sampling.decode import generate_tokens
+from mindomni_rt.sampling.denoise import denoise
+from mindomni_rt.sampling.schedule import plan_steps, timesteps
 
 from .baselines import EagerDecoder
 from .measure import Meter, relative_error
@@ -128,14 +130,10 @@ def our_steps(
     found: dict[str, Any] = {"prefixes_s": seconds}
     request = denoise_request(preset, prefixes, side)
     meter.restart()
-    for _ in backend.denoiser(request):  # captures
-        break
-    loop = next(iter(backend._loops.values()))
+    session = backend.denoiser(request)
     with torch.inference_mode():
-        loop.load([p.kv for p in prefixes], request.latents)
-        loop.at_step([p.kv for p in prefixes], prefixes[0].modulation[0], 0)
-        first = loop.velocity(2)[:, 0].clone()
-        times = [meter.once(lambda: loop.velocity(2))[0] for _ in range(meter.runs)]
+        first = session.velocities(plan_steps(request.times)[0])[:, 0].clone()  # captures
+        times = [meter.once(lambda: session.buffers.velocity(2))[0] for _ in range(meter.runs)]
     found |= {"step_s": median(times), "step_runs_s": times, "peak_bytes": meter.peak()}
     if exact is not None:
         found["error_to_eager"] = relative_error(first, exact)
@@ -155,7 +153,7 @@ def our_decoding(preset: Preset, backend: TorchCudaBackend, meter: Meter, **more
     """Seconds of the prefill and of each token, by the difference between a long text and a short one."""
 
     def write(new: int) -> list[int]:
-        return list(backend.language(language_request(preset, new, **more)))
+        return list(generate_tokens(backend.language(language_request(preset, new, **more))))
 
     write(preset.new)  # compiles, tunes, captures
     meter.restart()
@@ -174,7 +172,7 @@ def our_decoding(preset: Preset, backend: TorchCudaBackend, meter: Meter, **more
 
 def decode_bytes(backend: TorchCudaBackend) -> int:
     """Bytes of weights that one token reads: blocks, norm and head."""
-    modules = (backend.language_stack, backend._head)
+    modules = (backend.language_stack, backend.head)
     tensors = {t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_meta}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -190,16 +188,12 @@ def whole_request(preset: Preset, backend: TorchCudaBackend, meter: Meter, side:
 
     def think(new: int, count: int | None = None) -> Any:
         run = backend.language(language_request(preset, new, count))
-        for _ in run:
-            pass
-        return run.hidden
+        return run.hidden(len(list(generate_tokens(run))))
 
     def paint() -> Tensor:
-        latents = None
-        for latents, _ in backend.denoiser(denoise_request(preset, prefixes, side, **lossy)):  # noqa: B007
-            pass
-        assert latents is not None
-        return latents
+        *_, last = denoise(backend, denoise_request(preset, prefixes, side, **lossy))
+        found: Tensor = last.latents
+        return found
 
     meter.restart()
     hidden = stage("language", lambda: think(preset.new))

@@ -15,6 +15,8 @@ from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
 from mindomni_rt.backends.compiled.onnx import load_onnx
 from mindomni_rt.bundle.manifest import open_bundle
 from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.sampling.decode import generate_tokens
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
 from .pairs import BOUNDS, Group, Match, Pair, after_first, read, timed
@@ -59,7 +61,7 @@ class _Work:
         count = len(ids)
         places = np.tile(np.arange(count), (3, 1))
         request = LanguageRequest(token_ids=ids, positions=places, next_position=count, max_new_tokens=self.new)
-        return self.ours.language(request)
+        return generate_tokens(self.ours.language(request))
 
     @cached_property
     def prefixes(self) -> tuple[list[Any], list[Arrays]]:
@@ -74,10 +76,8 @@ class _Work:
         request = DenoiseRequest(
             latents=self.latents, times=self.times, guided=guided, unguided=unguided, guidance_scale=GUIDANCE
         )
-        latents = None
-        for latents, _ in self.ours.denoiser(request):  # noqa: B007
-            pass
-        return latents
+        *_, last = denoise(self.ours, request)
+        return last.latents
 
 
 def onnx_group(

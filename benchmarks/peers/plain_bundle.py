@@ -59,11 +59,12 @@ class PlainBundle:
                 "cos": cos[filled : filled + count],
                 "sin": sin[filled : filled + count],
                 "start": np.array([filled]),
+                "scored": np.array([count - 1]),
                 **caches,
             }
             out = self.run("language", feeds)
             caches = {old: out[made] for old, made in spec.in_place}
-            chosen = self.run("choose", {"logits": out["logits"], "seen": seen, "penalty": penalty})
+            chosen = self.run("choose", {"logits": out["logits"][0], "seen": seen, "penalty": penalty})
             tokens, seen, filled = chosen["token"], chosen["new_seen"], filled + count
             yield int(tokens[0, 0])
 
@@ -98,5 +99,6 @@ class PlainBundle:
                 feeds |= {name: prefix[name][step] for name in ("time_keys", "time_values", "modulation")}
                 velocities.append(self.run("denoiser", feeds)["velocity"])
             feeds = {"latents": now, "guided": velocities[0], "unguided": velocities[1], "scale": scale}
-            now = self.run("euler", {**feeds, "interval": np.array([interval])})["new_latents"]
+            feeds |= {"previous": velocities[0], "weight": np.array([interval]), "previous_weight": scale * 0}
+            now = self.run("update", feeds)["new_latents"]
         return unpatchify(now, decoder.patch_size, height, width)

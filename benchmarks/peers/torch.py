@@ -16,6 +16,8 @@ from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
 from mindomni_rt.backends.torch.backend import TorchBackend
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.sampling.decode import generate_tokens
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import guide, timesteps
 
 from ..gpu.baselines import language_generate, omnigen_decoder, omnigen_inputs, omnigen_step, transformers_language
@@ -46,22 +48,22 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
     ids = torch.from_numpy(request.token_ids).to(device)[None]
     with torch.inference_mode():
         expected = theirs.model(input_ids=ids).last_hidden_state
-        hidden = theirs.model.language_model.norm(ours.language(language_request(preset, 0)).hidden)
+        hidden = theirs.model.language_model.norm(ours.language(language_request(preset, 0)).hidden())
         error = relative_error(expected, hidden)
     text = language_generate(theirs, ids, preset.new, False)[0, ids.shape[1] :].tolist()
-    written = list(ours.language(request))
+    written = list(generate_tokens(ours.language(request)))
     equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, written, strict=True)))
     exact = preset.dtype == "float32"
     match = Match(error=error, bound=BOUNDS[preset.dtype], tokens_equal=equal == preset.new if exact else None)
 
     prefill = Pair(
         name="prefill and first token",
-        ours=timed(lambda: list(ours.language(first))),
+        ours=timed(lambda: list(generate_tokens(ours.language(first)))),
         theirs=timed(lambda: language_generate(theirs, ids, 1, False)),
     )
     decode = Pair(
         name="decoded token",
-        ours=after_first(lambda mark: read(ours.language(request), mark), preset.new - 1),
+        ours=after_first(lambda mark: read(generate_tokens(ours.language(request)), mark), preset.new - 1),
         theirs=after_first(lambda mark: language_generate(theirs, ids, preset.new, False, mark), preset.new - 1),
         rate="tokens/s",
     )
@@ -89,10 +91,9 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
         return [ours.prefix(c, times[:-1], (side // 16) ** 2) for c in found]
 
     def our_loop(ready: Sequence[Any]) -> Tensor:
-        latents = start
-        for latents, _ in ours.denoiser(denoise_request(preset, ready, side)):  # noqa: B007
-            pass
-        return latents
+        *_, last = denoise(ours, denoise_request(preset, ready, side))
+        found: Tensor = last.latents
+        return found
 
     def their_loop() -> Tensor:
         latents = start
@@ -127,4 +128,5 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
 def _first_velocity(ours: TorchBackend, prefix: Any, times: np.ndarray, side: int) -> Tensor:
     """Velocity (1, 4, h, w) of one branch alone at the first time."""
     request = DenoiseRequest(latents=noise(side), times=times, guided=prefix, unguided=None, guidance_scale=1.0)
-    return next(iter(ours.denoiser(request)))[1].clone()
+    velocity: Tensor = next(denoise(ours, request)).velocity
+    return velocity.clone()

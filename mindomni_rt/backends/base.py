@@ -1,12 +1,16 @@
 """What every backend offers: one method for each of the six stages.
 
+Two stages are loops, `language` and `denoiser`: for them a backend offers a session, and the loops themselves are
+`sampling.decode` and `sampling.denoise`.
+
 `Array` is whatever a backend keeps its data in (a torch tensor, a numpy array, a device buffer). The pipeline passes
 arrays from one stage to the next without looking inside, so nothing need leave the device between stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,14 +19,12 @@ from numpy.typing import NDArray
 
 from ..checkpoint.config import ModelConfig
 from ..inputs.images import ImagePatches
+from ..sampling.schedule import Step
 
 Array = Any
 FIRST_STEPS = ("full", "condition_only")
-
-
-def never() -> bool:
-    """The default of every `cancelled` argument."""
-    return False
+OPTIONAL = ("draft_tokens", "step_cache")
+"""Options of a request that a backend may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,9 @@ class LanguageRequest:
     """A prompt and how to continue it. max_new_tokens 0 asks for the prompt's hidden states alone.
 
     token_ids (S,); positions (3, S) and next_position as `positions.mrope_positions` gives them; image_embeds from
-    stage `vision`, in the order of the image tokens. temperature 0 is greedy; above it each token is drawn with its
-    entry of `uniforms` (max_new_tokens,), so that every backend draws alike. draft_tokens: guesses verified at once
-    (`speculative`), where the backend can; the text is the same.
+    stage `vision`, in the order of the image tokens. temperature 0 is greedy; above it each token is sampled with its
+    entry of `uniforms` (max_new_tokens,), so that every backend chooses alike. draft_tokens: guesses verified at once
+    (`sampling.drafts`); the text is the same. Setting `cancel` ends the text with GenerationCancelled.
     """
 
     token_ids: NDArray[np.int64]
@@ -45,17 +47,38 @@ class LanguageRequest:
     temperature: float = 0.0
     uniforms: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     draft_tokens: int = 0
-    cancelled: Callable[[], bool] = never
+    cancel: threading.Event | None = None
 
 
-class LanguageRun(Protocol):
-    """Iterate for token ids as they are chosen (the end-of-text token too); then read `hidden`."""
+class LanguageSession(Protocol):
+    """A prompt that has been prefilled, and the text that grows behind it. `sampling.decode` drives it.
 
-    def __iter__(self) -> Iterator[int]: ...
+    room: how many tokens may follow, max_new_tokens or less where the cache ends before. lag: steps that may be queued
+    before the first is read.
+    """
 
-    @property
-    def hidden(self) -> Array:
-        """Pre-norm hidden states (1, L, C) of the prompt and of every generated token but the last chosen."""
+    request: LanguageRequest
+    room: int
+    lag: int
+
+    def advance(self, draft: Sequence[int] = ()) -> None:
+        """Queues a step: the choice of the next token, and of one after each drafted token.
+
+        The first step chooses from the prompt's scores and takes no draft. Each later one runs the last kept token and
+        the draft through the model.
+        """
+        ...
+
+    def read(self) -> list[int]:
+        """Choices of the oldest step that was not read, one more than its draft. Waits for the device, once."""
+        ...
+
+    def keep(self, count: int) -> None:
+        """How many of the choices just read belong to the text: the accepted drafts and the one after them."""
+        ...
+
+    def hidden(self, written: int = 0) -> Array:
+        """Pre-norm hidden states (1, L, C) of the prompt and of the first `written` tokens but the last of them."""
         ...
 
 
@@ -73,7 +96,7 @@ class DenoiseRequest:
     unguided None runs the guided branch alone (guidance scale 1 needs no other). first_step "condition_only" gives
     the first step the condition's keys only, as the released code does with its cache on; "full" is the model as
     trained. guidance_interval, solver and step_cache are lossy (`schedule.within`, `schedule.Solver`,
-    `torch_cache.StepCache`); a backend names those it can in `features`.
+    `fast.step_cache.StepCache`). Setting `cancel` ends the loop with GenerationCancelled.
     """
 
     latents: NDArray[np.float32]
@@ -85,23 +108,50 @@ class DenoiseRequest:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
     step_cache: float = 0.0
-    cancelled: Callable[[], bool] = never
+    cancel: threading.Event | None = None
+
+    def prefixes(self) -> list[Prefix]:
+        """The guided prefix, then the unguided one if there is any."""
+        return [self.guided] if self.unguided is None else [self.guided, self.unguided]
+
+
+class DenoiseSession(Protocol):
+    """Latents on the device between the steps of a loop. `sampling.denoise` drives it; arrays are (n, 4, h, w)."""
+
+    def step(self, step: Step) -> None:
+        """Queues one step: velocities, guidance, update. Nothing is copied to the host."""
+        ...
+
+    @property
+    def latents(self) -> Array:
+        """The current latents, float32. The next step may reuse their memory; after the last one they stay."""
+        ...
+
+    @property
+    def velocity(self) -> Array:
+        """The last step's velocity after guidance."""
+        ...
+
+    def ahead(self, time: float) -> Array:
+        """latents + time · velocity."""
+        ...
 
 
 class Backend(Protocol):
-    """A loaded model."""
+    """A loaded model. capabilities: those of `OPTIONAL` that it has."""
 
     name: str
     device: str
     dtype: str
     config: ModelConfig
+    capabilities: frozenset[str]
 
     def vision(self, image: ImagePatches) -> Array:
         """Patches -> image embeddings (tokens, language hidden)."""
         ...
 
-    def language(self, request: LanguageRequest) -> LanguageRun:
-        """Tokens -> next tokens and hidden states."""
+    def language(self, request: LanguageRequest) -> LanguageSession:
+        """Prefills a prompt; the session gives hidden states and next tokens."""
         ...
 
     def connector(self, hidden: Array, image_latents: Sequence[tuple[int, Array]] = ()) -> Array:
@@ -121,8 +171,8 @@ class Backend(Protocol):
         """Condition and the schedule's times (T,) -> K/V. image_tokens decides LongRoPE's factors."""
         ...
 
-    def denoiser(self, request: DenoiseRequest) -> Iterator[tuple[Array, Array]]:
-        """After each step: (latents, guided velocity), each (n, 4, h, w). The next step may reuse their memory."""
+    def denoiser(self, request: DenoiseRequest) -> DenoiseSession:
+        """Noise and prefixes on the device, ready for the first step."""
         ...
 
     def vae(self, latents: Array) -> NDArray[np.float32]:

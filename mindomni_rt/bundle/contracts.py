@@ -1,9 +1,9 @@
 """What every compiled graph takes and gives: names, axes, types, limits. Export, runtime, tests and docs read it here.
 
 A stage is one graph, sometimes two or three: `language` also has `choose` (the greedy token, so that scores stay on the
-device); `denoiser` also has `denoiser_first` (the condition_only first step) and
-`euler` (the sampler's arithmetic, for runtimes that have no array library on the device); `connector` has `features`
-(VAE features of a reference image); `vae` has `vae_encode`.
+device); `denoiser` also has `denoiser_first` (the condition_only first step) and `update` (guidance and the solver's
+step, for runtimes that have no array library on the device); `connector` has `features` (VAE features of a reference
+image); `vae` has `vae_encode`.
 
 The decoder's graphs take the latent as patches (N, patch² · channels), in the order (row, column, channel) in which it
 writes its velocity: then one axis, N, describes an image, and the sampler works on patches as well as on pixels.
@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from ..checkpoint.config import ModelConfig
 from ..errors import BadRequestError
+from ..sampling.tiling import TILE
 
 STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 OPSET = 24  # the first with TensorScatter, which updates a KV cache in place
@@ -147,11 +148,13 @@ def _language(config: ModelConfig) -> GraphSpec:
             TensorSpec(name="cos", axes=("sequence", half), dtype="float32"),
             TensorSpec(name="sin", axes=("sequence", half), dtype="float32"),
             TensorSpec(name="start", axes=(1,), dtype="int64"),
+            # Rows of the sequence whose next token is asked for.
+            TensorSpec(name="scored", axes=("scores",), dtype="int64"),
             *(TensorSpec(name=f"keys_{i}", axes=cache) for i in layers),
             *(TensorSpec(name=f"values_{i}", axes=cache) for i in layers),
         ),
         outputs=(
-            TensorSpec(name="logits", axes=(1, config.language.vocab_size), dtype="float32"),
+            TensorSpec(name="logits", axes=(1, "scores", config.language.vocab_size), dtype="float32"),
             TensorSpec(name="hidden", axes=(1, "sequence", stack.hidden_size)),
             *(TensorSpec(name=f"new_keys_{i}", axes=cache) for i in layers),
             *(TensorSpec(name=f"new_values_{i}", axes=cache) for i in layers),
@@ -253,15 +256,14 @@ def _denoiser(config: ModelConfig) -> tuple[GraphSpec, ...]:
     )
     velocity = (TensorSpec(name="velocity", axes=image, dtype="float32"),)
     common = {"stage": "denoiser", "outputs": velocity, "head_dim": stack.head_dim}
-    euler = GraphSpec(
-        name="euler",
+    # velocity = unguided + scale · (guided - unguided)
+    # new_latents = latents + weight · velocity + previous_weight · previous
+    update = GraphSpec(
+        name="update",
         stage="denoiser",
         inputs=(
-            TensorSpec(name="latents", axes=image, dtype="float32"),
-            TensorSpec(name="guided", axes=image, dtype="float32"),
-            TensorSpec(name="unguided", axes=image, dtype="float32"),
-            TensorSpec(name="scale", axes=(1,), dtype="float32"),
-            TensorSpec(name="interval", axes=(1,), dtype="float32"),
+            *(TensorSpec(name=n, axes=image, dtype="float32") for n in ("latents", "guided", "unguided", "previous")),
+            *(TensorSpec(name=n, axes=(1,), dtype="float32") for n in ("scale", "weight", "previous_weight")),
         ),
         outputs=(
             TensorSpec(name="new_latents", axes=image, dtype="float32"),
@@ -271,7 +273,7 @@ def _denoiser(config: ModelConfig) -> tuple[GraphSpec, ...]:
     return (
         GraphSpec(name="denoiser", inputs=(*first, *time, *last), **common),  # type: ignore[arg-type]
         GraphSpec(name="denoiser_first", inputs=(*first, *last), **common),  # type: ignore[arg-type]
-        euler,
+        update,
     )
 
 
@@ -307,7 +309,7 @@ _SIDES = {"512": (256, 512, 512), "1024": (256, 1024, 1024), "any": (16, 1024, 3
 _CAPACITY = {"512": 2560, "1024": 2560, "any": 4096}
 _IMAGE_EMBEDS = {"512": 1369, "1024": 1369, "any": 2560}
 PROFILES = tuple(_SIDES)
-TILE = 128  # latents a side that the VAE takes whole: 1024 pixels; larger images go through it in tiles
+MAX_SCORES = 17  # a chosen token and 16 drafts
 
 
 def profile(name: str, config: ModelConfig) -> Profile:
@@ -325,6 +327,7 @@ def profile(name: str, config: ModelConfig) -> Profile:
         ranges={
             "sequence": (1, prompt, capacity),
             "capacity": (capacity, capacity, capacity),
+            "scores": (1, 1, MAX_SCORES),
             "images": (1, 1, embeds),
             "merged": (1, min(324, embeds), embeds),
             # One merged row makes the most windows of its tokens.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -114,3 +115,50 @@ def time_features(times: ArrayLike, dim: int = 256) -> Floats:
     frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = t * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class PrefixTables:
+    """What the prefix pass reads besides the condition: L condition tokens, then the T time tokens of a schedule.
+
+    features (T, 256) of the times; cos, sin (L + T, D/2), the time tokens all at the position after the condition;
+    visible (L + T, L + T) bool, True = may attend: the condition is causal, a time token sees the condition and itself.
+    """
+
+    features: Floats
+    cos: Floats
+    sin: Floats
+    visible: NDArray[np.bool_]
+
+
+def prefix_tables(
+    config: DecoderConfig,
+    length: int,
+    times: ArrayLike,
+    image_tokens: int,
+    blocks: Sequence[tuple[int, int]] = (),
+    padded: int | None = None,
+) -> PrefixTables:
+    """Tables of the prefix pass of one condition of `length` tokens.
+
+    times (T,) of the schedule. image_tokens: of the image to be generated; LongRoPE chooses its factors by the whole
+    length. blocks: [start, end) of input images' tokens, which see each other in both directions. padded: rows of a
+    batch have this many places for the condition, the unused ones on the right; nothing else sees those.
+    """
+    stack, steps = config.stack, len(np.asarray(times))
+    longest = length if padded is None else padded
+    place = np.concatenate([np.minimum(np.arange(longest), length), np.full(steps, length)])
+    cos, sin = rope_tables(stack.rope, stack.head_dim, place, length + 1 + image_tokens)
+    total = longest + steps
+    visible = np.tri(total, dtype=np.bool_)
+    visible[:, length:] = np.eye(total, dtype=np.bool_)[:, length:]
+    for start, end in blocks:
+        visible[start:end, start:end] = True
+    return PrefixTables(time_features(times, config.time_frequencies), cos, sin, visible)
+
+
+def image_tables(config: DecoderConfig, length: int, image_tokens: int) -> tuple[Floats, Floats]:
+    """Rotary tables (N, D/2) of the image tokens behind a condition of `length` tokens and one time token."""
+    first = length + 1
+    places = np.arange(first, first + image_tokens)
+    return rope_tables(config.stack.rope, config.stack.head_dim, places, first + image_tokens)

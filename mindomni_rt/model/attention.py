@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""What a stage gives each block: (q, k, v of the new tokens, rotated) -> (B, Hq, S, D)."""
+"""What a block calls: (q, k, v of the new tokens, rotated) -> (B, Hq, S, D)."""
+LayerAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""What a stage gives a stack of blocks: (layer, q, k, v) -> (B, Hq, S, D)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -48,11 +50,15 @@ class Workspace:
 
 
 def segment_attention(
-    q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], workspace: Workspace | None = None
+    q: Tensor,
+    segments: Sequence[tuple[Tensor, Tensor]],
+    workspace: Workspace | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Every query attends to every key of every segment; no mask. A segment of batch 1 serves the whole batch.
+    """Every query attends to every key of every segment. A segment of batch 1 serves the whole batch.
 
-    Without a workspace the segments are concatenated (training needs the gradient, export the plain graph).
+    mask: boolean over all keys, for batches with padded rows. Without a workspace the segments are concatenated
+    (training needs the gradient, export the plain graph).
     """
     if workspace is not None:
         k, v = workspace.gather(segments)
@@ -60,4 +66,4 @@ def segment_attention(
         batch = q.shape[0]
         k = torch.cat([k.expand(batch, -1, -1, -1) for k, _ in segments], dim=2)
         v = torch.cat([v.expand(batch, -1, -1, -1) for _, v in segments], dim=2)
-    return attention(q, k, v)
+    return attention(q, k, v, mask)

@@ -5,12 +5,15 @@ Axes: B batch, S tokens, C hidden, H heads, D head_dim. Submodules carry the pub
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint.config import StackConfig
-from .attention import Attend
+from .attention import Attend, LayerAttend
 
 
 class RMSNorm(nn.Module):
@@ -108,3 +111,22 @@ class Block(nn.Module):
         """x (B, S, C), tables (S, D/2) or (B, S, D/2) -> (B, S, C)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class BlockStack(nn.ModuleList):
+    """Blocks in order. The fast path puts its own stack in this one's place; both are called alike."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__(Block(config) for _ in range(config.num_layers))
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: LayerAttend, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """x (B, S, C) through blocks first…last-1 (all of them) -> (B, S, C)."""
+        for layer in range(first, len(self) if last is None else last):
+            x = self[layer](x, cos, sin, partial(attend, layer))
+        return x
+
+    def keys_values(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of one block's input x."""
+        return cast(Block, self[layer]).keys_values(x, cos, sin)

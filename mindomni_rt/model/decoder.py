@@ -11,7 +11,7 @@ Axes: B batch, L condition tokens, T steps, N image tokens, C hidden, H heads, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from ..checkpoint.config import DecoderConfig
 from ..inputs.positions import image_positions, rope_tables, time_features
-from .attention import Attend, Workspace, attention, segment_attention
-from .block import Block, RMSNorm
+from .attention import Workspace, attention, segment_attention
+from .block import BlockStack, RMSNorm
 
+Keep = Callable[[int, Tensor, Tensor], None]
+"""Stores K and V (B, H, L + T, D) of one layer of a prefix pass: (layer, k, v)."""
 Span = tuple[int, int]
 """[start, end) of an input image's tokens in the condition: they see each other in both directions."""
 
@@ -79,7 +81,7 @@ class _FinalLayer(nn.Module):
 class _Stack(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config.stack) for _ in range(config.stack.num_layers))
+        self.layers = BlockStack(config.stack)
         self.norm = RMSNorm(config.stack.hidden_size, config.stack.rms_norm_eps)
         if config.text_vocab_size:
             self.embed_tokens = nn.Embedding(config.text_vocab_size, config.stack.hidden_size)
@@ -106,32 +108,18 @@ class DiffusionDecoder(nn.Module):
         """Tokens of an input image's latents (1, 4, h, w) for the condition: (1, N, C)."""
         return self.input_x_embedder(latents) + positions.to(latents.dtype)
 
-    def prefix(
-        self, condition: Tensor, features: Tensor, cos: Tensor, sin: Tensor, blocks: Sequence[Span] = ()
-    ) -> PrefixKV:
-        """K and V of the condition and of all time tokens, in one pass.
+    def prefix(self, condition: Tensor, features: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> PrefixKV:
+        """K and V of the condition and of all time tokens, in one pass. Arguments as in `prefix_pass`."""
+        length = condition.shape[1]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
 
-        condition (B, L, C); features (T, 256) of the schedule's times; tables (L + T, D/2), the last T rows all at
-        position L; blocks: spans of input-image tokens.
-        """
-        length, steps = condition.shape[1], features.shape[0]
-        times = self.time_token(features).expand(condition.shape[0], -1, -1)
-        x = torch.cat([condition, times.to(condition.dtype)], dim=1)
-        mask = self._prefix_mask(length, steps, blocks, x.device)
-        keys, values = [], []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def keep(_: int, k: Tensor, v: Tensor) -> None:
             keys.append(k)
             values.append(v)
-            return attention(q, k, v, mask=mask)
 
-        layers = list(self.llm.layers)
-        for layer in layers[:-1]:
-            x = layer(x, cos, sin, attend)
-        last = layers[-1]
-        assert isinstance(last, Block)
-        k, v = last.keys_values(x, cos, sin)  # the last layer's output is never read
-        all_keys, all_values = torch.stack([*keys, k]), torch.stack([*values, v])  # (layers, B, H, L + T, D)
+        self.prefix_pass(condition, features, cos, sin, visible, keep)
+        all_keys, all_values = torch.stack(keys), torch.stack(values)  # (layers, B, H, L + T, D)
         return PrefixKV(
             keys=all_keys[:, :, :, :length].contiguous(),
             values=all_values[:, :, :, :length].contiguous(),
@@ -139,17 +127,24 @@ class DiffusionDecoder(nn.Module):
             time_values=all_values[:, :, :, length:].permute(3, 0, 1, 2, 4).contiguous(),
         )
 
-    @staticmethod
-    def _prefix_mask(length: int, steps: int, blocks: Sequence[Span], device: torch.device) -> Tensor:
-        """(L + T, L + T), True = may attend: causal condition, time tokens that see it and themselves only."""
-        total = length + steps
-        place = torch.arange(total, device=device)
-        row, column = place[:, None], place[None, :]
-        mask = ((column <= row) & (column < length)) | (row == column)
-        for start, end in blocks:
-            inside = (place >= start) & (place < end)
-            mask |= inside[:, None] & inside[None, :]
-        return mask
+    def prefix_pass(
+        self, condition: Tensor, features: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, keep: Keep
+    ) -> None:
+        """Runs condition and time tokens through the blocks and gives each layer's K and V to `keep`.
+
+        condition (B, L, C); features (T, 256), tables (L + T, D/2) or (B, L + T, D/2) and visible (L + T, L + T) or
+        (B, 1, L + T, L + T) of `positions.prefix_tables`.
+        """
+        times = self.time_token(features).expand(condition.shape[0], -1, -1)
+        x = torch.cat([condition, times.to(condition.dtype)], dim=1)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keep(layer, k, v)
+            return attention(q, k, v, mask=visible)
+
+        last = self.config.stack.num_layers - 1
+        x = self.llm.layers(x, cos, sin, attend, last=last)
+        keep(last, *self.llm.layers.keys_values(last, x, cos, sin))  # the last layer's output is never read
 
     def denoise(
         self,
@@ -164,29 +159,30 @@ class DiffusionDecoder(nn.Module):
         positions: Tensor,
         condition_only: bool = False,
         workspace: Workspace | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, 4, h, w) of latents (B, 4, h, w) at one step; image tokens only, no mask.
+        """Velocity (B, 4, h, w) of latents (B, 4, h, w) at one step; image tokens only.
 
         keys, values (layers, B or 1, H, L, D) and time_keys, time_values (layers, B or 1, H, D) of this step, from
-        `prefix`; modulation (2C,); tables (N, D/2) at positions L+1…L+N; positions (N, C).
+        `prefix`; modulation (2C,); tables (N, D/2) or (B, N, D/2) at positions L+1…L+N; positions (N, C).
         condition_only: keys are the condition's alone, as in the first step of the released code with its cache on.
+        mask (B, 1, 1, L + 1 + N): which keys are real, for padded batches; none is needed otherwise.
         """
 
-        def attend_in(layer: int) -> Attend:
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                segments = [(keys[layer], values[layer])]
-                if not condition_only:
-                    segments += [(time_keys[layer].unsqueeze(2), time_values[layer].unsqueeze(2)), (k, v)]
-                return segment_attention(q, segments, workspace)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            segments = [(keys[layer], values[layer])]
+            if not condition_only:
+                segments += [(time_keys[layer].unsqueeze(2), time_values[layer].unsqueeze(2)), (k, v)]
+            return segment_attention(q, segments, workspace, mask)
 
-            return attend
+        x = self.llm.layers(self.image_features(latents, positions), cos, sin, attend)
+        return self.velocity(x, modulation, *latents.shape[-2:])
 
-        x = self.x_embedder(latents) + positions.to(latents.dtype)
-        for index, layer in enumerate(self.llm.layers):
-            x = layer(x, cos, sin, attend_in(index))
-        return self._velocity(x, modulation, *latents.shape[-2:])
+    def image_features(self, latents: Tensor, positions: Tensor) -> Tensor:
+        """Image tokens (B, N, C) of the latents (B, 4, h, w) that are denoised."""
+        return self.x_embedder(latents) + positions.to(latents.dtype)
 
-    def _velocity(self, x: Tensor, modulation: Tensor, height: int, width: int) -> Tensor:
+    def velocity(self, x: Tensor, modulation: Tensor, height: int, width: int) -> Tensor:
         """Last hidden states of image tokens (B, N, C) -> velocity (B, 4, height, width)."""
         x = self.final_layer(self.llm.norm(x), modulation)
         p = self.config.patch_size
@@ -228,7 +224,7 @@ class DiffusionDecoder(nn.Module):
             x = layer(x, cos, sin, lambda q, k, v: attention(q, k, v, mask=mask))
         if feature_maps is not None:
             feature_maps.append(self.llm.norm(x[:, -count:]))
-        return self._velocity(x[:, -count:], self.modulation(features).unsqueeze(1), height, width)
+        return self.velocity(x[:, -count:], self.modulation(features).unsqueeze(1), height, width)
 
     def _whole_tables(self, lengths: Sequence[int], longest: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tables (B, Lmax + 1 + N, D/2); padding repeats a position, which no one sees."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..checkpoint.config import LanguageConfig
-from .attention import Attend, attention
-from .block import Block, RMSNorm
+from .attention import attention
+from .block import BlockStack, RMSNorm
 from .cache import StaticCache
 
 
@@ -18,7 +18,7 @@ class LanguageModel(nn.Module):
         self.config = config
         stack = config.stack
         self.embed_tokens = nn.Embedding(config.vocab_size, stack.hidden_size)
-        self.layers = nn.ModuleList(Block(stack) for _ in range(stack.num_layers))
+        self.layers = BlockStack(stack)
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
         self.lm_head = nn.Linear(stack.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -37,18 +37,13 @@ class LanguageModel(nn.Module):
         With a cache, its first `start` tokens are attended to and the new ones stored. Without one (training), the
         sequence is whole; right-padded rows are safe because attention is causal.
         """
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, self._attend(index, cache, start))
-        return x
 
-    @staticmethod
-    def _attend(layer: int, cache: StaticCache | None, start: int) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
                 k, v = cache.write(layer, k, v, start)
             return attention(q, k, v, causal=True)
 
-        return attend
+        return self.layers(x, cos, sin, attend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token scores (…, vocab) of pre-norm hidden states (…, C)."""

@@ -9,17 +9,15 @@ steepest step between neighbouring pixels grew by at most 1.15, 1.26 and 1.40 ti
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint.config import VAEConfig
-from ..errors import BadCheckpointError, BadRequestError
-
-TILE = 128  # latents a side: a 1024-pixel image is decoded whole
-_OVERLAP = 0.25
+from ..errors import BadCheckpointError
+from ..sampling.tiling import TILE, tiled
 
 
 class _Resnet(nn.Module):
@@ -154,9 +152,7 @@ class AutoencoderKL(nn.Module):
 
         tile: the largest side in latents that is decoded whole, at least 2; None never tiles.
         """
-        if tile is None or max(latents.shape[-2:]) <= tile:
-            return self._decode(latents)
-        return _tiled(self._decode, latents, tile, self.config.downscale, self.config.out_channels)
+        return self._decode(latents) if tile is None else tiled(self._decode, latents, tile, place=_beside)
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
@@ -167,10 +163,7 @@ class AutoencoderKL(nn.Module):
         tile: as in `decode`, in latents. Raises BadCheckpointError if the checkpoint had no encoder.
         """
         factor = self.config.downscale
-        if tile is None or max(pixels.shape[-2:]) <= tile * factor:
-            moments = self._encode(pixels)
-        else:
-            moments = _tiled(self._encode, pixels, tile, 1 / factor, 2 * self.config.latent_channels, unit=factor)
+        moments = self._encode(pixels) if tile is None else tiled(self._encode, pixels, tile, factor, _beside)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -180,46 +173,6 @@ class AutoencoderKL(nn.Module):
         return self.quant_conv(self.encoder(pixels))
 
 
-def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float, channels: int, unit: int = 1) -> Tensor:
-    """Runs overlapping tiles of `tile` units a side and blends them with linear ramps into one output.
-
-    Only the output and one tile live at a time. scale: output over input size; unit: input pixels a unit of `tile`.
-    """
-    height, width = x.shape[-2] // unit, x.shape[-1] // unit
-    if tile < 2:
-        raise BadRequestError(f"tile = {tile}: expected at least 2 latents a side, or None for no tiles")
-    if x.shape[-2] % unit or x.shape[-1] % unit:
-        raise BadRequestError(f"image of {x.shape[-1]}x{x.shape[-2]} pixels: sides must be multiples of {unit}")
-    overlap = max(1, int(tile * _OVERLAP))
-    step = round(unit * scale)
-    out = x.new_zeros(x.shape[0], channels, height * step, width * step)
-    weight = x.new_zeros(1, 1, height * step, width * step)
-    for top in _starts(height, tile, overlap):
-        for left in _starts(width, tile, overlap):
-            bottom, right = min(top + tile, height), min(left + tile, width)
-            part = run(x[..., top * unit : bottom * unit, left * unit : right * unit])
-            ramp = _ramp(top, bottom, height, overlap, step, x)[:, None] * _ramp(left, right, width, overlap, step, x)
-            rows, columns = slice(top * step, bottom * step), slice(left * step, right * step)
-            out[..., rows, columns] += part * ramp
-            weight[..., rows, columns] += ramp
-    return out / weight
-
-
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: evenly spread, so that none is a sliver."""
-    if size <= tile:
-        return [0]
-    count = -(-(size - overlap) // (tile - overlap))
-    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
-
-
-def _ramp(start: int, end: int, size: int, overlap: int, step: int, like: Tensor) -> Tensor:
-    """Weights along one side of a tile: rising and falling over the overlap, but not at the image's own edges."""
-    length, slope = (end - start) * step, overlap * step
-    place = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
-    ramp = torch.ones_like(place)
-    if start > 0:
-        ramp = torch.minimum(ramp, place / slope)
-    if end < size:
-        ramp = torch.minimum(ramp, (length - place) / slope)
-    return ramp
+def _beside(array: NDArray[np.float32], like: Tensor) -> Tensor:
+    """A host array as a tensor of the same type and device as another."""
+    return torch.from_numpy(array).to(like)

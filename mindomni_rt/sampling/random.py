@@ -48,8 +48,26 @@ def batch_noise(seed: int, count: int, shape: Sequence[int]) -> NDArray[np.float
 
 
 def uniforms(seed: int, count: int) -> NDArray[np.float64]:
-    """The numbers in [0, 1) that drawn tokens use, one each: every backend inverts the same distribution with them."""
+    """Numbers in [0, 1), one for each sampled token: every backend inverts the same distribution with them."""
     return np.random.Generator(np.random.Philox(seed & 0xFFFFFFFFFFFFFFFF)).random(count)
+
+
+def choose_tokens(
+    logits: NDArray[np.float32],
+    seen: Sequence[int],
+    draft: Sequence[int] = (),
+    repetition_penalty: float = 1.0,
+    temperature: float = 0.0,
+    uniforms: Sequence[float] | NDArray[np.float64] = (),
+) -> list[int]:
+    """What follows `seen`, and what follows each drafted token if all before it hold: one for each row of logits.
+
+    logits (1 + drafts, vocab); uniforms: one for each row, where the temperature is above 0.
+    """
+    return [
+        choose_token(row, [*seen, *draft[:i]], repetition_penalty, temperature, uniforms[i] if temperature > 0 else 0.0)
+        for i, row in enumerate(logits)
+    ]
 
 
 def choose_token(

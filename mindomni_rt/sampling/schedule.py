@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,26 +36,61 @@ def within(time: float, interval: tuple[float, float]) -> bool:
 
 
 class Solver:
-    """Turns velocities into moves. "euler": the velocity itself, first order. "multistep": Adams-Bashforth of second
-    order with steps of any length, (1 + r/2) v - (r/2) v_before with r = h / h_before; its first step is Euler's."""
+    """Weights of the velocities in a step of length h. "euler", first order: h. "multistep", Adams-Bashforth of second
+    order with steps of any length: h (1 + r/2) for this velocity and -h r/2 for the one before, r = h / h_before; its
+    first step is Euler's. Raises BadRequestError for another name."""
 
     def __init__(self, kind: str = "euler") -> None:
         if kind not in SOLVERS:
             raise BadRequestError(f"solver {kind!r}: expected one of {', '.join(SOLVERS)}")
         self.kind = kind
-        self._before: tuple[Any, float] | None = None
+        self._before: float | None = None
 
     def forget(self) -> None:
         """The velocity is about to jump (guidance begins or ends): the next step is Euler's."""
         self._before = None
 
-    def direction(self, velocity: A, length: float) -> A:
-        """What to add, times `length`, to the latents. Keeps a copy of the velocity, whose memory may be reused."""
-        if self.kind == "euler":
-            return velocity
-        before = self._before
-        self._before = (velocity + 0, length)  # type: ignore[operator]
+    def weights(self, length: float) -> tuple[float, float]:
+        """Weights of this step's velocity and of the previous one, for a step of a length."""
+        before, self._before = self._before, length if self.kind == "multistep" else None
         if before is None:
-            return velocity
-        share = length / before[1] / 2
-        return (1 + share) * velocity - share * before[0]  # type: ignore[operator, no-any-return]
+            return length, 0.0
+        share = length / before / 2
+        return length * (1 + share), -length * share
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a denoising loop, decided ahead of it.
+
+    branches: how many prefixes compute a velocity; with two, scale combines them (`guide`). The latents move by
+    weight · velocity + previous_weight · (the previous step's combined velocity). outlook: the time that is left after
+    the step. condition_only: image tokens see the condition alone, as in the released code's first step.
+    """
+
+    index: int
+    branches: int
+    scale: float
+    weight: float
+    previous_weight: float
+    outlook: float
+    condition_only: bool = False
+
+
+def plan_steps(
+    times: NDArray[np.float64],
+    branches: int = 2,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    solver: str = "euler",
+    first_step: str = "full",
+) -> list[Step]:
+    """The steps between `times` (steps + 1,). Outside of the interval the first branch runs alone."""
+    weights, steps = Solver(solver), list[Step]()
+    for index, (now, following) in enumerate(pairwise(map(float, times))):
+        count = branches if within(now, guidance_interval) else 1
+        if steps and count != steps[-1].branches:
+            weights.forget()
+        quirk = index == 0 and first_step == "condition_only"
+        steps.append(Step(index, count, guidance_scale, *weights.weights(following - now), 1 - following, quirk))
+    return steps

@@ -13,9 +13,9 @@ from conftest import PARITY
 import mindomni_rt
 from mindomni_rt.backends.fast.attention import Segments, candidates, choose
 from mindomni_rt.backends.fast.graph import Replay
-from mindomni_rt.backends.fast.linear import Dense, EightBit
+from mindomni_rt.backends.fast.linear import LinearDense, LinearW8A8
 from mindomni_rt.backends.fast.load import check_device
-from mindomni_rt.backends.fast.tune import choose_eight_bit, choose_fused_rows, choose_one_row
+from mindomni_rt.backends.fast.tune import choose_fused_rows, choose_one_row, choose_w8a8
 from mindomni_rt.memory.footprint import Precision
 
 
@@ -58,25 +58,27 @@ def test_the_fastest_attention_that_is_right_is_taken(caplog: pytest.LogCaptureF
         assert choose(tried, q, k, v, segments, clock) == "segment"
         times[id(tried["sdpa"])] = 0.5
         assert choose(tried, q, k, v, segments, clock) == "sdpa"
-    assert "no such kernel" in caplog.text and "wrong is" in caplog.text and "500.000 ms" in caplog.text
+    assert "no such kernel" in caplog.text and "wrong differs" in caplog.text and "500.000 ms" in caplog.text
     assert choose({"sdpa": tried["sdpa"]}, q, k, v, segments) == "sdpa"  # by the real clock
 
 
 def test_one_row_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
-    products = [Dense(torch.randn(6, 8), None, "torch") for _ in range(3)] + [Dense(torch.randn(5, 8), None, "torch")]
+    products = [LinearDense(torch.randn(6, 8), None, "torch") for _ in range(3)] + [
+        LinearDense(torch.randn(5, 8), None, "torch")
+    ]
     times = iter([6.0, 3.0, 1.0, 2.0])
     with caplog.at_level(logging.INFO):
         choose_one_row(products, lambda run: (run(), next(times))[1])
-    assert [p.one_row for p in products] == ["gemv"] * 3 + ["library"]
-    assert "library 2.0000 ms, gemv 1.0000 ms" in caplog.text  # three of a shape share the clock's time
+    assert [p.one_row for p in products] == ["gemv"] * 3 + ["cublas"]
+    assert "cublas 2.0000 ms, gemv 1.0000 ms" in caplog.text  # three of a shape share the clock's time
 
 
 def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    products = [EightBit(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 16, 16, 16, 48)]
+    products = [LinearW8A8(torch.randn(n, 32), None, "auto", "int8") for n in (16, 16, 16, 16, 16, 48)]
     times = iter([2.0, 1.0, 1.0, 2.0])
     with caplog.at_level(logging.INFO):
-        choose_eight_bit(products, 20, lambda run: (run(), next(times))[1])
+        choose_w8a8(products, 20, lambda run: (run(), next(times))[1])
     assert [p.how for p in products] == ["triton"] * 5 + ["library"] and "1.0000 ms" in caplog.text
 
     def clock(run: Any) -> float:
@@ -85,9 +87,9 @@ def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFix
 
     with (
         caplog.at_level(logging.INFO),
-        pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no product of int8 rows of 16x32"),
+        pytest.raises(mindomni_rt.UnsupportedDeviceError, match="no kernel for int8 rows of 16x32"),
     ):
-        choose_eight_bit(products, 20, clock)
+        choose_w8a8(products, 20, clock)
     assert "no such product" in caplog.text
 
 
@@ -137,7 +139,7 @@ def test_no_memory_is_told_by_stage(monkeypatch: pytest.MonkeyPatch, stage: str)
     owner, name = {
         "language": (pipe.backend.language_stack, "forward"),  # type: ignore[attr-defined]
         "prefix": (pipe.backend.model.decoder, "modulation"),  # type: ignore[attr-defined]
-        "denoiser": (pipe.backend, "_loop"),
+        "denoiser": (pipe.backend, "_filled"),
     }[stage]
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(mindomni_rt.OutOfMemoryError, match=f"stage {stage}.*2 GiB.*memory_budget"):

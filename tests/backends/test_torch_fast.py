@@ -1,4 +1,4 @@
-"""The fast path on a CPU (no graphs, plain meanings of the kernels) against the reference backend."""
+"""The fast path on a CPU (no graphs, reference implementations of the kernels) against the reference backend."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from mindomni_rt.memory.footprint import Precision, stage_memory
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import plan
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.sampling.decode import generate_tokens
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=4, max_new_tokens=9, seed=1, output="numpy")
@@ -63,36 +65,35 @@ def test_buffers_serve_one_request_after_another(fast: Pipeline) -> None:
     first = fast.generate("two cats", **SMALL)
     backend = fast.backend
     assert isinstance(backend, TorchCudaBackend)
-    loop, state = next(iter(backend._loops.values())), backend._state
+    buffers, state = next(iter(backend._buffers.values())), backend._state
     fast.generate("a much longer prompt with many more words in it", **SMALL)
     fast.generate("x", **{**SMALL, "guidance_interval": (0.0, 0.5)})
     again = fast.generate("two cats", **SMALL)
     assert np.array_equal(first.latents, again.latents) and first.token_ids == again.token_ids
-    assert next(iter(backend._loops.values())) is loop and backend._state is state
+    assert next(iter(backend._buffers.values())) is buffers and backend._state is state
 
 
 def test_hidden_states_end_with_the_text(slow: Pipeline, fast: Pipeline) -> None:
     """The device runs ahead of the end of the text; what it computed past it is not part of the condition."""
     ids = np.arange(20, 40)
     base = LanguageRequest(token_ids=ids, positions=np.tile(np.arange(20), (3, 1)), next_position=20, max_new_tokens=10)
-    tokens = list(slow.backend.language(base))
+    tokens = list(generate_tokens(slow.backend.language(base)))
     for stop in (tokens[0], tokens[4], tokens[9]):
         request = replace(base, eos_token_ids=(stop,))
         runs = [p.backend.language(request) for p in (slow, fast)]
-        texts = [list(run) for run in runs]
+        texts = [list(generate_tokens(run)) for run in runs]
         assert texts[0] == texts[1] and texts[0][-1] == stop
-        hidden = [p.backend.numpy(run.hidden) for p, run in zip((slow, fast), runs, strict=True)]
+        hidden = [p.backend.numpy(run.hidden(len(texts[0]))) for p, run in zip((slow, fast), runs, strict=True)]
         assert hidden[1].shape == (1, 20 + len(texts[1]) - 1, 64) and relative(hidden[1], hidden[0]) < 1e-5
 
 
 def test_text_alone_and_abandoned(slow: Pipeline, fast: Pipeline) -> None:
     fast.stream("two cats", **SMALL).close()
     request = LanguageRequest(token_ids=np.arange(5), positions=np.tile(np.arange(5), (3, 1)), next_position=5)
-    expected = slow.backend.numpy(slow.backend.language(request).hidden)
-    assert relative(fast.backend.numpy(fast.backend.language(request).hidden), expected) < 1e-5
-    assert list(fast.backend.language(request)) == []
-    run = iter(fast.backend.language(replace(request, max_new_tokens=6)))
-    next(run)
+    expected = slow.backend.numpy(slow.backend.language(request).hidden())
+    assert relative(fast.backend.numpy(fast.backend.language(request).hidden()), expected) < 1e-5
+    assert list(generate_tokens(fast.backend.language(request))) == []
+    next(generate_tokens(fast.backend.language(replace(request, max_new_tokens=6))))
     same(slow.generate("two cats", **SMALL), fast.generate("two cats", **SMALL))
 
 
@@ -107,13 +108,13 @@ def test_half_precision_stays_near(slow: Pipeline) -> None:
     assert relative(half.generate("two cats", think=False, **SMALL).latents, exact) < 2e-2
 
 
-def test_weights_are_kept_once(fast: Pipeline) -> None:
-    """What the products took over is gone from the modules they came from."""
-    backend = fast.backend
-    assert isinstance(backend, TorchCudaBackend)
-    taken = [p for layer in backend.model.language.layers for p in layer.parameters()]
+def test_weights_are_stored_once() -> None:
+    """What the linear layers took over is gone from the blocks they came from."""
+    model, report = load_model(PARITY, torch.float32)
+    blocks = [*model.language.layers, *model.decoder.llm.layers]
+    backend = TorchCudaBackend(model, "cpu")
+    taken = [p for block in blocks for p in block.parameters()]
     assert taken and all(p.is_meta for p in taken)
-    _, report = load_model(PARITY, torch.float32)
     modules = (backend.model, backend.language_stack, backend.decoder_stack)
     tensors = {t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_meta}
     assert sum(t.numel() * 4 for t in tensors.values()) == sum(report.bytes.values())
@@ -157,18 +158,18 @@ def test_the_plan_counts_the_joint_buffers(fast: Pipeline) -> None:
     fast.generate("two cats", **SMALL)
     backend = fast.backend
     assert isinstance(backend, TorchCudaBackend)
-    loop = next(iter(backend._loops.values()))
-    work = Workload(prompt_tokens=loop.shape.capacity, new_tokens=0, negative_tokens=loop.shape.capacity)
+    buffers = next(iter(backend._buffers.values()))
+    work = Workload(prompt_tokens=buffers.shape.capacity, new_tokens=0, negative_tokens=buffers.shape.capacity)
     precision = _float32()
     one, both = (
         next(s for s in stage_memory(fast.config, replace(work, joint=joint), precision) if s.stage == "denoiser")
         for joint in (False, True)
     )
     stack, tokens = fast.config.decoder.stack, work.image_tokens
-    workspace = 2 * 2 * stack.hidden_size * (loop.shape.capacity + 1 + tokens) * 4
+    workspace = 2 * 2 * stack.hidden_size * (buffers.shape.capacity + 1 + tokens) * 4
     block = tokens * (3 * stack.hidden_size + 4 * stack.intermediate_size) * 4
     rows = max(block, tokens * 11 * stack.hidden_size * 4)
-    assert both.activations - one.activations == loop.keys.nbytes + loop.values.nbytes - workspace + rows
+    assert both.activations - one.activations == buffers.keys.nbytes + buffers.values.nbytes - workspace + rows
 
 
 def test_residency_moves_and_tells() -> None:
@@ -265,7 +266,7 @@ def test_the_loop_alone(slow: Pipeline, fast: Pipeline) -> None:
         request = DenoiseRequest(
             latents=latents, times=times, guided=prefixes[0], unguided=prefixes[1], guidance_scale=2.5
         )
-        found.append([pipe.backend.numpy(v) for _, v in pipe.backend.denoiser(request)])
+        found.append([pipe.backend.numpy(state.velocity) for state in denoise(pipe.backend, request)])
     for a, b in zip(*found, strict=True):
         assert relative(b, a) < 1e-5
 

@@ -1,4 +1,4 @@
-"""The fast path where triton is not installed (Windows, CPU builds): the plain meanings run."""
+"""The fast path where triton is not installed (Windows, CPU builds): the kernels' reference implementations run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CODE = """
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "triton" else find(name, *rest)
-import mindomni_rt, mindomni_rt.kernels.segment_attention as attention, torch
-from mindomni_rt.kernels import triton_compat
-assert not triton_compat.HAS_TRITON
+import mindomni_rt, torch
+from mindomni_rt.kernels import segment_attention as attention, triton_compat as compat
+assert not compat.HAS_TRITON
 pipe = mindomni_rt.load(sys.argv[1], device="cpu", fast=True)
 result = pipe.generate("two cats", height=32, width=32, num_inference_steps=2, max_new_tokens=3, output="numpy")
 assert result.images.shape == (1, 32, 32, 3)
@@ -29,7 +29,7 @@ else:
 """
 
 
-def test_plain_meanings_run() -> None:
+def test_reference_implementations_run() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(PARITY)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -77,8 +77,8 @@ def test_another_process_counts_the_same(counted: dict[str, Any], tmp_path: Path
 def test_one_needless_operator_fails(
     counted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    velocity = DiffusionDecoder._velocity
-    monkeypatch.setattr(DiffusionDecoder, "_velocity", lambda *given: velocity(*given) + 0)
+    velocity = DiffusionDecoder.velocity
+    monkeypatch.setattr(DiffusionDecoder, "velocity", lambda *given: velocity(*given) + 0)
     before, after = store(tmp_path / "a.json", counted), store(tmp_path / "b.json", measure())
     assert main(["compare", before, after]) == 1
     printed = capsys.readouterr().out

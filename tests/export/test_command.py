@@ -158,7 +158,7 @@ def test_a_budget_lets_stages_take_turns(bundles: Callable[[str], Path]) -> None
     import numpy as np
 
     import mindomni_rt
-    from mindomni_rt.backends.compiled.staged import StagedBackend
+    from mindomni_rt.backends.compiled.backend import CompiledBackend
     from mindomni_rt.errors import OutOfMemoryError
 
     options = dict(height=32, width=32, num_inference_steps=2, max_new_tokens=4, seed=1, output="numpy")
@@ -166,7 +166,7 @@ def test_a_budget_lets_stages_take_turns(bundles: Callable[[str], Path]) -> None
     with pytest.raises(OutOfMemoryError, match="alone needs"):
         mindomni_rt.load(bundles("fp32"), memory_budget="1MB")
     pipe = mindomni_rt.load(bundles("fp32"))
-    assert isinstance(pipe.backend, StagedBackend)
+    assert isinstance(pipe.backend, CompiledBackend)
     pipe.backend._resident = frozenset({"vae"})
     assert np.array_equal(pipe.generate("a cat", **options).images, whole.images)
     assert pipe.backend._loaded == {"vae"}

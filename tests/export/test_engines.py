@@ -41,9 +41,9 @@ def test_one_plan_for_several_architectures(bundles: Callable[[str], Path], tmp_
 
 
 def test_a_second_build_comes_from_the_cache(bundles: Callable[[str], Path], tmp_path: Path) -> None:
-    first = engine(bundles("fp16"), "euler", tmp_path / "a.plan", ("sm_89",), cache=tmp_path / "cache")
-    again = engine(bundles("fp16"), "euler", tmp_path / "b.plan", ("sm_89",), cache=tmp_path / "cache")
-    other = engine(bundles("fp16"), "euler", tmp_path / "c.plan", ("sm_86",), cache=tmp_path / "cache")
+    first = engine(bundles("fp16"), "update", tmp_path / "a.plan", ("sm_89",), cache=tmp_path / "cache")
+    again = engine(bundles("fp16"), "update", tmp_path / "b.plan", ("sm_89",), cache=tmp_path / "cache")
+    other = engine(bundles("fp16"), "update", tmp_path / "c.plan", ("sm_86",), cache=tmp_path / "cache")
     assert (first.cached, again.cached, other.cached) == (False, True, False)
     assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
     note = next(p for p in (tmp_path / "cache").glob("*.json"))
@@ -77,7 +77,7 @@ def test_what_is_fused() -> None:
 
 def test_an_architecture_that_the_runtime_has_not(bundles: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedDeviceError, match="sm_90"):
-        engine(bundles("fp16"), "euler", tmp_path / "x.plan", ("sm_90",))
+        engine(bundles("fp16"), "update", tmp_path / "x.plan", ("sm_90",))
 
 
 def test_a_damaged_graph(bundles: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import mindomni_rt
 from mindomni_rt import BadRequestError
 from mindomni_rt.backends.base import DenoiseRequest
 from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
-from mindomni_rt.backends.fast.linear import make_product, stored_bytes
+from mindomni_rt.backends.fast.linear import make_linear, stored_bytes
 from mindomni_rt.backends.fast.load import choose
 from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.precision import parse_precision, split_attention, stored
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
 
@@ -63,8 +64,8 @@ def test_attention_in_8_bits_is_near() -> None:
             latents=np.random.default_rng(0).standard_normal((1, 4, 12, 12)).astype(np.float32),
             times=times, guided=prefix, unguided=None, guidance_scale=1.0,
         )  # fmt: skip
-        *_, (latents, _) = backend.denoiser(request)
-        found[attention] = latents.numpy()
+        *_, last = denoise(backend, request)
+        found[attention] = backend.numpy(last.latents)
     assert relative(found["segment"], found["sdpa"]) < 1e-5
     pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, precision="attention=flash")
     with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="attention 'flash'"):
@@ -93,7 +94,7 @@ def test_error_and_size_of_each_product(kept: str, low: float, high: float, bits
     g = torch.Generator().manual_seed(0)
     weight, x = torch.randn(256, 512, generator=g), torch.randn(3, 7, 512, generator=g)
     b = torch.randn(256, generator=g) if bias else None
-    product = make_product(weight, b, kept)
+    product = make_linear(weight, b, kept)
     found, expected = product(x), F.linear(x, weight, b)
     error = float((found - expected).norm() / expected.norm())
     assert low <= error < high
@@ -103,7 +104,7 @@ def test_error_and_size_of_each_product(kept: str, low: float, high: float, bits
 
 def test_unknown_storage() -> None:
     with pytest.raises(BadRequestError, match="expected one of"):
-        make_product(torch.zeros(4, 4), None, "int2")
+        make_linear(torch.zeros(4, 4), None, "int2")
 
 
 def test_quality_falls_with_the_bits() -> None:
@@ -132,7 +133,7 @@ def test_what_stays_in_the_compute_type() -> None:
     kinds = {t.dtype for t in backend.decoder_stack.blocks[0].qkv.buffers()}
     assert torch.int8 in kinds
     assert torch.uint8 in {t.dtype for t in backend.language_stack.blocks[0].qkv.buffers()}
-    assert torch.int8 in {t.dtype for t in backend._head.buffers()}
+    assert torch.int8 in {t.dtype for t in backend.head.buffers()}
     assert next(backend.model.vae.parameters()).dtype == torch.bfloat16
     assert len(pipe.generate("x", height=32, width=32, num_inference_steps=2, max_new_tokens=3).images) == 1
 

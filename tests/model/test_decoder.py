@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mindomni_rt.checkpoint.config import DecoderConfig, RopeConfig, StackConfig
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.inputs.positions import image_positions, rope_tables, time_features
+from mindomni_rt.inputs.positions import image_positions, image_tables, prefix_tables, rope_tables, time_features
 from mindomni_rt.model.attention import Workspace
 from mindomni_rt.model.decoder import DiffusionDecoder
 
@@ -65,13 +65,13 @@ def test_cut_equals_whole(
     latents = torch.randn(2, 4, 2 * rows, 2 * columns, dtype=torch.float64)
     times = np.sort(np.random.default_rng(seed).random(steps))
     blocks = [(length // 3, length // 3 + 1 + length // 2)] if block else []
-    (features,) = tensors(time_features(times))
-    place = np.concatenate([np.arange(length), np.full(steps, length)])
-    cos, sin = tensors(*rope_tables(ROPE, 8, place, length + 1 + count))
-    image_cos, image_sin = tensors(*rope_tables(ROPE, 8, length + 1 + np.arange(count), length + 1 + count))
+    tables = prefix_tables(config, length, times, count, blocks)
+    features, cos, sin = tensors(tables.features, tables.cos, tables.sin)
+    visible = torch.from_numpy(tables.visible)
+    image_cos, image_sin = tensors(*image_tables(config, length, count))
     (positions,) = tensors(image_positions(config, rows, columns))
     with torch.no_grad():
-        prefix = decoder.prefix(condition[:, :length], features, cos, sin, blocks)
+        prefix = decoder.prefix(condition[:, :length], features, cos, sin, visible)
         modulation = decoder.modulation(features)
         workspace = Workspace(2, kv_heads, length + 1 + count, 8, latents)
         for step, t in enumerate(times):
@@ -141,3 +141,16 @@ def test_time_features_by_hand() -> None:
     found = time_features([0.25], 8)[0]
     expected = [f(0.25 * 10000 ** (-k / 4)) for f in (math.cos, math.sin) for k in range(4)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_a_prefix_sees_by_hand() -> None:
+    """Three condition tokens, one of padding, two times; tokens 1 and 2 are an image's."""
+    tables = prefix_tables(small(), 3, [0.0, 0.5], 6, [(1, 3)], padded=4)
+    expected = ["100000", "111000", "111000", "111100", "111010", "111001"]
+    assert ["".join("01"[int(x)] for x in row) for row in tables.visible] == expected
+    alone = prefix_tables(small(), 3, [0.0, 0.5], 6, [(1, 3)])
+    real = [0, 1, 2, 4, 5]
+    np.testing.assert_array_equal(alone.visible, tables.visible[np.ix_(real, real)])
+    np.testing.assert_array_equal(alone.cos, tables.cos[real])
+    np.testing.assert_array_equal(alone.cos, rope_tables(ROPE, 8, [0, 1, 2, 3, 3], 10)[0])
+    np.testing.assert_array_equal(alone.features, time_features([0.0, 0.5]))

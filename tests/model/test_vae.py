@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as Theirs
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from mindomni_rt.checkpoint.config import VAEConfig
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
-from mindomni_rt.model.vae import AutoencoderKL, _tiled
+from mindomni_rt.model.vae import AutoencoderKL
+from mindomni_rt.sampling.tiling import tiled as in_tiles
 
 
 def pair(widths: tuple[int, ...], layers: int, groups: int) -> tuple[Theirs, AutoencoderKL]:
@@ -44,6 +46,10 @@ def test_agrees_with_diffusers(widths: tuple[int, ...], layers: int, groups: int
     torch.testing.assert_close(logvar, moments.logvar, rtol=1e-4, atol=1e-4)
 
 
+def beside(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array).to(like)
+
+
 def test_full_size_on_the_meta_device() -> None:
     with torch.device("meta"):
         ours = AutoencoderKL(VAEConfig())
@@ -60,8 +66,12 @@ def test_full_size_on_the_meta_device() -> None:
 def test_tiles_of_a_local_decoder_are_exact(size: tuple[int, int]) -> None:
     """Blending weights sum to one everywhere: a pointwise function survives tiling unchanged."""
     x = torch.randn(1, 4, *size, dtype=torch.float64)
-    out = _tiled(lambda t: t.repeat_interleave(8, 2).repeat_interleave(8, 3), x, 16, 8, 4)
-    torch.testing.assert_close(out, x.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    expected = x.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    out = in_tiles(lambda t: t.repeat_interleave(8, 2).repeat_interleave(8, 3), x, 16, place=beside)
+    torch.testing.assert_close(out, expected)
+    host = in_tiles(lambda t: t.repeat(8, 2).repeat(8, 3), x.numpy(), 16)
+    np.testing.assert_allclose(host, expected.numpy(), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(torch.from_numpy(host), out, rtol=0, atol=0)  # both kinds of array, the same numbers
 
 
 def test_tiled_decode_stays_near_the_whole() -> None:
@@ -95,9 +105,10 @@ def test_tiles_cover_any_size_within_bounds(height: int, width: int, tile: int) 
         return part.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
     x = torch.randn(1, 3, height, width, dtype=torch.float64)
-    torch.testing.assert_close(_tiled(run, x, tile, 2, 3), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    double = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(in_tiles(run, x, tile, place=beside), double)
     assert max(max(size) for size in sizes) <= tile
-    down = _tiled(lambda part: part[..., ::2, ::2], x.repeat_interleave(2, 2).repeat_interleave(2, 3), tile, 0.5, 3, 2)
+    down = in_tiles(lambda part: part[..., ::2, ::2], double, tile, 2, beside)
     torch.testing.assert_close(down, x)
 
 

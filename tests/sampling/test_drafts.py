@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ from hypothesis import strategies as st
 
 import mindomni_rt
 from mindomni_rt import Pipeline
-from mindomni_rt.backends.base import LanguageRequest
+from mindomni_rt.backends.base import Array, LanguageRequest
 from mindomni_rt.model.tiny import write_random_checkpoint
+from mindomni_rt.sampling.decode import generate_tokens
 from mindomni_rt.sampling.drafts import PromptLookup, accepted
 
 
 @pytest.fixture(scope="module")
-def pipes() -> dict[str, Pipeline]:
-    return {name: mindomni_rt.load(PARITY, device="cpu", fast=name == "fast") for name in ("plain", "fast")}
+def pipes(bundles: Callable[[str], Path]) -> dict[str, Pipeline]:
+    found = {name: mindomni_rt.load(PARITY, device="cpu", fast=name == "fast") for name in ("plain", "fast")}
+    return {**found, "onnx": mindomni_rt.load(bundles("fp32"), device="cpu")}
 
 
 def request(ids: list[int], count: int, **more: object) -> LanguageRequest:
@@ -30,6 +33,13 @@ def request(ids: list[int], count: int, **more: object) -> LanguageRequest:
         max_new_tokens=count,
         **more,  # type: ignore[arg-type]
     )
+
+
+def run(pipe: Pipeline, asked: LanguageRequest) -> tuple[list[int], Array]:
+    """Tokens and hidden states."""
+    session = pipe.backend.language(asked)
+    tokens = list(generate_tokens(session))
+    return tokens, pipe.backend.numpy(session.hidden(len(tokens)))
 
 
 def reference(tokens: list[int], count: int) -> list[int]:
@@ -71,18 +81,13 @@ def test_the_text_is_unchanged(
 ) -> None:
     uniforms = np.random.default_rng(count).random(count)
     options = dict(repetition_penalty=penalty, temperature=temperature, uniforms=uniforms)
-    plain = pipes["plain"].backend
-    run = plain.language(request(ids, count, **options))
-    tokens = list(run)
+    tokens, expected = run(pipes["plain"], request(ids, count, **options))
     if stop < len(tokens):  # a token of the text ends it
         options["eos_token_ids"] = (tokens[stop],)
-        run = plain.language(request(ids, count, **options))
-        tokens = list(run)
-    expected = plain.numpy(run.hidden)
+        tokens, expected = run(pipes["plain"], request(ids, count, **options))
     for pipe in pipes.values():
-        guessed = pipe.backend.language(request(ids, count, draft_tokens=draft, **options))
-        assert list(guessed) == tokens
-        assert relative(pipe.backend.numpy(guessed.hidden), expected) < 1e-5
+        guessed, hidden = run(pipe, request(ids, count, draft_tokens=draft, **options))
+        assert guessed == tokens and relative(hidden, expected) < 1e-5
 
 
 def test_drafts_are_accepted(pipes: dict[str, Pipeline], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +104,7 @@ def test_drafts_are_accepted(pipes: dict[str, Pipeline], monkeypatch: pytest.Mon
     found = {}
     for draft in (0, 4):
         passes.clear()
-        tokens = list(backend.language(request([7, 8, 9] * 4, 60, draft_tokens=draft)))
+        tokens = list(generate_tokens(backend.language(request([7, 8, 9] * 4, 60, draft_tokens=draft))))
         found[draft] = (tokens, len(passes))
     assert found[0][0] == found[4][0] and found[0][1] == 60
     assert found[4][1] < 60, "this random model fell into no loop: choose another prompt"

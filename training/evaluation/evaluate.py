@@ -206,8 +206,8 @@ def _teacher(contexts: Contexts, settings: Settings) -> Result:
         noise = _noise(contexts, settings, start, len(part))
         condition, lengths, spans = contexts.text_condition([caption(s) for s in part])
         tokens = noise.shape[-2] * noise.shape[-1] // contexts.config.decoder.patch_size**2
-        branch = rollouts.branch(contexts.model.decoder, condition, lengths, spans, settings.steps, tokens)
-        images = rollouts.decode(contexts, rollouts.paint(contexts, branch, noise, settings.steps))
+        batch = rollouts.prefixes(contexts.model.decoder, condition, lengths, spans, settings.steps, tokens)
+        images = rollouts.decode(contexts, rollouts.paint(contexts, batch, noise, settings.steps))
         right += sum(verify(i / np.float32(255)) == s for i, s in zip(images, part, strict=True))
     return {"image": Score(right=right, n=len(scenes))}
 

@@ -73,13 +73,14 @@ def start_processes(device: torch.device) -> None:
 def shard(stage: Stage, bf16: bool) -> None:
     """Shards a stage over all processes, one unit a block; in bf16 the gradients are still summed in float32."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(stage.contexts.device.type, (world()[1],))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for module in reversed(list(stage.model.modules())):
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+            register_fsdp_forward_method(module, "keys_values")  # the prefix pass calls it
     # The rest stays gathered between forwards: embeddings and norms are used many times a step.
     fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 

@@ -16,11 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mindomni_rt.inputs.positions import image_positions, rope_tables, time_features
-from mindomni_rt.model.attention import Attend, attention
+from mindomni_rt.backends.torch.denoise import Branch, TorchDenoiseSession
+from mindomni_rt.backends.torch.language import sample
+from mindomni_rt.inputs.positions import image_positions, image_tables, prefix_tables, rope_tables
+from mindomni_rt.model.attention import LayerAttend, attention
 from mindomni_rt.model.cache import StaticCache
-from mindomni_rt.model.decoder import DiffusionDecoder, Span
-from mindomni_rt.sampling.schedule import guide, timesteps
+from mindomni_rt.model.decoder import DiffusionDecoder, PrefixKV, Span
+from mindomni_rt.sampling.denoise import run_steps
+from mindomni_rt.sampling.schedule import plan_steps, timesteps
 
 from .contexts import Context, Contexts
 
@@ -41,7 +44,7 @@ def write(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[Written]:
-    """Continues every conversation. temperature 0 is greedy; above it the generator (on the CPU) draws.
+    """Continues every conversation. temperature 0 is greedy; above it the generator (on the CPU) samples tokens.
 
     Raises nothing of its own; rows that reach the end wait for the others.
     """
@@ -68,8 +71,7 @@ def write(
     start = 0
     tables = _tables(contexts, places)
     for index in range(max_new_tokens):
-        for layer, block in enumerate(model.layers):
-            x = block(x, *tables, _cached(cache, layer, start, mask))
+        x = model.layers(x, *tables, _over_cache(cache, start, mask))
         start += x.shape[1]
         token = _choose(model.logits(x[:, -1]).float(), temperature, generator)
         chosen.append(torch.where(done, ends[0], token))
@@ -96,8 +98,8 @@ def _everywhere(done: Tensor) -> bool:
     return bool(done.all())
 
 
-def _cached(cache: StaticCache, layer: int, start: int, mask: Tensor) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _over_cache(cache: StaticCache, start: int, mask: Tensor) -> LayerAttend:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, *cache.write(layer, k, v, start), mask=mask)
 
     return attend
@@ -115,144 +117,79 @@ def _tables(contexts: Contexts, places: NDArray[np.int64]) -> tuple[Tensor, Tens
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     if temperature <= 0:
         return logits.argmax(-1)
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    draw = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draw, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    return sample(logits, temperature, uniform).squeeze(-1)
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A batch of prefixes: K/V of the condition (layers × (B, H, L, D)), of the T time tokens, AdaLN (T, 2C)."""
+class Prefixes:
+    """A batch of prefixes: K/V of conditions padded on the right to the longest, AdaLN (T, 2C), real lengths."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    time_keys: list[Tensor]
-    time_values: list[Tensor]
+    kv: PrefixKV
     modulation: Tensor
     lengths: list[int]
 
 
 @torch.no_grad()
-def branch(
+def prefixes(
     decoder: DiffusionDecoder,
     condition: Tensor,
     lengths: Sequence[int],
     spans: Sequence[Sequence[Span]],
     steps: int,
     image_tokens: int,
-) -> Branch:
+) -> Prefixes:
     """The prefix pass of a padded batch: condition (B, L, C) and the time tokens of all steps."""
-    stack, device = decoder.config.stack, condition.device
-    count, longest = condition.shape[:2]
-    features = torch.from_numpy(time_features(timesteps(steps)[:-1], decoder.config.time_frequencies))
-    features = features.to(device, decoder.x_embedder.proj.weight.dtype)
-    times = decoder.time_token(features).expand(count, -1, -1)
-    x = torch.cat([condition, times.to(condition.dtype)], 1)
-    made = [
-        rope_tables(
-            stack.rope,
-            stack.head_dim,
-            np.concatenate([np.minimum(np.arange(longest), length), np.full(steps, length)]),
-            length + 1 + image_tokens,
-        )
-        for length in lengths
+    rows = [
+        prefix_tables(decoder.config, length, timesteps(steps)[:-1], image_tokens, blocks, padded=condition.shape[1])
+        for length, blocks in zip(lengths, spans or [()] * len(lengths), strict=True)
     ]
-    cos, sin = (torch.from_numpy(np.stack([m[i] for m in made])).to(device) for i in (0, 1))
-    place = torch.arange(longest + steps, device=device)
-    row, column = place.view(1, -1, 1), place.view(1, 1, -1)
-    mask = (column < torch.tensor(list(lengths), device=device).view(-1, 1, 1)) & (column <= row)
-    for index, row_spans in enumerate(spans):
-        for first, end in row_spans:
-            inside = (place >= first) & (place < end)
-            mask[index] |= inside[:, None] & inside[None, :]
-    mask = (mask | (row == column)).unsqueeze(1)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k)
-        values.append(v)
-        return attention(q, k, v, mask=mask)
-
-    for layer in decoder.llm.layers:
-        x = layer(x, cos, sin, attend)
-    return Branch(
-        [k[:, :, :longest] for k in keys],
-        [v[:, :, :longest] for v in values],
-        [k[:, :, longest:] for k in keys],
-        [v[:, :, longest:] for v in values],
-        decoder.modulation(features),
-        list(lengths),
+    cos, sin, visible = (
+        torch.from_numpy(np.stack([getattr(row, name) for row in rows])).to(condition.device)
+        for name in ("cos", "sin", "visible")
     )
+    features = torch.from_numpy(rows[0].features).to(condition.device, decoder.x_embedder.proj.weight.dtype)
+    kv = decoder.prefix(condition, features, cos, sin, visible.unsqueeze(1))
+    return Prefixes(kv, decoder.modulation(features), list(lengths))
 
 
 @torch.no_grad()
 def paint(
     contexts: Contexts,
-    guided: Branch,
+    guided: Prefixes,
     noise: Tensor,
     steps: int,
-    unguided: Branch | None = None,
+    unguided: Prefixes | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
     """Euler from noise (B, 4, h, w) to latents. unguided may be a batch of one."""
-    decoder, device = contexts.model.decoder, contexts.device
-    latents = noise.to(device).float()
-    patch = contexts.config.decoder.patch_size
+    decoder, latents = contexts.model.decoder, noise.to(contexts.device).float()
+    patch = decoder.config.patch_size
     rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
-    positions = torch.from_numpy(image_positions(decoder.config, rows, columns)).to(device)
-    branches = [guided] if unguided is None or guidance == 1 else [guided, unguided]
-    tables = [_image_tables(decoder, b, len(latents), rows * columns, device) for b in branches]
-    times = timesteps(steps)
-    for step in range(steps):
-        velocities = [_velocity(decoder, b, t, step, latents, positions) for b, t in zip(branches, tables, strict=True)]
-        velocity = velocities[0] if len(velocities) == 1 else guide(velocities[0], velocities[1], guidance)
-        latents = latents + float(times[step + 1] - times[step]) * velocity
-    return latents
+    grid = torch.from_numpy(image_positions(decoder.config, rows, columns)).to(contexts.device)
+    batches = [guided] if unguided is None or guidance == 1 else [guided, unguided]
+    session = TorchDenoiseSession([_branch(decoder, b, len(latents), grid) for b in batches], latents, torch.no_grad)
+    for _ in run_steps(session, plan_steps(timesteps(steps), len(batches), guidance)):
+        pass
+    return session.latents
 
 
-def _image_tables(
-    decoder: DiffusionDecoder, b: Branch, batch: int, count: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    stack = decoder.config.stack
-    lengths = b.lengths if len(b.lengths) == batch else b.lengths * batch
-    made = {
-        n: rope_tables(stack.rope, stack.head_dim, np.arange(n + 1, n + 1 + count), n + 1 + count) for n in set(lengths)
-    }
+def _branch(decoder: DiffusionDecoder, batch: Prefixes, count: int, positions: Tensor) -> Branch:
+    """A batch of prefixes, or one for all, with the tables of `count` images."""
+    device, lengths = positions.device, batch.lengths if len(batch.lengths) == count else batch.lengths * count
+    made = {n: image_tables(decoder.config, n, len(positions)) for n in set(lengths)}
     cos, sin = (torch.from_numpy(np.stack([made[n][i] for n in lengths])).to(device) for i in (0, 1))
-    longest = b.keys[0].shape[2]
-    real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-    mask = torch.cat([real, torch.ones(batch, 1 + count, dtype=torch.bool, device=device)], 1)
-    return cos, sin, mask[:, None, None, :]
-
-
-def _velocity(
-    decoder: DiffusionDecoder,
-    b: Branch,
-    tables: tuple[Tensor, Tensor, Tensor],
-    step: int,
-    latents: Tensor,
-    positions: Tensor,
-) -> Tensor:
-    cos, sin, mask = tables
-    batch = len(latents)
-    dtype = decoder.x_embedder.proj.weight.dtype
-
-    def attend_in(layer: int) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            time = slice(step, step + 1)
-            before_k = [b.keys[layer], b.time_keys[layer][:, :, time]]
-            before_v = [b.values[layer], b.time_values[layer][:, :, time]]
-            keys = torch.cat([*(t.expand(batch, -1, -1, -1) for t in before_k), k], 2)
-            values = torch.cat([*(t.expand(batch, -1, -1, -1) for t in before_v), v], 2)
-            return attention(q, keys, values, mask=mask)
-
-        return attend
-
-    x = decoder.x_embedder(latents.to(dtype)) + positions.to(dtype)
-    for index, layer in enumerate(decoder.llm.layers):
-        x = layer(x, cos, sin, attend_in(index))
-    return decoder._velocity(x, b.modulation[step], *latents.shape[-2:]).float()
+    real = torch.arange(batch.kv.length, device=device) < torch.tensor(lengths, device=device)[:, None]
+    rest = torch.ones(count, 1 + len(positions), dtype=torch.bool, device=device)
+    return Branch(
+        decoder=decoder,
+        prefix=batch.kv,
+        modulation=batch.modulation,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        mask=torch.cat([real, rest], 1)[:, None, None, :],
+    )
 
 
 @torch.no_grad()
@@ -277,10 +214,10 @@ def paint_contexts(
 ) -> Tensor:
     """Conversations → states → condition → latents, with guidance against one negative conversation."""
     tokens = noise.shape[-2] * noise.shape[-1] // contexts.config.decoder.patch_size**2
-    branches = []
+    batches = []
     for group in ([*conversations], [negative] if negative is not None and guidance != 1 else []):
         if group:
             batch = contexts.batch(group)
             condition, spans = contexts.condition(batch, contexts.states(batch))
-            branches.append(branch(contexts.model.decoder, condition, batch.lengths, spans, steps, tokens))
-    return paint(contexts, branches[0], noise, steps, branches[1] if len(branches) > 1 else None, guidance)
+            batches.append(prefixes(contexts.model.decoder, condition, batch.lengths, spans, steps, tokens))
+    return paint(contexts, batches[0], noise, steps, batches[1] if len(batches) > 1 else None, guidance)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ...bundle.contracts import STAGES
 from ...bundle.manifest import Bundle, open_bundle
 from ...errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
+from .backend import CompiledBackend
 from .runner import NUMPY, DeviceArray
-from .staged import StagedBackend
 
 logger = logging.getLogger(__name__)
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -29,7 +29,7 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
 
 def load_onnx(
     bundle: str | Path | Bundle, device: str = "auto", threads: int | None = None, resident: Collection[str] = STAGES
-) -> StagedBackend:
+) -> CompiledBackend:
     """A bundle built for onnxruntime.
 
     device: "auto" takes CUDA where onnxruntime offers it, else "cpu"; "cuda", "cuda:N". threads: of one operator;
@@ -60,7 +60,7 @@ def load_onnx(
         raise UnsupportedDeviceError(
             "onnxruntime computes no bfloat16 on the CPU; build with --target cpu --precision fp32 or fp16"
         )
-    return StagedBackend(OnnxRunner(bundle, kind, int(index or 0), threads), bundle.manifest, resident)
+    return CompiledBackend(OnnxRunner(bundle, kind, int(index or 0), threads), bundle.manifest, resident)
 
 
 class OnnxRunner:

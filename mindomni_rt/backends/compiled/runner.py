@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 from ...bundle.contracts import DTYPE_BYTES
@@ -101,8 +100,8 @@ class Runner(Protocol):
     def synchronize(self) -> None: ...
 
 
-class PatchLatents(NDArrayOperatorsMixin):
-    """Latents or a velocity (n, c, h, w) that lie on the device as patches; copied to the host when looked at."""
+class PatchLatents:
+    """Latents or a velocity (n, c, h, w) stored on the device as patches; `np.asarray` copies them to the host."""
 
     def __init__(self, runner: Runner, array: DeviceArray, patch: int, height: int, width: int) -> None:
         self._runner, self._array, self._patch = runner, array, patch
@@ -112,9 +111,6 @@ class PatchLatents(NDArrayOperatorsMixin):
         patches = decode(self._runner.get(self._array), self._array.dtype)
         out = unpatchify(patches, self._patch, *self.shape[-2:])
         return out if dtype is None else out.astype(dtype, copy=False)
-
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, PatchLatents) else x for x in inputs), **options)
 
 
 def patchify(latents: NDArray[np.float32], patch: int) -> NDArray[np.float32]:

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from ...bundle.contracts import STAGES, graph_specs
 from ...bundle.manifest import Bundle, open_bundle, read_manifest, write_whole
 from ...errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
+from .backend import CompiledBackend
 from .graph_cache import Action, Captures, staged
 from .runner import NUMPY, DeviceArray
-from .staged import StagedBackend
 from .trt_module import import_tensorrt, make_logger
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ RUNTIMES = ("tensorrt_rtx", "tensorrt")
 
 def load_tensorrt(
     bundle: str | Path | Bundle, device: str = "auto", resident: Collection[str] = STAGES, cuda_graphs: bool = True
-) -> StagedBackend:
+) -> CompiledBackend:
     """A bundle of engines on a GPU.
 
     device: "auto" and "cuda" are the first GPU, "cuda:N" another. resident: stages whose engines stay loaded; the
@@ -56,7 +56,7 @@ def load_tensorrt(
     gpu = open_gpu(index)
     manifest.check_device(f"sm_{gpu.arch}")
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    return StagedBackend(TensorRTRunner(trt, bundle, gpu, cuda_graphs), manifest, resident)
+    return CompiledBackend(TensorRTRunner(trt, bundle, gpu, cuda_graphs), manifest, resident)
 
 
 def parse_device(device: str) -> int:
@@ -147,6 +147,7 @@ class TensorRTRunner:
         _check(_driver().cuMemcpyHtoDAsync(target.pointer, host.ctypes.data, target.nbytes, self.stream))
 
     def get(self, array: DeviceArray) -> NDArray[Any]:
+        self._enter()
         out = np.empty(array.shape, NUMPY[array.dtype])
         _check(_driver().cuMemcpyDtoHAsync(out.ctypes.data, array.pointer, array.nbytes, self.stream))
         self.synchronize()

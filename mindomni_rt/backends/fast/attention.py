@@ -1,4 +1,4 @@
-"""Which attention a denoise step uses: ours, or the library's over joined segments. Measured on the shapes at hand.
+"""Which attention a denoising step uses: our kernel, or SDPA over concatenated segments. Measured on its shapes.
 
 Axes: B batch (branch-major: all images of the guided branch first), P branches, H heads, N image tokens, D head_dim.
 """
@@ -23,7 +23,7 @@ from mindomni_rt.kernels.triton_compat import REFUSALS
 from .tune import milliseconds
 
 logger = logging.getLogger(__name__)
-NEAR = 3e-2  # relative distance from the library's result beyond which a candidate is out (bf16 differs by 5e-3)
+NEAR = 3e-2  # candidates whose output differs from SDPA by more are discarded (relative; bfloat16 differs by 5e-3)
 RUNS = 5
 
 
@@ -41,23 +41,34 @@ class Segments:
     with_image: bool = True
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+"""(q (B, Hq, N, D), k, v (B, Hkv, N, D), segments) -> (B, Hq, N, D)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention. any_length: it reads the lengths on the device, so a captured graph serves other lengths too."""
+
+    run: Run
+    any_length: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        return self.run(q, k, v, segments)
 
 
 def ours(impl: str = "auto") -> Attention:
-    """`segment_attention`: nothing is joined."""
+    """`segment_attention`: reads each segment where it lies."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
         time_pair = (s.time_keys, s.time_values) if s.with_image else None
         image = (k, v) if s.with_image else None
         return segment_attention(q, (s.keys, s.values), time_pair, image, s.lengths, impl=impl)
 
-    run.any_length = True  # type: ignore[attr-defined]  # lengths are read on the device
-    return run
+    return Attention(run, any_length=True)
 
 
 def eight_bit(impl: str = "auto", pv: str = "fp8") -> Attention:
-    """`int8_attention`; the quirk of a first step without the image goes to ours."""
+    """`int8_attention`; a first step that sees the condition alone uses `segment_attention`."""
     plain = ours(impl)
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
@@ -66,12 +77,11 @@ def eight_bit(impl: str = "auto", pv: str = "fp8") -> Attention:
         pair = (s.time_keys, s.time_values)
         return int8_attention(q, (s.keys, s.values), pair, (k, v), s.lengths, pv, impl=impl)
 
-    run.any_length = True  # type: ignore[attr-defined]
-    return run
+    return Attention(run, any_length=True)
 
 
-def library(*backends: SDPBackend) -> Attention:
-    """The library's attention, branch by branch over joined segments; the given backends only, if any."""
+def sdpa(*backends: SDPBackend) -> Attention:
+    """SDPA, branch by branch over concatenated segments; restricted to the given backends, if any."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
         share = q.shape[0] // s.keys.shape[0]
@@ -91,17 +101,17 @@ def library(*backends: SDPBackend) -> Attention:
                 out[rows] = F.scaled_dot_product_attention(q[rows], sides[0], sides[1])
         return out
 
-    return run
+    return Attention(run)
 
 
 def candidates(device: torch.device, head_dim: int, impl: str = "auto") -> dict[str, Attention]:
-    """What may run on a device, by name. The plain meaning stands for ours where it is forced or Triton cannot run."""
-    found = {"sdpa": library()}
+    """Candidates on a device, by name. "segment" runs the reference implementation where Triton cannot run."""
+    found = {"sdpa": sdpa()}
     if impl != "auto" or (tensor_cores(device) and split_head(head_dim)[0]):
         found["segment"] = ours(impl)
     if device.type == "cuda":
-        found["flash"] = library(SDPBackend.FLASH_ATTENTION)
-        found["cudnn"] = library(SDPBackend.CUDNN_ATTENTION)
+        found["flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
+        found["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
     return found
 
 
@@ -118,14 +128,14 @@ def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def choose(
-    tried: Mapping[str, Attention],
+    tried: Mapping[str, Run],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     segments: Segments,
     seconds: Callable[[Callable[[], Tensor], torch.device], float] = _seconds,
 ) -> str:
-    """The fastest candidate on these tensors. One that fails or strays from "sdpa" is left out, and the log says so."""
+    """The fastest candidate on these tensors. Those that fail or differ from "sdpa" are discarded and logged."""
     expected = tried["sdpa"](q, k, v, segments).float()
     measured: dict[str, float] = {}
     for name, attention in tried.items():
@@ -136,7 +146,7 @@ def choose(
             continue
         distance = float((found - expected).norm() / expected.norm())
         if not distance <= NEAR:
-            logger.warning("attention %s is %.1e away from the library's and left out", name, distance)
+            logger.warning("attention %s differs from SDPA by %.1e and is discarded", name, distance)
             continue
         try:
             measured[name] = seconds(lambda attention=attention: attention(q, k, v, segments), q.device)  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """The fast path: the torch backend with our kernels, static buffers and CUDA graphs. Made for CUDA; runs anywhere.
 
-The same code runs on a CPU without graphs and with the kernels' plain meanings, which is how it is tested.
+The same code runs on a CPU, without graphs and on the kernels' reference implementations, which is how it is tested.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ from ...checkpoint.config import StackConfig
 from ...checkpoint.layout import LoadReport
 from ...errors import UnsupportedDeviceError
 from ...inputs.images import ImagePatches
-from ...inputs.positions import rope_tables, time_features
 from ...memory.footprint import Precision
 from ...memory.layers import PARTS
 from ...memory.precision import stored
-from ...model.attention import attention as plain_attention
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel
-from ...sampling.schedule import Solver, guide, within
 from ..base import DenoiseRequest, LanguageRequest
 from ..torch.backend import TorchBackend, TorchPrefix
 from .attention import Attention, candidates, choose, eight_bit, ours
-from .decode import DecodeState, FastLanguageRun
-from .denoise import DenoiseLoop, Shape
+from .buffers import Shape, StepBuffers
+from .denoise import FastDenoiseSession
 from .graph import memory_of
-from .linear import Dense, EightBit, Product, make_product
+from .language import ROUND, DecodeState, FastLanguageSession
+from .linear import Linear, LinearDense, LinearW8A8, make_linear
 from .residency import Residency
 from .stack import FastBlock, FastStack
 from .step_cache import StepCache
-from .tune import choose_eight_bit, choose_fused_rows, choose_one_row
+from .tune import choose_fused_rows, choose_one_row, choose_w8a8
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +51,9 @@ class FastOptions:
 
 
 class TorchCudaBackend(TorchBackend):
-    """The six stages, fast. Takes the model's block weights over; see `FastStack`."""
+    """The six stages, fast. Replaces the model's blocks by `FastStack`s, which take their weights."""
 
-    features = frozenset({"solver", "guidance_interval", "step_cache", "draft_tokens"})
+    capabilities = frozenset({"step_cache", "draft_tokens"})
 
     def __init__(
         self,
@@ -75,29 +73,31 @@ class TorchCudaBackend(TorchBackend):
 
         self.language_stack = stack(self.config.language.stack, language.layers, "language")
         self.decoder_stack = stack(self.config.decoder.stack, decoder.llm.layers, "decoder")
-        self._head = make_product(language.lm_head.weight.detach(), None, kept["head"], impl, device)
-        language.lm_head = self._head  # type: ignore[assignment]  # called alike
+        self.head = make_linear(language.lm_head.weight.detach(), None, kept["head"], impl, device)
+        # Each takes the place of a module that is called alike.
+        language.layers, decoder.llm.layers = self.language_stack, self.decoder_stack  # type: ignore[assignment]
+        language.lm_head = self.head  # type: ignore[assignment]
         if self.options.precision.vae == "bfloat16":
             model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.graph_pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
-        self._loops: dict[Shape, DenoiseLoop] = {}
+        self._buffers: dict[Shape, StepBuffers] = {}
         self._state: DecodeState | None = None
         self._caches: dict[Shape, StepCache] = {}
         self._attention: dict[Shape, Attention] = {}
         self._tuned: set[str] = set()
         modules: dict[str, list[torch.nn.Module]] = {
             "vision": [model.vision],
-            "language": [language, self.language_stack],
+            "language": [language],
             "connector": [model.connector],
-            "decoder": [decoder, self.decoder_stack],
+            "decoder": [decoder],
             "vae": [model.vae],
         }
         self.residency = Residency(modules, device, resident, self._moved)
 
     def _moved(self, part: str) -> None:
         if part == "decoder":
-            for loop in self._loops.values():
-                loop.drop_graphs()
+            for buffers in self._buffers.values():
+                buffers.drop_graphs()
         if part == "language":
             self._state = None
 
@@ -108,40 +108,30 @@ class TorchCudaBackend(TorchBackend):
     @torch.inference_mode()
     def connector(self, hidden: Tensor, image_latents: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
         if image_latents:
-            self.residency.need("decoder")
-            patch = self.config.decoder.patch_size
-            features = [
-                (start, self._input_features(latents, latents.shape[-2] // patch, latents.shape[-1] // patch))
-                for start, latents in image_latents
-            ]
+            self._need_decoder()
+        features = [(start, self.input_features(latents)) for start, latents in image_latents]
         self.residency.need("connector")
         condition = super().connector(hidden)
-        for start, rows in features if image_latents else ():
+        for start, rows in features:
             condition[:, start : start + rows.shape[1]] = rows
         return condition
 
-    @torch.inference_mode()
-    def _input_features(self, latents: Tensor, rows: int, columns: int) -> Tensor:
-        return self.model.decoder.input_features(latents.to(self.torch_dtype), self._positions(rows, columns))
-
-    def language(self, request: LanguageRequest) -> FastLanguageRun:  # type: ignore[override]
+    def language(self, request: LanguageRequest) -> FastLanguageSession:
         self.residency.need("language")
-        return FastLanguageRun(self, request)
+        # A guess may reach past the last token wanted.
+        needed = len(request.token_ids) + max(request.max_new_tokens, 1) + request.draft_tokens
+        return FastLanguageSession(self._decode_state(-(-needed // ROUND) * ROUND), request)
 
-    def decode_state(self, capacity: int) -> DecodeState:
+    def _decode_state(self, capacity: int) -> DecodeState:
         """Buffers for at least `capacity` tokens; the last ones are used again when they are large enough."""
         if self._state is None or self._state.capacity < capacity:
             self._state = None  # freed before the larger one is made
-            self._state = DecodeState(self, capacity)
+            self._state = DecodeState(self.model.language, self.language_stack, capacity, self.device, self.graph_pool)
         if "language" not in self._tuned and self.device.startswith("cuda"):
             self._tuned.add("language")
-            choose_one_row(p for p in (*_products(self.language_stack), self._head) if isinstance(p, Dense))
+            choose_one_row(p for p in (*_linears(self.language_stack), self.head) if isinstance(p, LinearDense))
             choose_fused_rows(self.language_stack)
         return self._state
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Next-token scores (…, V) of pre-norm hidden states (…, C)."""
-        return self.model.language.logits(hidden)
 
     @torch.inference_mode()
     def prefix(
@@ -151,86 +141,46 @@ class TorchCudaBackend(TorchBackend):
         image_tokens: int,
         blocks: Sequence[tuple[int, int]] = (),
     ) -> TorchPrefix:
+        self._need_decoder()
         with memory_of("prefix"):
-            return self._prefix(condition, times, image_tokens, blocks)
+            return super().prefix(condition, times, image_tokens, blocks)
 
-    def _prefix(
-        self, condition: Tensor, times: NDArray[np.float64], image_tokens: int, blocks: Sequence[tuple[int, int]]
-    ) -> TorchPrefix:
-        self.residency.need("decoder")
-        decoder, fast, length = self.model.decoder, self.decoder_stack, condition.shape[1]
-        stack, steps = self.config.decoder.stack, len(times)
-        place = np.concatenate([np.arange(length), np.full(steps, length)])
-        tables = rope_tables(stack.rope, stack.head_dim, place, length + 1 + image_tokens)
-        cos, sin, features = self.tensors(*tables, time_features(times, self.config.decoder.time_frequencies))
-        features = features.to(self.torch_dtype)
-        rows = decoder.time_token(features).expand(condition.shape[0], -1, -1)
-        x = torch.cat([condition, rows.to(condition.dtype)], dim=1)
-        mask = decoder._prefix_mask(length, steps, blocks, x.device)
-        layers = stack.num_layers
-        shape = (layers, condition.shape[0], stack.num_kv_heads, length, stack.head_dim)
-        keys, values = x.new_empty(shape), x.new_empty(shape)
-        at_time = (steps, layers, condition.shape[0], stack.num_kv_heads, stack.head_dim)
-        time_keys, time_values = x.new_empty(at_time), x.new_empty(at_time)
+    def prefix_kv(self, condition: Tensor, features: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> PrefixKV:
+        """K and V of each layer are copied as they come: joined at the end they would be there twice."""
+        stack, length, steps = self.config.decoder.stack, condition.shape[1], features.shape[0]
+        shape = (stack.num_layers, condition.shape[0], stack.num_kv_heads, length, stack.head_dim)
+        keys, values = condition.new_empty(shape), condition.new_empty(shape)
+        at_time = (steps, *shape[:3], stack.head_dim)
+        time_keys, time_values = condition.new_empty(at_time), condition.new_empty(at_time)
 
         def keep(layer: int, k: Tensor, v: Tensor) -> None:
             keys[layer], values[layer] = k[:, :, :length], v[:, :, :length]
             time_keys[:, layer] = k[:, :, length:].permute(2, 0, 1, 3)
             time_values[:, layer] = v[:, :, length:].permute(2, 0, 1, 3)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keep(layer, k, v)
-            return plain_attention(q, k, v, mask=mask)
-
-        rotate = fast.in_place(cos, sin)
-        x = fast(x, rotate, attend, last=layers - 1)
-        keep(layers - 1, *fast.keys_values(layers - 1, x, rotate))
-        return TorchPrefix(PrefixKV(keys, values, time_keys, time_values), decoder.modulation(features))
+        self.model.decoder.prefix_pass(condition, features, cos, sin, visible, keep)
+        return PrefixKV(keys, values, time_keys, time_values)
 
     @torch.inference_mode()
-    def denoiser(self, request: DenoiseRequest) -> Iterator[tuple[Tensor, Tensor]]:
+    def denoiser(self, request: DenoiseRequest) -> FastDenoiseSession:
+        self._need_decoder()
+        prefixes = [p for p in request.prefixes() if isinstance(p, TorchPrefix)]
         with memory_of("denoiser"):
-            yield from self._denoise(request)
+            buffers = self._filled([p.kv for p in prefixes], request.latents)
+            cache = self._step_cache(buffers, request.step_cache) if request.step_cache > 0 else None
+        return FastDenoiseSession(buffers, prefixes, self._need_decoder, cache)
 
-    def _denoise(self, request: DenoiseRequest) -> Iterator[tuple[Tensor, Tensor]]:
+    def _need_decoder(self) -> None:
         self.residency.need("decoder")
-        prefixes = [b for b in (request.guided, request.unguided) if isinstance(b, TorchPrefix)]
-        kept = [p.kv for p in prefixes]
-        loop = self._loop(kept, request.latents)
-        solver = Solver(request.solver)
-        cache = self._step_cache(loop, request.step_cache) if request.step_cache > 0 else None
-        branches_before = 0
-        steps = len(request.times) - 1
-        for step, (now, following) in enumerate(zip(request.times[:-1], request.times[1:], strict=True)):
-            if request.cancelled():
-                return
-            self.residency.need("decoder")  # a preview may have sent it away
-            branches = len(prefixes) if within(float(now), request.guidance_interval) else 1
-            if branches != branches_before:
-                solver.forget()
-            branches_before = branches
-            loop.at_step(kept, prefixes[0].modulation[step], step)
-            quirk = step == 0 and request.first_step == "condition_only"
-            if cache is not None:
-                velocities = cache.velocity(branches, not quirk, edge=step in (0, steps - 1))
-            else:
-                velocities = loop.velocity(branches, not quirk)
-            velocity = velocities[0]
-            if branches == 2:
-                velocity = guide(velocities[0], velocities[1], request.guidance_scale)
-            length = float(following - now)
-            loop.latents += length * solver.direction(velocity, length)
-            yield loop.latents.clone(), velocity.clone()
-        if cache is not None:
-            logger.info("step cache: %d of %d steps used it", cache.reused, steps)
 
-    def _loop(self, prefixes: list[PrefixKV], latents: NDArray[np.float32]) -> DenoiseLoop:
+    def _filled(self, prefixes: list[PrefixKV], latents: NDArray[np.float32]) -> StepBuffers:
+        """Buffers for these shapes, the last ones where they fit, holding the prefixes and the noise."""
         lengths = tuple(p.length for p in prefixes)
         shape = Shape.of(lengths, latents.shape)
-        if shape not in self._loops:
-            self._loops.clear()  # one set of buffers at a time
+        if shape not in self._buffers:
+            self._buffers.clear()  # one set of buffers at a time
             self._caches.clear()
-            self._loops[shape] = DenoiseLoop(
+            self._buffers[shape] = StepBuffers(
                 self.model.decoder,
                 self.decoder_stack,
                 shape,
@@ -239,22 +189,22 @@ class TorchCudaBackend(TorchBackend):
                 self.device,
                 self.graph_pool,
             )
-        loop = self._loops[shape]
-        loop.load(prefixes, latents)
+        buffers = self._buffers[shape]
+        buffers.load(prefixes, latents)
         if "decoder" not in self._tuned and self.device.startswith("cuda"):
             self._tuned.add("decoder")
-            rows = shape.branches * shape.images * loop.tokens
-            choose_eight_bit((p for p in _products(self.decoder_stack) if isinstance(p, EightBit)), rows)
+            rows = shape.branches * shape.images * buffers.tokens
+            choose_w8a8((p for p in _linears(self.decoder_stack) if isinstance(p, LinearW8A8)), rows)
         if self.options.attention == "auto" and self.device.startswith("cuda"):
             if shape not in self._attention:
-                self._attention[shape] = self._measured_attention(loop)
-            loop.use_attention(self._attention[shape])
-        return loop
+                self._attention[shape] = self._measured_attention(buffers)
+            buffers.use_attention(self._attention[shape])
+        return buffers
 
-    def _step_cache(self, loop: DenoiseLoop, threshold: float) -> StepCache:
-        if loop.shape not in self._caches:
-            self._caches[loop.shape] = StepCache(loop)
-        cache = self._caches[loop.shape]
+    def _step_cache(self, buffers: StepBuffers, threshold: float) -> StepCache:
+        if buffers.shape not in self._caches:
+            self._caches[buffers.shape] = StepCache(buffers)
+        cache = self._caches[buffers.shape]
         cache.begin(threshold)
         return cache
 
@@ -270,16 +220,16 @@ class TorchCudaBackend(TorchBackend):
             raise UnsupportedDeviceError(f"attention {wanted!r} does not run on {self.device}; use 'auto'")
         return tried[wanted]
 
-    def _measured_attention(self, loop: DenoiseLoop) -> Attention:
+    def _measured_attention(self, buffers: StepBuffers) -> Attention:
         """The fastest of the candidates on one layer's shapes, with random queries, keys and values."""
         stack = self.config.decoder.stack
-        rows = loop.shape.branches * loop.shape.images
+        rows = buffers.shape.branches * buffers.shape.images
         generator = torch.Generator(self.device).manual_seed(0)
         q, k, v = (
             torch.randn(
                 rows,
                 heads,
-                loop.tokens,
+                buffers.tokens,
                 stack.head_dim,
                 dtype=self.torch_dtype,
                 device=self.device,
@@ -288,7 +238,7 @@ class TorchCudaBackend(TorchBackend):
             for heads in (stack.num_heads, stack.num_kv_heads, stack.num_kv_heads)
         )
         tried = candidates(torch.device(self.device), stack.head_dim, self.options.impl)
-        return tried[choose(tried, q, k, v, loop.segments(0, loop.shape.branches, True))]
+        return tried[choose(tried, q, k, v, buffers.segments(0, buffers.shape.branches, True))]
 
     def vae(self, latents: Tensor) -> NDArray[np.float32]:
         self.residency.need("vae")
@@ -299,7 +249,7 @@ class TorchCudaBackend(TorchBackend):
         return super().vae_encode(pixels)
 
 
-def _products(stack: FastStack) -> Iterator[Product]:
+def _linears(stack: FastStack) -> Iterator[Linear]:
     for block in stack.blocks:
         assert isinstance(block, FastBlock)
-        yield from block.products()
+        yield from block.linears()

@@ -1,7 +1,7 @@
-"""Matrix products of the fast path: one class for each way a weight is kept, all called alike.
+"""Linear layers of the fast path: one class for each format of weights and activations, all called alike.
 
-`rows` says what a product takes: None for floats, "int8" or "fp8" for 8-bit rows, which the norm or the gate before it
-writes directly. Embeddings, norms, final layer and modulation are never here: they stay in the compute type.
+`rows` is the type of activations that a layer takes: None for floats, "int8" or "fp8" for 8-bit rows, which the norm or
+the gate before it writes directly. Embeddings, norms, final layer and modulation keep the compute type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUANTIZED = ("int8", "int8_weight_only", "fp8", "int4")
 STORED = ("float32", "float16", "bfloat16", *QUANTIZED)
 
 
-class Product(nn.Module):
+class Linear(nn.Module):
     """x (…, K) -> (…, N). Tensors are buffers, so that a part moves between host and device as one module."""
 
     rows: str | None = None
@@ -39,15 +39,15 @@ class Product(nn.Module):
         return None
 
 
-class Dense(Product):
-    """A weight as it was loaded. One row on CUDA goes to whichever of `one_row`'s candidates is set."""
+class LinearDense(Linear):
+    """A floating-point weight. `one_row`: what computes a single row, "cublas" or "gemv"; `tune` measures."""
 
     weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, impl: str) -> None:
         super().__init__(bias, impl)
         self.register_buffer("weight", weight)
-        self.one_row = "library"
+        self.one_row = "cublas"
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         assert isinstance(x, Tensor)
@@ -59,8 +59,8 @@ class Dense(Product):
         return self.weight
 
 
-class EightBit(Product):
-    """8-bit weights and 8-bit rows: for products that are bound by arithmetic (the decoder's)."""
+class LinearW8A8(Linear):
+    """8-bit weights and activations: for layers that are bound by arithmetic (the decoder's)."""
 
     values: Tensor
     scale: Tensor
@@ -69,7 +69,7 @@ class EightBit(Product):
         super().__init__(bias, impl)
         quantized = quantize_weight(weight, kind)
         self.rows, self.dtype = kind, weight.dtype
-        self.how = impl  # "library" or "triton" once `torch_tune` has measured
+        self.how = impl  # "library" (cuBLAS) or "triton" once `tune` has measured
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
 
@@ -79,8 +79,8 @@ class EightBit(Product):
         return linear8(rows, Rows(self.values, self.scale), self.dtype, self.bias, impl=self.how)
 
 
-class WeightOnly8(Product):
-    """int8 weights, rows as they are: for products that are bound by reading the weight (decoding)."""
+class LinearW8A16(Linear):
+    """int8 weights, floating-point activations: for layers that are bound by reading the weight (decoding)."""
 
     values: Tensor
     scale: Tensor
@@ -99,8 +99,8 @@ class WeightOnly8(Product):
         return Rows(self.values, self.scale)
 
 
-class FourBit(Product):
-    """4-bit weights in groups, rows as they are."""
+class LinearW4A16(Linear):
+    """4-bit weights in groups, floating-point activations."""
 
     packed: Tensor
     scale: Tensor
@@ -122,23 +122,23 @@ def one_row_impl(impl: str, x: Tensor) -> str:
     return impl if impl != "triton" or x.numel() == x.shape[-1] else "auto"
 
 
-def make_product(
+def make_linear(
     weight: Tensor, bias: Tensor | None, stored: str, impl: str = "auto", work: str | None = None
-) -> Product:
-    """A product whose weight (N, K) is kept as `stored`, one of STORED. Raises BadRequestError for another.
+) -> Linear:
+    """A layer whose weight (N, K) is stored as `stored`, one of STORED. Raises BadRequestError for another.
 
     work: a device to quantize on; the result returns to where the weight was.
     """
     if stored not in STORED:
         raise BadRequestError(f"precision {stored!r}: expected one of {', '.join(STORED)}")
     if stored not in QUANTIZED:
-        return Dense(weight, bias, impl)
+        return LinearDense(weight, bias, impl)
     home, weight = weight.device, weight.to(work or weight.device)
     if stored in ("int8", "fp8"):
-        return EightBit(weight, bias, impl, stored).to(home)
-    return (WeightOnly8 if stored == "int8_weight_only" else FourBit)(weight, bias, impl).to(home)
+        return LinearW8A8(weight, bias, impl, stored).to(home)
+    return (LinearW8A16 if stored == "int8_weight_only" else LinearW4A16)(weight, bias, impl).to(home)
 
 
-def stored_bytes(product: Product) -> int:
-    """Bytes of a product's tensors."""
-    return sum(t.numel() * t.element_size() for t in product.buffers())
+def stored_bytes(linear: Linear) -> int:
+    """Bytes of a layer's tensors."""
+    return sum(t.numel() * t.element_size() for t in linear.buffers())

@@ -16,11 +16,11 @@ from ...memory.layers import Workload
 from ...memory.planner import LADDER, gigabytes, parse_bytes, plan
 from ...memory.precision import parse_precision, split_attention
 from ...model.mindomni import load_model
+from ..torch.backend import DTYPES
 from .backend import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
 RESERVE = 600 << 20  # of a CUDA context and the libraries' workspaces; to be measured on each device
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load_fast(
@@ -37,7 +37,7 @@ def load_fast(
     if device.startswith("cuda"):
         check_device(chosen, torch.cuda.get_device_capability(device))
         torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors are on
-    model, report = load_model(checkpoint, _DTYPES[dtype], "cpu", vae_dtype=torch.float32)
+    model, report = load_model(checkpoint, DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
     if memory_budget is not None and device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory

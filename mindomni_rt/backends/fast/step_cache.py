@@ -10,24 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .denoise import DenoiseLoop
+from .buffers import StepBuffers
 
 MOST_IN_A_ROW = 3  # reused steps before a full one
 
 
 class StepCache:
-    """Over a `DenoiseLoop`, whose graphs keep pointing at its buffers: one cache a loop, `begin` for each request."""
+    """Over `StepBuffers`, whose graphs read its tensors: one cache for a set of buffers, `begin` for each request."""
 
-    def __init__(self, loop: DenoiseLoop) -> None:
-        self._loop, self._threshold = loop, 0.0
+    def __init__(self, buffers: StepBuffers) -> None:
+        self._buffers, self._threshold = buffers, 0.0
         self._row = self.reused = self._branches = 0
-        width = loop.embed(1).shape[-1]
-        rows = loop.shape.branches * loop.shape.images
+        width = buffers.embed(1).shape[-1]
+        rows = buffers.shape.branches * buffers.shape.images
         self._first, self._reference, self._rest = (
-            torch.zeros(rows, loop.tokens, width, dtype=loop.embed(1).dtype, device=loop.latents.device)
+            torch.zeros(rows, buffers.tokens, width, dtype=buffers.embed(1).dtype, device=buffers.latents.device)
             for _ in range(3)
         )
-        self._change = torch.zeros((), device=loop.latents.device)
+        self._change = torch.zeros((), device=buffers.latents.device)
         self._residual = torch.zeros_like(self._first)
 
     def begin(self, threshold: float) -> None:
@@ -36,12 +36,12 @@ class StepCache:
         self._row = self.reused = self._branches = 0
 
     def velocity(self, branches: int, with_image: bool, edge: bool) -> Tensor:
-        """As `DenoiseLoop.velocity`. edge: the first or last step, which is always whole."""
-        loop, rows = self._loop, slice(0, branches * self._loop.shape.images)
+        """As `StepBuffers.velocity`. edge: the first or last step, which is always whole."""
+        buffers, rows = self._buffers, slice(0, branches * self._buffers.shape.images)
 
         def first_block() -> None:
-            x = loop.embed(branches)
-            first = loop.run(x, branches, with_image, 0, 1)
+            x = buffers.embed(branches)
+            first = buffers.run(x, branches, with_image, 0, 1)
             self._first[rows] = first
             residual = first - x
             self._residual[rows] = residual
@@ -49,23 +49,23 @@ class StepCache:
             self._change.copy_((residual.float() - reference).abs().mean() / reference.abs().mean().clamp_min(1e-12))
 
         def whole() -> None:
-            last = loop.run(self._first[rows], branches, with_image, 1)
+            last = buffers.run(self._first[rows], branches, with_image, 1)
             self._rest[rows] = last - self._first[rows]
             self._reference[rows] = self._residual[rows]
-            loop.finish(last, branches)
+            buffers.finish(last, branches)
 
         def again() -> None:
-            loop.finish(self._first[rows] + self._rest[rows], branches)
+            buffers.finish(self._first[rows] + self._rest[rows], branches)
 
         key = (branches, with_image)
-        loop.graph(("first", *key), first_block)()
+        buffers.graph(("first", *key), first_block)()
         fresh = branches != self._branches or edge or self._row >= MOST_IN_A_ROW or not with_image
         self._branches = branches if with_image else 0
         if fresh or float(self._change) >= self._threshold:
-            loop.graph(("rest", *key), whole)()
+            buffers.graph(("rest", *key), whole)()
             self._row = 0
         else:
-            loop.graph(("again", *key), again)()
+            buffers.graph(("again", *key), again)()
             self._row += 1
             self.reused += 1
-        return loop.velocities.unflatten(0, (loop.shape.branches, -1))[:branches]
+        return buffers.velocities.unflatten(0, (buffers.shape.branches, -1))[:branches]

@@ -1,7 +1,7 @@
-"""Which products a CUDA device takes: the library's or ours, measured once for each shape.
+"""Which kernel computes each linear layer on a CUDA device, cuBLAS's or ours: measured once for each shape.
 
-Work is timed as it will run, inside a CUDA graph: a launch from Python costs more than one row's product takes. All
-products of a shape are timed together, so that no weight is still in the cache when its turn comes again.
+Work is timed as it will run, inside a CUDA graph: a launch from Python costs more than a product of one row. All layers
+of a shape are timed together, so that no weight is still in the L2 cache when its turn comes again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from ...errors import UnsupportedDeviceError
-from .linear import Dense, EightBit
+from .linear import LinearDense, LinearW8A8
 from .stack import FastBlock, FastStack
 
 logger = logging.getLogger(__name__)
 RUNS = 7
 Clock = Callable[[Callable[[], object]], float]
-P = TypeVar("P", Dense, EightBit)
+P = TypeVar("P", LinearDense, LinearW8A8)
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -55,7 +55,7 @@ def _fastest(
     x: torch.Tensor,
     clock: Clock,
 ) -> None:
-    """Sets every product of one shape to the fastest of `names`; the log tells all times."""
+    """Sets every layer of one shape to the fastest of `names`, and logs all times."""
 
     def all_of_them() -> None:
         for product in group:
@@ -70,38 +70,38 @@ def _fastest(
         except REFUSALS as error:
             logger.info("%s: %s does not run: %s", label, name, str(error).split("\n")[0])
     if not times:
-        raise UnsupportedDeviceError(f"no product of {label} runs on {x.device}; load without this precision")
+        raise UnsupportedDeviceError(f"no kernel for {label} runs on {x.device}; load without this precision")
     best = min(times, key=lambda name: times[name])
     for product in group:
         choose(product, best)
     logger.info("%s: %s (%s)", label, best, ", ".join(f"{name} {t:.4f} ms" for name, t in times.items()))
 
 
-def choose_one_row(products: Iterable[Dense], clock: Clock = milliseconds) -> None:
-    """Sets `one_row` of each product to the faster of "library" and "gemv" for its shape."""
-    groups: dict[tuple[int, int, bool], list[Dense]] = defaultdict(list)
+def choose_one_row(products: Iterable[LinearDense], clock: Clock = milliseconds) -> None:
+    """Sets `one_row` of each layer to the faster of "cublas" and "gemv" for its shape."""
+    groups: dict[tuple[int, int, bool], list[LinearDense]] = defaultdict(list)
     for product in products:
         groups[product.weight.shape[0], product.weight.shape[1], product.bias is not None].append(product)
 
-    def choose(product: Dense, name: str) -> None:
+    def choose(product: LinearDense, name: str) -> None:
         product.one_row = name
 
     for (n, k, _), group in groups.items():
         weight = group[0].weight
         x = torch.randn(1, k, dtype=weight.dtype, device=weight.device)
-        _fastest(group, f"one row of {n}x{k}", ("library", "gemv"), choose, x, clock)
+        _fastest(group, f"one row of {n}x{k}", ("cublas", "gemv"), choose, x, clock)
 
 
-def choose_eight_bit(products: Iterable[EightBit], rows: int, clock: Clock = milliseconds) -> None:
-    """Sets `how` of each 8-bit product to the faster of "library" and "triton" for `rows` rows of its shape.
+def choose_w8a8(products: Iterable[LinearW8A8], rows: int, clock: Clock = milliseconds) -> None:
+    """Sets `how` of each W8A8 layer to the faster of "library" (cuBLAS) and "triton" for `rows` rows of its shape.
 
-    One that does not run on this device is left out. Raises UnsupportedDeviceError when neither does.
+    A kernel that does not run on this device is skipped. Raises UnsupportedDeviceError when neither does.
     """
-    groups: dict[tuple[int, int], list[EightBit]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[LinearW8A8]] = defaultdict(list)
     for product in products:
         groups[product.values.shape[0], product.values.shape[1]].append(product)
 
-    def choose(product: EightBit, name: str) -> None:
+    def choose(product: LinearW8A8, name: str) -> None:
         product.how = name
 
     for (n, k), group in groups.items():
@@ -113,7 +113,7 @@ def choose_eight_bit(products: Iterable[EightBit], rows: int, clock: Clock = mil
 
 
 def choose_fused_rows(stack: FastStack, clock: Clock = milliseconds) -> None:
-    """Sets `fused_rows` of a stack to whether one row passes its norms, products and gates faster fused."""
+    """Sets `fused_rows` of a stack to whether norm, linear layer and gate of one row are faster fused."""
     blocks = [block for block in stack.blocks if isinstance(block, FastBlock)]
     if any(p.row_weight() is None for block in blocks for p in (block.qkv, block.gate_up)):
         return
@@ -124,13 +124,13 @@ def choose_fused_rows(stack: FastStack, clock: Clock = milliseconds) -> None:
 
         def halves(fused: bool = fused) -> None:
             for block in blocks:
-                stack._normed(block.qkv, x, block.norm1, block.eps, x, fused)
-                stack._gated(block, x, x, fused)
+                stack.normed(block.qkv, x, block.norm1, block.eps, x, fused)
+                stack.gated(block, x, x, fused)
 
         try:
             times[fused] = clock(halves) / len(blocks)
         except REFUSALS as error:
-            logger.info("norm and product of one row as one kernel do not run: %s", str(error).split("\n")[0])
+            logger.info("the fused kernel for one row does not run: %s", str(error).split("\n")[0])
     stack.fused_rows = times.get(True, float("inf")) < times[False]
     measured = ", ".join(f"{'fused' if fused else 'apart'} {t:.4f} ms" for fused, t in times.items())
-    logger.info("norm, product and gate of one row: %s (%s)", "fused" if stack.fused_rows else "apart", measured)
+    logger.info("norm, linear layer and gate of one row: %s (%s)", "fused" if stack.fused_rows else "apart", measured)
