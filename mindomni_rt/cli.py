@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__, load
 from .errors import BadRequestError, MindOmniError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .inputs.images import save_png
+from .inputs.images import save_image
 from .request import Request
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -229,7 +229,7 @@ def _bar(total: int, disable: bool) -> Any:
 def _finish(result: GenerationResult, paths: list[Path], options: argparse.Namespace) -> None:
     for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
         settings = {**result.settings, "seed": (result.seed or 0) + index, "num_images": 1, "text": result.text}
-        save_png(image, path, {**settings, "mindomni_rt": __version__})
+        save_image(image, path, {**settings, "mindomni_rt": __version__})
     if options.json:
         print(json.dumps({**_plain(result), "files": [str(p) for p in paths]}, ensure_ascii=False))
     elif not options.quiet:
