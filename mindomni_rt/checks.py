@@ -138,7 +138,7 @@ def check_fields(owner: Any, error: type[Exception], prefix: str = "", none_is_d
 
     none_is_default: None stands for the field's default. Raises `error` with the field's name.
     """
-    for name, (check, optional, default) in _checks(type(owner)).items():
+    for name, (check, optional, default) in _checks(cast(Hashable, type(owner))).items():
         value = getattr(owner, name)
         if value is None and none_is_default and default is not MISSING:
             value = default

@@ -379,7 +379,7 @@ class Pipeline:
             next_position=following,
             image_embeds=embeds,
             max_new_tokens=max_new_tokens,
-            eos_token_ids=generation.eos_token_ids,
+            eos_token_ids=self.chat.end_tokens(generation.eos_token_ids),
             repetition_penalty=generation.repetition_penalty,
             temperature=temperature,
             uniforms=uniforms(seed, max_new_tokens) if temperature > 0 else np.zeros(0),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..checks import shown
 from ..errors import BadRequestError
@@ -102,7 +102,7 @@ def _opened(source: Any) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(source))
     try:
         return Image.open(io.BytesIO(_data(source)), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadRequestError(f"cannot be read: expected one of {', '.join(FORMATS)}") from None
 
 
