@@ -41,7 +41,7 @@ class Whole:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.step == 1 else f"a multiple of {self.step}"
-        return f"{kind} from {self.low} to {self.high}"
+        return f"{kind} of at least {self.low} and at most {self.high}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Number:
         return number
 
     def __str__(self) -> str:
-        return f"a finite number {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
+        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        return f"a finite number {low} and at most {self.high:g}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from . import __version__, load
 from .errors import BadRequestError, MindOmniError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.images import save_image
-from .request import Request
+from .request import Request, UnderstandRequest
 
 USER_ERROR, INTERRUPTED = 2, 130
 # A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
@@ -243,7 +243,7 @@ def _plain(result: GenerationResult) -> dict[str, Any]:
 
 
 def _understand(options: argparse.Namespace) -> int:
-    Request(prompt=options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    UnderstandRequest(prompt=options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
     events = _load(options).stream_understand(
         options.prompt,
         options.image,

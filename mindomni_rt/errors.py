@@ -25,6 +25,10 @@ class OutOfMemoryError(MindOmniError, MemoryError):
     """A request that does not fit the memory of the device or the given budget."""
 
 
+class NotFiniteError(MindOmniError, ArithmeticError):
+    """A stage whose result holds NaN or infinity. The message names the stage."""
+
+
 class MissingExtraError(MindOmniError, ImportError):
     """An optional dependency that is not installed. The message names the extra."""
 

@@ -27,8 +27,18 @@ from numpy.typing import NDArray
 
 from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
 from .errors import BadRequestError, MindOmniError
-from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, prepare_image, to_pil, vae_pixels
+from .events import (
+    AnswerEvent,
+    Event,
+    FinishReason,
+    GenerationResult,
+    ImageEvent,
+    Round,
+    StepEvent,
+    TextEvent,
+)
+from .finite import check_finite
+from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -42,7 +52,7 @@ from .inputs.prompts import (
     split_thought,
     understand_messages,
 )
-from .request import Request
+from .request import Request, UnderstandRequest, check_callback, check_cancel
 from .sampling.random import batch_noise, uniforms
 from .sampling.schedule import timesteps
 
@@ -62,6 +72,7 @@ class Thought:
     hidden: Array
     token_ids: list[int] = field(default_factory=list)
     image_latents: list[tuple[int, Array]] = field(default_factory=list)
+    rounds: tuple[Round, ...] = ()
 
 
 class Pipeline:
@@ -124,6 +135,7 @@ class Pipeline:
     @staticmethod
     def _last(events: Iterator[Event], callback: Callable[[Event], bool | None] | None) -> GenerationResult:
         result: GenerationResult | None = None
+        check_callback(callback)
         for event in events:
             if callback is not None and callback(event) is False:
                 raise GenerationCancelled("cancelled by the callback")
@@ -149,7 +161,7 @@ class Pipeline:
             raise BadRequestError(
                 f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option"
             )
-        return self._generate(request, cancel or threading.Event())
+        return self._generate(request, check_cancel(cancel) or threading.Event())
 
     def _generate(self, request: Request, cancel: threading.Event) -> Generator[Event, None, None]:
         clock = _Clock(self.backend)
@@ -161,14 +173,18 @@ class Pipeline:
         guided = self.connect(thought, request, clock)
         unguided = self.connect_negative(request, clock) if request.guidance_scale != 1 else None
         final = yield from self.paint(request, latents, guided, unguided, cancel=cancel, clock=clock)
+        check_finite("denoiser", self.backend.numpy(final), self.backend.dtype)
         pixels = self.decode(final, clock)
-        thinking, answer = split_thought(thought.text) if request.think else ("", request.prompt)
+        check_finite("vae", pixels, self.backend.dtype)
+        last = thought.rounds[-1] if thought.rounds else Round(text=request.prompt, answer=request.prompt)
         yield ImageEvent(
             GenerationResult(
                 images=to_pil(pixels) if request.output == "pil" else pixels,
                 text=thought.text,
-                thinking=thinking,
-                answer=answer,
+                thinking=last.thinking,
+                answer=last.answer,
+                finish_reason=last.finish_reason,
+                rounds=thought.rounds,
                 seed=None if request.latents is not None else seed,
                 timings=clock.report(),
                 token_ids=thought.token_ids,
@@ -191,16 +207,18 @@ class Pipeline:
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                patches = prepare_image(request.image, self.config, request.max_image_tokens)
+                picture = open_image(request.image)
+                patches = prepare_image(picture, self.config, request.max_image_tokens)
                 embeds = self.backend.vision(patches)
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
-                    latents = self.backend.vae_encode(vae_pixels(request.image))
+                    latents = self.backend.vae_encode(
+                        vae_pixels(picture, max_tokens=self.config.language.max_positions // 2)
+                    )
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
-        texts: list[str] = []
-        token_ids: list[int] = []
+        rounds: list[Round] = []
         prompt = request.prompt
         for index in range(2 if request.cascade else 1):
             messages = generate_messages(prompt, request.think, patches is not None, latent_tokens)
@@ -208,20 +226,19 @@ class Pipeline:
             language = self._language_request(messages, patches, embeds, tokens, request.temperature, seed, cancel)
             language = replace(language, draft_tokens=request.draft_tokens)
             run = self.backend.language(language)
-            text, new = yield from self._write(run, language, index, cancel, clock)
-            texts.append(text)
-            token_ids += new
-            prompt = cascade_prompt(text) or prompt
+            written = yield from self._write(run, language, index, cancel, clock)
+            rounds += [written] if request.think else []
+            prompt = cascade_prompt(written.text) or prompt
         spans = []
         if latents is not None:
             pad = self.chat.token_id(LATENT_TOKEN)
             spans = [(int(np.argmax(language.token_ids == pad)), latents)]
-        text = CASCADE_SEPARATOR.join(texts) if request.think else request.prompt
-        return Thought(text, run.hidden, token_ids, spans)
+        text = CASCADE_SEPARATOR.join(r.text for r in rounds) if request.think else request.prompt
+        return Thought(text, run.hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
 
     def _write(
         self, run: Any, language: LanguageRequest, index: int, cancel: threading.Event, clock: _Clock
-    ) -> Generator[Event, None, tuple[str, list[int]]]:
+    ) -> Generator[Event, None, Round]:
         """Runs stage `language` to its end, telling each piece of text."""
         stream, parser = TextStream(self.chat), ThoughtParser()
         tokens: list[int] = []
@@ -235,11 +252,14 @@ class Pipeline:
                     with clock.paused():
                         yield TextEvent(text, kind, index)
                 self._check(cancel)
-        if tokens and tokens[-1] not in language.eos_token_ids:
-            logger.info("text ended at max_new_tokens = %d", language.max_new_tokens)
+        cut = bool(tokens) and tokens[-1] not in language.eos_token_ids
+        if cut:
+            logger.warning("text was cut at max_new_tokens = %d, inside its %s", language.max_new_tokens, parser.kind)
         for kind, text in parser.push(stream.finish()) + parser.finish():
             yield TextEvent(text, kind, index)
-        return stream.text, tokens
+        thinking, answer = split_thought(stream.text)
+        reason: FinishReason = "length" if cut else "stop"
+        return Round(text=stream.text, thinking=thinking, answer=answer, finish_reason=reason, token_ids=tokens)
 
     def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
@@ -333,21 +353,39 @@ class Pipeline:
         cancel: threading.Event | None = None,
     ) -> Generator[Event, None, None]:
         """`understand` as events: text as it is written, then the answer."""
-        Request(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # the same checks
-        cancel, clock = cancel or threading.Event(), _Clock(self.backend)
-        seed = seed if seed is not None else secrets.randbits(32)
+        request = UnderstandRequest(
+            prompt=prompt,
+            image=image,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            max_image_tokens=max_image_tokens,
+        )
+        return self._understand(request, check_cancel(cancel) or threading.Event())
+
+    def _understand(self, request: UnderstandRequest, cancel: threading.Event) -> Generator[Event, None, None]:
+        clock = _Clock(self.backend)
+        prompt, image, max_new_tokens = request.prompt, request.image, request.max_new_tokens
+        temperature, seed = request.temperature, request.seed if request.seed is not None else secrets.randbits(32)
         patches = embeds = None
         if image is not None:
             with clock("vision"):
-                patches = prepare_image(image, self.config, max_image_tokens)
+                patches = prepare_image(image, self.config, request.max_image_tokens)
                 embeds = self.backend.vision(patches)
         messages = understand_messages(prompt, image is not None)
         language = self._language_request(messages, patches, embeds, max_new_tokens, temperature, seed, cancel)
-        text, tokens = yield from self._write(self.backend.language(language), language, 0, cancel, clock)
+        written = yield from self._write(self.backend.language(language), language, 0, cancel, clock)
         settings = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         yield AnswerEvent(
             GenerationResult(
-                text=text, answer=text, seed=seed, timings=clock.report(), token_ids=tokens, settings=settings
+                text=written.text,
+                answer=written.text,
+                seed=seed,
+                timings=clock.report(),
+                token_ids=written.token_ids,
+                settings=settings,
+                finish_reason=written.finish_reason,
+                rounds=(written,),
             )
         )
 

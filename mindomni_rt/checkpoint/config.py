@@ -30,10 +30,9 @@ class _Checked:
     def __post_init__(self) -> None:
         check_fields(self, BadCheckpointError, f"{type(self).__name__}: ")
 
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise BadCheckpointError(message)
+    def _require(self, holds: bool, message: str) -> None:
+        if not holds:
+            raise BadCheckpointError(f"{type(self).__name__}: {message}")
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +58,7 @@ class RopeConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        self._require(
             self.kind != "longrope" or self.original_max_positions > 1,
             f"original_max_positions = {self.original_max_positions}: LongRoPE needs the context of its training",
         )
@@ -81,18 +80,18 @@ class StackConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        self._require(
             not self.hidden_size % (2 * self.num_heads) and not self.num_heads % self.num_kv_heads,
             f"hidden_size {self.hidden_size}, {self.num_heads} heads, {self.num_kv_heads} KV heads do not divide",
         )
         if self.rope.kind == "mrope":
-            _require(
+            self._require(
                 sum(self.rope.mrope_section) == self.head_dim // 2,
                 f"mrope_section {self.rope.mrope_section}: expected a sum of head_dim / 2 = {self.head_dim // 2}",
             )
         for name in ("short_factor", "long_factor") if self.rope.kind == "longrope" else ():
             count = len(getattr(self.rope, name))
-            _require(
+            self._require(
                 count == self.head_dim // 2, f"{name} has {count} entries; expected head_dim / 2 = {self.head_dim // 2}"
             )
 
@@ -120,11 +119,11 @@ class VisionConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        self._require(
             not self.hidden_size % (4 * self.num_heads),
             f"vision hidden_size {self.hidden_size}, {self.num_heads} heads: expected a head size divisible by 4",
         )
-        _require(
+        self._require(
             self.window_size >= self.patch_size * self.merge_size,
             f"window_size = {self.window_size}: expected at least one merged patch, "
             f"{self.patch_size * self.merge_size} pixels",
@@ -155,7 +154,7 @@ class LanguageConfig(_Checked):
         super().__post_init__()
         for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
             value = getattr(self, name)
-            _require(value < self.vocab_size, f"{name} = {value}: expected below vocab_size = {self.vocab_size}")
+            self._require(value < self.vocab_size, f"{name} = {value}: expected below vocab_size = {self.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +195,7 @@ class VAEConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        self._require(
             not any(channels % self.norm_num_groups for channels in self.block_out_channels),
             f"block_out_channels {self.block_out_channels}: expected multiples of norm_num_groups = "
             f"{self.norm_num_groups}",
@@ -222,7 +221,7 @@ class ImageConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        self._require(
             self.min_pixels <= self.max_pixels,
             f"min_pixels = {self.min_pixels}: expected at most max_pixels = {self.max_pixels}",
         )
@@ -257,8 +256,8 @@ class ModelConfig(_Checked):
             ("connector input_size", self.connector.input_size, self.language.stack.hidden_size),
             ("VAE latent_channels", self.vae.latent_channels, self.decoder.latent_channels),
         ):
-            _require(found == expected, f"{what} = {found}: expected {expected}, as in the part that it meets")
-        _require(
+            self._require(found == expected, f"{what} = {found}: expected {expected}, as in the part that it meets")
+        self._require(
             self.decoder.stack.hidden_size % 4 == 0,
             f"decoder hidden_size = {self.decoder.stack.hidden_size}: expected a multiple of 4 for its position table",
         )

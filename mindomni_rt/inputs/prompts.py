@@ -26,6 +26,7 @@ DEFAULT_NEGATIVE = (
     "low quality, blurry, low resolution, bad anatomy, deformed, disfigured, extra limbs, missing limbs, "
     "bad proportions, watermark, text"
 )
+IMAGE_TOKEN = "<|image_pad|>"
 LATENT_TOKEN = "<|latent_pad|>"  # one for each decoder token of a reference image, between <img> and </img>
 CASCADE_SEPARATOR = "\n\ncascade_thinking:"
 
@@ -99,7 +100,7 @@ class Chat:
     def encode(self, messages: Sequence[Message], image_tokens: Sequence[int] = ()) -> list[int]:
         """Token ids of a chat; the i-th image placeholder is repeated image_tokens[i] times."""
         ids = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
-        pad = self.token_id("<|image_pad|>")
+        pad = self.token_id(IMAGE_TOKEN)
         if pad is None:
             if not image_tokens:
                 return list(ids)
@@ -197,7 +198,8 @@ def split_thought(text: str) -> tuple[str, str]:
 
 def cascade_prompt(text: str) -> str:
     """The second round's prompt: what follows <answer> to the end (a closing tag stays, as in the released code),
-    else the content of <think>, else everything."""
+    else the content of <think>, else everything. A written image placeholder is left out: it would ask for an image."""
+    text = text.replace(IMAGE_TOKEN, "")
     if "<answer>" in text:
         return text.split("<answer>", 1)[1].strip()
     if "<think>" in text:

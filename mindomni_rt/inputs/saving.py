@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from PIL import Image, PngImagePlugin
 from ..errors import BadRequestError
 from ..files import parse_json, read_bytes, replace_file
 from .opening import MAX_BYTES, MAX_PIXELS
+
+if TYPE_CHECKING:
+    from ..events import GenerationResult
 
 logger = logging.getLogger(__name__)
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -68,6 +72,24 @@ def save_image(image: Image.Image, path: str | Path, settings: Mapping[str, Any]
         raise BadRequestError(f"cannot write {target}: {error.strerror or error}") from error
 
 
+def save_result(result: GenerationResult, path: Path) -> list[Path]:
+    """The images of a result under one name; image i was painted from seed + i, and its settings say so."""
+    count = len(result.images)
+    if not count:
+        raise BadRequestError("this result holds no image to save")
+    images = to_pil(result.images) if isinstance(result.images, np.ndarray) else result.images
+    paths = numbered(path, count)
+    for index, (image, target) in enumerate(zip(images, paths, strict=True)):
+        seed = None if result.seed is None else result.seed + index
+        save_image(image, target, {**result.settings, "seed": seed, "num_images": 1, "text": result.text})
+    return paths
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The name itself for one image, else NAME-0, NAME-1, …"""
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+
+
 def _plain(value: Any) -> Any:
     """numpy's scalars and arrays as JSON can hold them; anything else by its text."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
@@ -88,8 +110,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def _stored(path: str | Path) -> str | None:
-    import io
-
     try:
         image = Image.open(io.BytesIO(read_bytes(Path(path), MAX_BYTES)), formats=("PNG", "JPEG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:

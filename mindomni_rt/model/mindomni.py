@@ -64,7 +64,8 @@ def load_model(
         entries = dict(checkpoint.tensors[part])
         _drop_absent(part, module, entries, report)
         if part == "language" and checkpoint.config.language.tie_embeddings:
-            entries.pop("lm_head.weight", None)  # the tie decides, as in transformers
+            _check_tie(entries)
+            entries.pop("lm_head.weight", None)
             report.computed.append("language.lm_head.weight (tied)")
         _check(part, module, entries, report, checkpoint)
         state = read_tensors(entries, vae_dtype or dtype if part == "vae" else dtype, device)
@@ -79,6 +80,18 @@ def load_model(
     if report.unused:
         logger.warning("%d tensors of %s have no use here: %s …", len(report.unused), report.path, report.unused[0])
     return model.eval().requires_grad_(False), report
+
+
+def _check_tie(entries: dict[str, TensorEntry]) -> None:
+    """Transformers 4 lets the tie decide, transformers 5 the stored head: only where they agree it is one model."""
+    if not {"lm_head.weight", "embed_tokens.weight"} <= entries.keys():
+        return
+    pair = [read_tensors({"t": entries[name]}, None, "cpu")["t"] for name in ("lm_head.weight", "embed_tokens.weight")]
+    if not torch.equal(*pair):
+        raise BadCheckpointError(
+            f"{entries['lm_head.weight'].file}: lm_head.weight differs from embed_tokens.weight, though config.json "
+            "says tie_word_embeddings = true; set it to false, or remove lm_head.weight"
+        )
 
 
 def _drop_absent(part: str, module: nn.Module, entries: dict[str, TensorEntry], report: LoadReport) -> None:
