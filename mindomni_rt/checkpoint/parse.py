@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import shown
 from ..errors import BadCheckpointError
 from .config import (
     EDIT_FEATURES,
@@ -303,7 +304,7 @@ def _generation(folder: Path, text: Keys, mllm: Keys) -> GenerationConfig:
         raise BadCheckpointError(f"{folder}: neither generation_config.json nor config.json gives eos_token_id")
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
-        raise BadCheckpointError(f"{path}: eos_token_id = {eos!r}: expected a token id or a list of token ids")
+        raise BadCheckpointError(f"{path}: eos_token_id = {shown(eos)}: expected a token id or a list of token ids")
     try:
         return GenerationConfig(eos_token_ids=ids, repetition_penalty=config.get("repetition_penalty", 1.0))
     except BadCheckpointError as error:
