@@ -6,6 +6,7 @@ Nothing else in the package prints.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import io
@@ -137,6 +138,8 @@ def _targets(out: str, count: int) -> list[Path]:
             raise BadRequestError(f"--out {shown(out)}: expected a file name that ends in {', '.join(KINDS)}")
         paths = numbered(path, count)
         for target in paths:
+            with contextlib.suppress(FileNotFoundError):
+                target.lstat()  # raises for a name that no file can have
             if target.exists() and not target.is_file():
                 raise BadRequestError(f"--out {target}: is a folder, pipe or device, expected a file name")
         trial = path.with_name(f".{secrets.token_hex(8)}.partial")

@@ -191,7 +191,7 @@ BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, before: str = "pass", **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after some lines of Python."""
     script = f"import sys; {before}; from mindomni_rt.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
