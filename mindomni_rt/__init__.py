@@ -12,14 +12,17 @@ from .errors import (
     GenerationCancelled,
     MindOmniError,
     MissingExtraError,
+    NotFiniteError,
     OutOfMemoryError,
     UnsupportedDeviceError,
 )
 from .loading import load
 
 if TYPE_CHECKING:
-    from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
+    from .events import AnswerEvent, Event, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
+    from .inputs.saving import read_settings, save_image
     from .pipeline import Pipeline
+    from .request import Request, UnderstandRequest
 
 # In a checkout without symbolic links (Windows), the linked folders are found beside this one.
 if not Path(__file__).with_name("kernels").is_dir():
@@ -37,14 +40,26 @@ __all__ = [
     "ImageEvent",
     "MindOmniError",
     "MissingExtraError",
+    "NotFiniteError",
     "OutOfMemoryError",
     "Pipeline",
+    "Request",
+    "Round",
     "StepEvent",
     "TextEvent",
+    "UnderstandRequest",
     "UnsupportedDeviceError",
     "load",
+    "read_settings",
+    "save_image",
 ]
-_LAZY = {"Pipeline": "pipeline"}
+_LAZY = {
+    "Pipeline": "pipeline",
+    "Request": "request",
+    "UnderstandRequest": "request",
+    "read_settings": "inputs.saving",
+    "save_image": "inputs.saving",
+}
 
 
 def __getattr__(name: str) -> Any:

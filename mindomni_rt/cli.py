@@ -1,111 +1,55 @@
-"""The command `mindomni`: generate, edit, understand, info, demo. Nothing else in the package prints."""
+"""The command `mindomni`: generate, edit, understand, info, demo, and the packages' own commands.
+
+Nothing else in the package prints.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.util
+import io
 import json
 import logging
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from . import __version__, load
-from .errors import BadRequestError, MindOmniError
+from .checkpoint.hub import resolve
+from .checks import shown
+from .errors import BadRequestError, MindOmniError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .inputs.images import save_png
-from .request import Request
+from .inputs.saving import KINDS, numbered
+from .options import HANDED_OVER, USER_ERROR, build_parser, parse_interval, parse_size
+from .request import Request, UnderstandRequest
 
-USER_ERROR, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 # A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
 _INSTALLED = Path(__file__).with_name("assets")
 _ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
 DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """One line, exit code 2."""
-        self.exit(USER_ERROR, f"{self.prog}: {message}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; defaults are those of `Request`."""
-    defaults = Request(prompt="-")
-    parser = _Parser(prog="mindomni", description="Think, then paint.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else there")
-    common.add_argument("-v", "--verbose", action="store_true", help="log what happens")
-    common.add_argument("-q", "--quiet", action="store_true", help="no text stream, no progress")
-
-    model = _Parser(add_help=False)
-    model.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID")
-    model.add_argument("--revision", help="hub revision")
-    model.add_argument("--offline", action="store_true", help="use only what the hub cache holds")
-    model.add_argument("--backend", default="auto")
-    model.add_argument("--device", default="auto")
-    model.add_argument("--dtype", help="float32, bfloat16 or float16")
-    model.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
-    model.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts that do not fit take turns")
-
-    write = _Parser(add_help=False)
-    write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-    write.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
-    write.add_argument("--seed", type=int, help="noise and drawn tokens; drawn and told if absent")
-    write.add_argument(
-        "--max-image-tokens", type=int, default=defaults.max_image_tokens, help="cap on the input image; 0 for none"
-    )
-
-    paint = _Parser(add_help=False)
-    paint.add_argument("--size", default=f"{defaults.width}x{defaults.height}", metavar="WxH")
-    paint.add_argument("--steps", type=int, default=defaults.num_inference_steps)
-    paint.add_argument("--guidance", type=float, default=defaults.guidance_scale)
-    paint.add_argument("--negative", default=defaults.negative_prompt, help="what to stay away from")
-    paint.add_argument("--no-think", dest="think", action="store_false")
-    paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")
-    paint.add_argument("--first-step", default=defaults.first_step, choices=["full", "condition_only"])
-    paint.add_argument(
-        "--draft-tokens", type=int, default=defaults.draft_tokens, help="guesses verified at once; 0 is off"
-    )
-    paint.add_argument("--guidance-interval", default="0:1", metavar="START:END", help="lossy: guide only steps within")
-    paint.add_argument("--solver", default=defaults.solver, help="lossy: multistep, for 25 to 28 steps")
-    paint.add_argument("--step-cache", type=float, default=defaults.step_cache, help="lossy: threshold; 0 is off")
-    paint.add_argument("--num-images", type=int, default=defaults.num_images)
-    paint.add_argument("--out", default="out.png", help="PNG; with several images -0, -1, … is added")
-
-    generate = commands.add_parser("generate", parents=[common, model, write, paint], help="a prompt to an image")
-    generate.add_argument("prompt")
-    generate.add_argument("--image", help="reference image")
-    generate.add_argument("--edit-features", choices=["vit", "vit+vae"])
-    edit = commands.add_parser("edit", parents=[common, model, write, paint], help="an image and a prompt to an image")
-    edit.add_argument("image")
-    edit.add_argument("prompt")
-    edit.add_argument("--edit-features", choices=["vit", "vit+vae"])
-    understand = commands.add_parser("understand", parents=[common, model, write], help="a question to words")
-    understand.add_argument("prompt")
-    understand.add_argument("--image")
-    commands.add_parser("info", parents=[common, model], help="what a checkpoint holds")
-    demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
-    demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")
-    demo.add_argument("--out", default="out/demo.png")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
-        format="%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _accept_any_text()
     try:
+        if given and given[0] in HANDED_OVER:
+            return _hand_over(given[0], given[1:])
+        options = build_parser().parse_args(given)
+        logging.basicConfig(
+            level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
+            format="%(levelname)s %(message)s",
+            stream=sys.stderr,
+        )
         return int(_COMMANDS[options.command](options))
     except MindOmniError as error:
         print(f"mindomni: {' '.join(str(error).split())}", file=sys.stderr)
@@ -116,6 +60,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away: nothing left to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _accept_any_text() -> None:
+    """A console that is not UTF-8 shows a question mark for what it lacks, instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _print_json(data: Any) -> None:
+    """JSON whole on every console: escapes where it is not UTF-8, where a question mark would change the text."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    print(json.dumps(data, ensure_ascii=encoding != "utf8"))
+
+
+def _hand_over(command: str, rest: Sequence[str]) -> int:
+    """Runs a package's own command line, imported only now."""
+    module, before, extra, _ = HANDED_OVER[command]
+    try:
+        run = importlib.import_module(module).main
+    except ImportError as error:
+        raise MissingExtraError(error.name or str(error), extra) from error
+    return int(run([*before, *rest]) or 0)
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -129,25 +96,6 @@ def _load(options: argparse.Namespace) -> Any:
         revision=options.revision,
         local_files_only=options.offline,
     )
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "WxH" in pixels → (width, height)."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
-        raise BadRequestError(f"size {text!r}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
-    return int(parts[0]), int(parts[1])
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """ "START:END" → two numbers."""
-    start, colon, end = text.partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        return float(start), float(end)
-    except ValueError as error:
-        raise BadRequestError(f"guidance interval {text!r}: expected START:END, for example 0.0:0.6") from error
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -173,7 +121,7 @@ def _generate(options: argparse.Namespace) -> int:
         num_images=options.num_images,
         max_image_tokens=options.max_image_tokens or None,
     )
-    Request(prompt=options.prompt, **request)  # what is wrong with it is said before gigabytes are read
+    Request(prompt=options.prompt, **request)  # errors in it are reported before gigabytes are read
     paths = _targets(options.out, options.num_images)
     result = _follow(_load(options).stream(options.prompt, **request), options)
     _finish(result, paths, options)
@@ -181,12 +129,27 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _targets(out: str, count: int) -> list[Path]:
+    """The files to write, after checking that they can be: a request may take minutes."""
     path = Path(out)
-    if not path.parent.is_dir():
-        raise BadRequestError(f"--out {out}: the folder {path.parent} does not exist")
-    if path.is_dir() or path.suffix.lower() != ".png":
-        raise BadRequestError(f"--out {out}: expected a file name that ends in .png")
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+    try:
+        if not path.parent.is_dir():
+            raise BadRequestError(f"--out {shown(out)}: the folder {path.parent} does not exist")
+        if path.is_dir() or path.suffix.lower() not in KINDS:
+            raise BadRequestError(f"--out {shown(out)}: expected a file name that ends in {', '.join(KINDS)}")
+        paths = numbered(path, count)
+        for target in paths:
+            with contextlib.suppress(FileNotFoundError):
+                target.lstat()  # raises for a name that no file can have
+            if target.exists() and not target.is_file():
+                raise BadRequestError(f"--out {target}: is a folder, pipe or device, expected a file name")
+        trial = path.with_name(f".{secrets.token_hex(8)}.partial")
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadRequestError):
+            raise
+        raise BadRequestError(f"--out {shown(out)}: cannot be written: {getattr(error, 'strerror', error)}") from error
+    return paths
 
 
 def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationResult:
@@ -227,23 +190,26 @@ def _bar(total: int, disable: bool) -> Any:
 
 
 def _finish(result: GenerationResult, paths: list[Path], options: argparse.Namespace) -> None:
-    for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
-        settings = {**result.settings, "seed": (result.seed or 0) + index, "num_images": 1, "text": result.text}
-        save_png(image, path, {**settings, "mindomni_rt": __version__})
+    written = replace(result, settings={**result.settings, "mindomni_rt": __version__})
+    if paths:
+        # The first name's stem without its number: `save` adds it again.
+        written.save(paths[0] if len(paths) == 1 else Path(options.out))
     if options.json:
-        print(json.dumps({**_plain(result), "files": [str(p) for p in paths]}, ensure_ascii=False))
+        _print_json({**_plain(result), "files": [str(p) for p in paths]})
     elif not options.quiet:
         seconds = result.timings["total"]
         print(f"{', '.join(map(str, paths))}: seed {result.seed}, {seconds:.1f} s")
 
 
 def _plain(result: GenerationResult) -> dict[str, Any]:
-    fields = ("text", "thinking", "answer", "seed", "timings", "token_ids", "settings")
-    return {name: getattr(result, name) for name in fields}
+    fields = ("text", "thinking", "answer", "finish_reason", "seed", "timings", "token_ids", "settings")
+    return {**{name: getattr(result, name) for name in fields}, "rounds": [asdict(r) for r in result.rounds]}
 
 
 def _understand(options: argparse.Namespace) -> int:
-    Request(prompt=options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    UnderstandRequest(
+        prompt=options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
     events = _load(options).stream_understand(
         options.prompt,
         options.image,
@@ -253,44 +219,29 @@ def _understand(options: argparse.Namespace) -> int:
         max_image_tokens=options.max_image_tokens or None,
     )
     result = _follow(events, options)
-    print(json.dumps(_plain(result), ensure_ascii=False) if options.json else result.text if options.quiet else "")
+    if options.json:
+        _print_json(_plain(result))
+    else:
+        print(result.text if options.quiet else "")
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    from .checkpoint.layout import PARTS, open_checkpoint, resolve
+    from .describe import describe
 
-    checkpoint = open_checkpoint(resolve(options.model, options.revision, None, options.offline))
-    count = {part: sum(_product(e.shape) for e in checkpoint.tensors[part].values()) for part in PARTS}
-    kinds = {part: sorted({e.dtype for e in checkpoint.tensors[part].values()}) for part in PARTS}
+    data, lines = describe(resolve(options.model, options.revision, None, options.offline))
     if options.json:
-        data = {
-            "path": str(checkpoint.path),
-            "parameters": count,
-            "dtypes": kinds,
-            "config": checkpoint.config.to_dict(),
-        }
-        print(json.dumps(data))
-        return 0
-    print(f"checkpoint {checkpoint.path}")
-    for part in PARTS:
-        print(f"  {part:10} {count[part]:>15,} parameters  {', '.join(kinds[part])}")
-    print(f"  {'total':10} {sum(count.values()):>15,} parameters")
-    for title, names in (("computed", checkpoint.computed), ("unused", checkpoint.unused)):
-        if names:
-            print(f"  {title}: {', '.join(names)}")
+        _print_json(data)
+    else:
+        print("\n".join(lines))
     return 0
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
-
-
 def _demo(options: argparse.Namespace) -> int:
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise BadRequestError(f"--out {shown(options.out)}: {getattr(error, 'strerror', error)}") from error
     paths = _targets(options.out, 1)
     for model, package in DEMO_MODELS:
         if model.is_dir() and importlib.util.find_spec(package) is not None:
@@ -298,12 +249,19 @@ def _demo(options: argparse.Namespace) -> int:
             return _demo_on(model, prompt, paths, options)
     from .model.tiny import write_random_checkpoint
 
-    with tempfile.TemporaryDirectory() as folder:
+    with _temporary_folder() as folder:
         write_random_checkpoint(Path(folder))
         if not (options.json or options.quiet):
             print("No trained model here: this one is small and RANDOM, so its words and its picture mean nothing.")
             print("What the demo shows is the whole path: think, connect, paint, decode.")
         return _demo_on(Path(folder), options.prompt or "an animal with (3 + 6) lives", paths, options)
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise BadRequestError("no temporary folder can be written: set TMPDIR, or give a model with --model") from error
 
 
 def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Namespace) -> int:

@@ -29,6 +29,10 @@ class GenerationCancelled(MindOmniError):
     """The caller stopped a running request: its `cancel` event is set, or its callback returned False."""
 
 
+class NotFiniteError(MindOmniError, ArithmeticError):
+    """A stage whose result holds NaN or infinity. The message names the stage."""
+
+
 class MissingExtraError(MindOmniError, ImportError):
     """An optional dependency that is not installed. The message names the extra."""
 

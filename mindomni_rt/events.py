@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,14 +50,31 @@ class AnswerEvent:
 Event = TextEvent | StepEvent | ImageEvent | AnswerEvent
 
 
+FinishReason = Literal["stop", "length", "cancelled"]
+"""Why text ended: an end token, max_new_tokens, or the caller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of writing, parsed by itself: its text, the parts between tags, and why it ended."""
+
+    text: str
+    thinking: str = ""
+    answer: str = ""
+    finish_reason: FinishReason = "stop"
+    token_ids: list[int] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     """What a request made.
 
     images: PIL images, or float32 (n, H, W, 3) in [0, 1] with output="numpy". text: all that was written (the prompt
-    itself without thinking). thinking, answer: the parts between tags. seed: image i was painted from seed + i, or
-    None where latents were given. timings: seconds by stage, with "total". token_ids: the generated ones, all rounds.
-    settings: what made it, as stored in a PNG. `latents` are copied from the device when first asked for.
+    itself without thinking). thinking, answer: the parts between tags of the last round. rounds: each round of thinking
+    by itself, two with cascade, none without thinking. finish_reason: of the last round; "length" where a round was cut
+    at max_new_tokens. seed: image i was painted from seed + i, or None where latents were given. timings: seconds by
+    stage, with "total". token_ids: the generated ones, all rounds.
+    settings: what made it, as stored in a picture. `latents` are copied from the device when first asked for.
     """
 
     images: list[Image] | NDArray[np.float32] = field(default_factory=list)
@@ -67,6 +85,8 @@ class GenerationResult:
     timings: dict[str, float] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    finish_reason: FinishReason = "stop"
+    rounds: tuple[Round, ...] = ()
     fetch_latents: Callable[[], NDArray[np.float32]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -77,3 +97,13 @@ class GenerationResult:
     def __getstate__(self) -> dict[str, Any]:
         """A pickled result holds its latents, not the device that has them."""
         return {**self.__dict__, "latents": self.latents, "fetch_latents": None}
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes the images as PNG, JPEG or WebP, by the name's ending, each with the settings that made it inside.
+
+        Several images get "-0", "-1", … before the ending. Returns the paths. `mindomni_rt.read_settings` reads the
+        settings back. Raises BadRequestError if a file cannot be written or there is no image.
+        """
+        from .inputs.saving import save_result
+
+        return save_result(self, Path(path))

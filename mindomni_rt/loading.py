@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bundle.contracts import STAGES
 from .bundle.manifest import Manifest, is_bundle, read_manifest
-from .checkpoint.layout import resolve
+from .checkpoint.hub import resolve
+from .checks import shown
 from .errors import BadRequestError, MissingExtraError
 from .memory.footprint import Precision
 from .memory.layers import PART_OF
@@ -46,7 +49,9 @@ def load(
     the CPU. Raises BadCheckpointError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     if backend not in BACKENDS:
-        raise BadRequestError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise BadRequestError(f"backend {shown(backend)}: expected one of {', '.join(BACKENDS)}")
+    if not isinstance(device, str) or not re.fullmatch(r"[a-z]+(:\d{1,3})?", device):
+        raise BadRequestError(f"device {shown(device)}: expected auto, cpu, cuda or cuda:N")
     folder = resolve(path_or_repo_id, revision, token, local_files_only)
     if is_bundle(folder):
         if precision is not None or fast is not None:
@@ -90,10 +95,19 @@ def _load_bundle(
     if kind == "onnx":
         from .backends.compiled.onnx import load_onnx
 
-        return Pipeline(load_onnx(folder, device, resident=_resident(manifest, memory_budget)), folder)
+        return Pipeline(load_onnx(folder, device, cpu_threads(), resident=_resident(manifest, memory_budget)), folder)
     from .backends.compiled.trt import load_tensorrt
 
     return Pipeline(load_tensorrt(folder, device, resident=_resident(manifest, memory_budget)), folder)
+
+
+def cpu_threads() -> int:
+    """Threads of one operator on the CPU: OMP_NUM_THREADS, of which a list names the outermost level first, else the
+    cores that this process may use. A value that is no number counts as absent, as OpenMP has it."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if first.isdecimal() and 0 < int(first[:6]) < 10_000:
+        return int(first)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _resident(manifest: Manifest, memory_budget: str | float | None) -> tuple[str, ...]:

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, LanguageSession, Prefix
+from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
 from .errors import BadRequestError, GenerationCancelled
-from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
-from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, load_image, prepare_image, to_pil, vae_pixels
+from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
+from .finite import check_finite
+from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -43,7 +44,7 @@ from .inputs.prompts import (
     split_thought,
     understand_messages,
 )
-from .request import Request
+from .request import Request, UnderstandRequest, check_callback, check_cancel
 from .sampling.decode import generate_tokens
 from .sampling.denoise import check, denoise
 from .sampling.random import batch_noise, uniforms
@@ -61,6 +62,7 @@ class Thought:
     hidden: Array
     token_ids: list[int] = field(default_factory=list)
     image_latents: list[tuple[int, Array]] = field(default_factory=list)
+    rounds: tuple[Round, ...] = ()
 
 
 class Pipeline:
@@ -139,6 +141,7 @@ class Pipeline:
         events: Iterator[Event], callback: Callable[[Event], bool | None] | None, cancel: threading.Event
     ) -> GenerationResult:
         result: GenerationResult | None = None
+        check_callback(callback)
         for event in events:
             if callback is not None and callback(event) is False:
                 cancel.set()
@@ -166,7 +169,7 @@ class Pipeline:
             raise BadRequestError(
                 f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
             )
-        return self._generate(request, cancel)
+        return self._generate(request, check_cancel(cancel))
 
     def _generate(self, request: Request, cancel: threading.Event | None) -> Generator[Event, None, None]:
         clock = _Clock(self.backend)
@@ -179,13 +182,18 @@ class Pipeline:
         unguided = self.connect_negative(request, clock) if request.guidance_scale != 1 else None
         final = yield from self.paint(request, latents, guided, unguided, cancel=cancel, clock=clock)
         pixels = self.decode(final, clock)
-        thinking, answer = split_thought(thought.text) if request.think else ("", request.prompt)
+        if not np.isfinite(pixels).all():  # which stage made them, is looked up then only
+            check_finite("denoiser", self.backend.numpy(final), self.backend.dtype)
+            check_finite("vae", pixels, self.backend.dtype)
+        last = thought.rounds[-1] if thought.rounds else Round(text=request.prompt, answer=request.prompt)
         yield ImageEvent(
             GenerationResult(
                 images=to_pil(pixels) if request.output == "pil" else pixels,
                 text=thought.text,
-                thinking=thinking,
-                answer=answer,
+                thinking=last.thinking,
+                answer=last.answer,
+                finish_reason=last.finish_reason,
+                rounds=thought.rounds,
                 seed=None if request.latents is not None else seed,
                 timings=clock.report(),
                 token_ids=thought.token_ids,
@@ -208,17 +216,17 @@ class Pipeline:
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                image = load_image(request.image)
-                patches = prepare_image(image, self.config, request.max_image_tokens)
+                picture = open_image(request.image)
+                patches = prepare_image(picture, self.config, request.max_image_tokens)
                 embeds = self.backend.vision(patches)
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
-                    latents = self.backend.vae_encode(vae_pixels(image))
+                    most = self.config.language.max_positions // 2
+                    latents = self.backend.vae_encode(vae_pixels(picture, max_tokens=most))
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
-        texts: list[str] = []
-        token_ids: list[int] = []
+        rounds: list[Round] = []
         prompt = request.prompt
         for index in range(2 if request.cascade else 1):
             messages = generate_messages(prompt, request.think, patches is not None, latent_tokens)
@@ -226,21 +234,20 @@ class Pipeline:
             language = self.language_request(
                 messages, patches, embeds, tokens, request.temperature, seed, cancel, request.draft_tokens
             )
-            session, text, new = yield from self._write(language, index, clock)
-            texts.append(text)
-            token_ids += new
-            prompt = cascade_prompt(text) or prompt
+            written, hidden = yield from self._write(language, index, clock)
+            rounds += [written] if request.think else []
+            prompt = cascade_prompt(written.text) or prompt
         spans = []
         if latents is not None:
             pad = self.chat.token_id(LATENT_TOKEN)
             spans = [(int(np.argmax(language.token_ids == pad)), latents)]
-        text = CASCADE_SEPARATOR.join(texts) if request.think else request.prompt
-        return Thought(text, session.hidden(len(new)), token_ids, spans)
+        text = CASCADE_SEPARATOR.join(r.text for r in rounds) if request.think else request.prompt
+        return Thought(text, hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
 
     def _write(
         self, language: LanguageRequest, index: int, clock: _Clock
-    ) -> Generator[Event, None, tuple[LanguageSession, str, list[int]]]:
-        """Runs stage `language` to its end and yields each piece of text."""
+    ) -> Generator[Event, None, tuple[Round, Array]]:
+        """Runs stage `language` to its end and yields each piece of text. Returns the round and its hidden states."""
         stream, parser = TextStream(self.chat), ThoughtParser()
         tokens: list[int] = []
         with clock("language"):
@@ -253,11 +260,17 @@ class Pipeline:
                 for kind, text in parser.push(piece):
                     with clock.paused():
                         yield TextEvent(text, kind, index)
-        if tokens and tokens[-1] not in language.eos_token_ids:
-            logger.info("text ended at max_new_tokens = %d", language.max_new_tokens)
+            hidden = session.hidden(len(tokens))
+            check_finite("language", self.backend.numpy(hidden), self.backend.dtype)
+        cut = bool(tokens) and tokens[-1] not in language.eos_token_ids
+        if cut:
+            logger.warning("text was cut at max_new_tokens = %d, inside its %s", language.max_new_tokens, parser.kind)
         for kind, text in parser.push(stream.finish()) + parser.finish():
             yield TextEvent(text, kind, index)
-        return session, stream.text, tokens
+        thinking, answer = split_thought(stream.text)
+        reason: FinishReason = "length" if cut else "stop"
+        written = Round(text=stream.text, thinking=thinking, answer=answer, finish_reason=reason, token_ids=tokens)
+        return written, hidden
 
     def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
@@ -347,21 +360,39 @@ class Pipeline:
         cancel: threading.Event | None = None,
     ) -> Generator[Event, None, None]:
         """`understand` as events: text as it is written, then the answer."""
-        Request(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # the same checks
+        request = UnderstandRequest(
+            prompt=prompt,
+            image=image,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            max_image_tokens=max_image_tokens,
+        )
+        return self._understand(request, check_cancel(cancel))
+
+    def _understand(self, request: UnderstandRequest, cancel: threading.Event | None) -> Generator[Event, None, None]:
         clock = _Clock(self.backend)
-        seed = seed if seed is not None else secrets.randbits(32)
+        prompt, image, max_new_tokens = request.prompt, request.image, request.max_new_tokens
+        temperature, seed = request.temperature, request.seed if request.seed is not None else secrets.randbits(32)
         patches = embeds = None
         if image is not None:
             with clock("vision"):
-                patches = prepare_image(image, self.config, max_image_tokens)
+                patches = prepare_image(image, self.config, request.max_image_tokens)
                 embeds = self.backend.vision(patches)
         messages = understand_messages(prompt, image is not None)
         language = self.language_request(messages, patches, embeds, max_new_tokens, temperature, seed, cancel)
-        _, text, tokens = yield from self._write(language, 0, clock)
+        written, _ = yield from self._write(language, 0, clock)
         settings = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         yield AnswerEvent(
             GenerationResult(
-                text=text, answer=text, seed=seed, timings=clock.report(), token_ids=tokens, settings=settings
+                text=written.text,
+                answer=written.text,
+                seed=seed,
+                timings=clock.report(),
+                token_ids=written.token_ids,
+                settings=settings,
+                finish_reason=written.finish_reason,
+                rounds=(written,),
             )
         )
 
@@ -395,7 +426,7 @@ class Pipeline:
             next_position=following,
             image_embeds=embeds,
             max_new_tokens=max_new_tokens,
-            eos_token_ids=generation.eos_token_ids,
+            eos_token_ids=self.chat.end_tokens(generation.eos_token_ids),
             repetition_penalty=generation.repetition_penalty,
             temperature=temperature,
             uniforms=uniforms(seed, max_new_tokens) if temperature > 0 else np.zeros(0),

@@ -1,94 +1,133 @@
-"""A request to generate: its defaults, written once, and its checks."""
+"""What a caller may ask for: every field with its default, its limits and its meaning, checked before any work."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import FIRST_STEPS, OPTIONAL
+from .checkpoint.config import EDIT_FEATURES
+from .checks import Many, Number, OneOf, Whole, check_fields, shown
 from .errors import BadRequestError
 from .inputs.images import DEFAULT_IMAGE_TOKENS
-from .inputs.prompts import DEFAULT_NEGATIVE
+from .inputs.prompts import DEFAULT_NEGATIVE, IMAGE_TOKEN
 from .sampling.schedule import SOLVERS
 
+logger = logging.getLogger(__name__)
 MAX_SIDE = 3072
 MAX_STEPS = 1000
+MAX_TEXT = 2**19  # characters; a context of 128,000 tokens holds about as many
+MAX_PIXELS = 2**27  # of all images of a request: 128 of 1024x1024
+OUTPUTS = ("pil", "numpy")
+Seed = Annotated[int | None, Whole(-(2**63), 2**64 - 1)]
+NewTokens = Annotated[int, Whole(1, 2**21)]
+Temperature = Annotated[float, Number(0, 100)]
+ImageTokens = Annotated[int | None, Whole(4, 2**20)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnderstandRequest:
+    """Arguments of `Pipeline.understand`. Raises BadRequestError naming the field that cannot be served."""
+
+    prompt: str
+    """The question. Lone surrogates, as a shell makes of bytes that are no UTF-8, become U+FFFD."""
+    image: Any = None
+    """A picture to ask about: path, bytes, file object, data URI, PIL image or uint8 array."""
+    max_new_tokens: NewTokens = 512
+    """Tokens at most; the text ends earlier at an end token. Cut to what the context leaves, with a warning."""
+    temperature: Temperature = 0.0
+    """0 is greedy; above it tokens are sampled from softmax(scores / temperature). 0.001 at least, if not 0."""
+    seed: Seed = None
+    """Of the sampled tokens; None draws one, which the result tells."""
+    max_image_tokens: ImageTokens = DEFAULT_IMAGE_TOKENS
+    """A picture of more tokens is reduced, with a warning; None leaves the checkpoint's own limit."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, BadRequestError)
+        _clean_text(self, "prompt")
+        _require_prompt(self.prompt)
+        _require_temperature(self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Arguments of `Pipeline.generate`, checked. Sizes in pixels; see there for each one's meaning."""
+    """Arguments of `Pipeline.generate`. Raises BadRequestError naming the field that cannot be served."""
 
     prompt: str
+    """What to paint, or how to change `image`."""
     image: Any = None
+    """A reference image: path, bytes, file object, data URI, PIL image or uint8 array."""
     think: bool = True
+    """Reason in words first, as the model was trained to."""
     cascade: bool = False
-    height: int = 1024
-    width: int = 1024
-    num_inference_steps: int = 50
-    guidance_scale: float = 3.0
+    """A second round of thinking on the first one's answer; needs think."""
+    height: Annotated[int, Whole(16, MAX_SIDE, step=16)] = 1024
+    """Pixels, a multiple of 16."""
+    width: Annotated[int, Whole(16, MAX_SIDE, step=16)] = 1024
+    """Pixels, a multiple of 16."""
+    num_inference_steps: Annotated[int, Whole(1, MAX_STEPS)] = 50
+    """Denoising steps; the time tokens of all of them are computed in one pass."""
+    guidance_scale: Annotated[float, Number(0, 1000)] = 3.0
+    """Classifier-free guidance; 1 runs the guided branch alone, in half the time."""
     negative_prompt: str = DEFAULT_NEGATIVE
-    seed: int | None = None
+    """What the unguided branch is given. None is the default; "" is no text at all."""
+    seed: Seed = None
+    """Image i is painted from seed + i; None draws one, which the result tells."""
     latents: NDArray[np.float32] | None = None
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    first_step: str = "full"
-    edit_features: str | None = None
-    num_images: int = 1
-    max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS
-    preview_every: int = 0
-    output: str = "pil"
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    solver: str = "euler"
-    step_cache: float = 0.0
-    draft_tokens: int = 0
+    """Noise to start from instead: (num_images, 4, height / 8, width / 8), an array or tensor of any float type."""
+    max_new_tokens: NewTokens = 512
+    """Tokens of each round of thinking, at most."""
+    temperature: Temperature = 0.0
+    """0 is greedy; above it tokens are sampled from softmax(scores / temperature). 0.001 at least, if not 0."""
+    first_step: Annotated[str, OneOf(FIRST_STEPS)] = "full"
+    """ "full" is the model as trained; "condition_only" what the released code does with its cache on."""
+    edit_features: Annotated[str | None, OneOf(EDIT_FEATURES)] = None
+    """What is taken from the reference image: "vit", or "vit+vae" on checkpoints trained with it; None is its own."""
+    num_images: Annotated[int, Whole(1, 256)] = 1
+    """Images of one prompt; their pixels together are at most MAX_PIXELS."""
+    max_image_tokens: ImageTokens = DEFAULT_IMAGE_TOKENS
+    """A reference image of more tokens is reduced, with a warning; None leaves the checkpoint's own limit."""
+    preview_every: Annotated[int, Whole(0, MAX_STEPS)] = 0
+    """A preview each so many steps; 0 is none."""
+    output: Annotated[str, OneOf(OUTPUTS)] = "pil"
+    """ "pil" images, or "numpy" float32 (n, H, W, 3) in [0, 1]."""
+    guidance_interval: Annotated[tuple[float, float], Many(Number(0, 1), 2, 2)] = (0.0, 1.0)
+    """Lossy: only steps that begin in [start, end) are guided."""
+    solver: Annotated[str, OneOf(SOLVERS)] = "euler"
+    """Lossy: "multistep" is of second order, for 25 to 28 steps."""
+    step_cache: Annotated[float, Number(0, 10)] = 0.0
+    """Lossy: a step that changes less than this reuses most of the one before; 0 is off."""
+    draft_tokens: Annotated[int, Whole(0, 16)] = 0
+    """Tokens guessed and verified at once while thinking; the text stays the same. 0 is off."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise BadRequestError("the prompt is empty; say what to paint")
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            if not isinstance(side, int) or side % 16 or not 16 <= side <= MAX_SIDE:
-                raise BadRequestError(f"{name} = {side}: expected a multiple of 16 from 16 to {MAX_SIDE} pixels")
-        for name in ("num_inference_steps", "num_images", "max_new_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise BadRequestError(f"{name} = {value}: expected a whole number of at least 1")
-        if self.num_inference_steps > MAX_STEPS:
-            raise BadRequestError(
-                f"num_inference_steps = {self.num_inference_steps}: expected at most {MAX_STEPS}; the time tokens of "
-                "all steps are computed in one pass"
-            )
-        for name in ("guidance_scale", "temperature"):
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
-                raise BadRequestError(f"{name} = {getattr(self, name)}: expected a finite number of at least 0")
-        for name, allowed in (
-            ("first_step", FIRST_STEPS),
-            ("edit_features", (None, "vit", "vit+vae")),
-            ("output", ("pil", "numpy")),
-            ("solver", SOLVERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise BadRequestError(f"{name} = {getattr(self, name)!r}: expected one of {allowed}")
+        if self.negative_prompt is None:
+            object.__setattr__(self, "negative_prompt", DEFAULT_NEGATIVE)
+        check_fields(self, BadRequestError)
+        for name in ("prompt", "negative_prompt"):
+            _clean_text(self, name)
+        _require_prompt(self.prompt)
+        _require_temperature(self.temperature)
         if self.cascade and not self.think:
             raise BadRequestError("cascade thinking needs think=True")
-        if self.preview_every < 0:
-            raise BadRequestError(f"preview_every = {self.preview_every}: expected 0 (none) or a number of steps")
-        start, end = self.guidance_interval if len(self.guidance_interval) == 2 else (1, 0)
-        if not 0 <= start < end <= 1:
-            raise BadRequestError(f"guidance_interval = {self.guidance_interval}: expected (start, end) within 0 to 1")
-        if not (math.isfinite(self.step_cache) and self.step_cache >= 0):
-            raise BadRequestError(f"step_cache = {self.step_cache}: expected 0 (off) or a small positive threshold")
-        if not 0 <= self.draft_tokens <= 16:
-            raise BadRequestError(f"draft_tokens = {self.draft_tokens}: expected 0 (off) to 16")
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise BadRequestError(f"seed = {self.seed!r}: expected a whole number")
-        if self.latents is not None and np.shape(self.latents) != self.latent_shape:
-            raise BadRequestError(f"latents of shape {np.shape(self.latents)}: expected {self.latent_shape} float32")
+        start, end = self.guidance_interval
+        if not start < end:
+            raise BadRequestError(
+                f"guidance_interval = {self.guidance_interval}: expected (start, end), start below end"
+            )
+        if self.num_images * self.height * self.width > MAX_PIXELS:
+            raise BadRequestError(
+                f"num_images = {self.num_images} of {self.width}x{self.height} pixels: expected at most {MAX_PIXELS} "
+                "pixels in all; ask for fewer at a time"
+            )
+        if self.latents is not None:
+            object.__setattr__(self, "latents", _as_noise(self.latents, self.latent_shape))
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -102,4 +141,66 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """What repeats the request, as plain data: everything but images and latents."""
-        return {k: v for k, v in asdict(self).items() if k not in ("image", "latents", "output", "preview_every")}
+        left_out = ("image", "latents", "output", "preview_every")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+
+def check_callback(callback: Any) -> Callable[..., Any] | None:
+    """A callable or None. Raises BadRequestError."""
+    if callback is not None and not callable(callback):
+        raise BadRequestError(f"callback = {shown(callback)}: expected a function that takes an event, or None")
+    return callback  # type: ignore[no-any-return]
+
+
+def check_cancel(cancel: Any) -> threading.Event | None:
+    """Something with is_set(), such as threading.Event, or None. Raises BadRequestError."""
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise BadRequestError(f"cancel = {shown(cancel)}: expected a threading.Event, or None")
+    return cancel  # type: ignore[no-any-return]
+
+
+def clean_text(text: str) -> str:
+    """Surrogate pairs joined, lone surrogates as U+FFFD: what every tokenizer and file can take."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _clean_text(owner: Any, name: str) -> None:
+    given = getattr(owner, name)
+    text = clean_text(given)
+    if text != given and "\ufffd" in text:
+        logger.warning("%s holds what is no Unicode text; it was replaced by U+FFFD", name)
+    if len(text) > MAX_TEXT:
+        raise BadRequestError(f"{name} has {len(text)} characters; expected at most {MAX_TEXT}")
+    if IMAGE_TOKEN in text:
+        raise BadRequestError(f"{name} holds the image placeholder {IMAGE_TOKEN}; write no {IMAGE_TOKEN} into it")
+    object.__setattr__(owner, name, text)
+
+
+def _require_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise BadRequestError("the prompt is empty; write what is asked for")
+
+
+def _require_temperature(temperature: float) -> None:
+    if 0 < temperature < 0.001:
+        raise BadRequestError(f"temperature = {temperature:g}: expected 0 (greedy) or at least 0.001")
+
+
+def _as_noise(latents: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """An array or tensor as float32 on the host. A tensor's gradient is not followed."""
+    found = tuple(getattr(latents, "shape", np.shape(latents) if isinstance(latents, (list, tuple)) else ()))
+    if found != shape:
+        raise BadRequestError(f"latents of shape {shown(found)}: expected {shape} float32")
+    try:
+        if hasattr(latents, "detach"):
+            if latents.is_complex():
+                raise TypeError
+            latents = latents.detach().cpu().float().numpy()
+        if np.asarray(latents).dtype.kind not in "fiu":
+            raise TypeError
+        values = np.ascontiguousarray(latents, np.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadRequestError(f"latents = a {type(latents).__name__}: expected real numbers, {shape} float32") from None
+    if not np.isfinite(values).all() or np.abs(values).max() > 1e4:
+        raise BadRequestError("latents hold NaN, infinity or numbers above 10000: expected standard normal noise")
+    return values

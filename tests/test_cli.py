@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from conftest import PARITY
 from PIL import Image
 
 from mindomni_rt.cli import main
-from mindomni_rt.inputs.images import read_settings
+from mindomni_rt.inputs.images import read_settings, save_image
 
 MODEL = ["--model", str(PARITY), "--device", "cpu"]
 SMALL = ["--size", "48x32", "--steps", "2", "--max-new-tokens", "6", "--seed", "5"]
@@ -82,7 +84,29 @@ def test_edit_understand_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ["generate", "x", *MODEL, "--steps", "many"],
         ["generate", "x", *MODEL, "--guidance", "nan"],
         ["generate", "x", *MODEL, "--out", "nowhere/at/all.png"],
-        ["generate", "x", *MODEL, "--out", "picture.jpg"],
+        ["generate", "x", *MODEL, "--out", "picture.gif"],
+        ["generate", "x", *MODEL, "--out", "."],
+        ["generate", "x", *MODEL, "--out", "/"],
+        ["generate", "x", *MODEL, "--out", "a\0b.png"],
+        ["generate", "x", *MODEL, "--out", "x" * 300 + ".png"],
+        ["generate", "x", *MODEL, "--out", "/proc/a.png"],
+        ["demo", "--out", "/proc/none/a.png"],
+        ["generate", "x", *MODEL, "--size", "1" * 5000 + "x32"],
+        ["generate", "x", *MODEL, "--steps", "1" * 5000],
+        ["generate", "x", *MODEL, "--seed", "1" * 4000],
+        ["generate", "x", *MODEL, "--num-images", "1000000000"],
+        ["generate", "x", *MODEL, "--guidance", "1e38"],
+        ["generate", "x", *MODEL, "--guidance-interval", "1" * 5000],
+        ["generate", "x", "--model", "~nobody/at-all"],
+        ["generate", "x", "--model", "~nobody-has-this-name"],
+        ["generate", "x", "--model", "x" * 300],
+        ["generate", "x", "--model", "a\0b"],
+        ["generate", "x", *MODEL[:2], "--device", "cpu:x"],
+        ["generate", "x", *MODEL[:2], "--device", "CPU"],
+        ["generate", "x", *MODEL[:2], "--device", "cuda:" + "9" * 5000],
+        ["generate", "x", *MODEL, "--negative", "<|image_pad|>"],
+        ["edit", "/dev/zero", "x", *MODEL, *SMALL],
+        ["info", "--model", "/dev/null"],
         ["generate", "x", *MODEL, *SMALL, "--image", "missing.png"],
         ["generate", "x", "--model", "missing/at/all"],
         ["generate", "x", *MODEL[:2], "--device", "tpu"],
@@ -161,6 +185,119 @@ def test_interrupting_leaves_no_traceback_and_no_file(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, before: str = "pass", **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, after some lines of Python."""
+    script = f"import sys; {before}; from mindomni_rt.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=240, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+
+
+def test_info_of_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", str(BUNDLE)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("bundle ") and "onnx" in shown and "denoiser" in shown
+    assert main(["info", "--model", str(BUNDLE), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["kind"] == "bundle" and data["precision"]["language"] == "fp32" and data["config"]["edit_features"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_letters(tmp_path: Path, encoding: str) -> None:
+    out = str(tmp_path / "a.png")
+    done = run("demo", "draw \U0001f34b things 猫", "--out", out, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and "[prompt] draw ? things ?" in done.stdout and Path(out).exists(), done.stderr
+    done = run("demo", "draw \U0001f34b things 猫", "--out", out, "--json", PYTHONIOENCODING=encoding)
+    assert json.loads(done.stdout)["settings"]["prompt"] == "draw \U0001f34b things 猫"
+
+
+def test_a_prompt_of_bytes_that_are_no_text() -> None:
+    script = "from mindomni_rt.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "understand", b"caf\xe9?", "--model", str(PARITY), "--max-new-tokens", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "replaced by U+FFFD" in done.stderr
+
+
+@pytest.mark.parametrize("threads", ["2,1", "", "many", "0", "9" * 50])
+def test_thread_counts_of_every_kind(tmp_path: Path, threads: str) -> None:
+    from mindomni_rt.loading import cpu_threads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", threads)
+        assert cpu_threads() == 2 if threads == "2,1" else 1 <= cpu_threads() < 10_000
+    if threads == "2,1":
+        done = run("demo", "--out", str(tmp_path / "a.png"), OMP_NUM_THREADS=threads)
+        assert done.returncode == 0, done.stderr
+
+
+def test_no_home_no_temporary_folder_read_only(tmp_path: Path) -> None:
+    """The bundle runs where nothing but --out can be written."""
+    before = (
+        "import tempfile, os; tempfile._candidate_tempdir_list = lambda: ['/proc/none']; sys.dont_write_bytecode = True"
+    )
+    done = run("demo", "--out", str(tmp_path / "a.png"), before=before, HOME="/proc/none", TMPDIR="/proc/none")
+    assert done.returncode == 0 and (tmp_path / "a.png").exists(), done.stderr
+
+
+def test_without_modules_that_only_posix_has(tmp_path: Path) -> None:
+    """What Windows lacks is blocked; the file system stays this machine's."""
+    names = ["fcntl", "resource", "pwd", "grp", "termios", "posix_ipc", "syslog", "pty", "tty", "crypt", "spwd", "nis"]
+    before = f"[sys.modules.__setitem__(n, None) for n in {names}]"
+    done = run("demo", "--out", str(tmp_path / "a.png"), before=before)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["export", "plan", "bench", "train"])
+def test_the_packages_commands(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+    module = {"bench": "benchmarks", "train": "training"}.get(command, "export")
+    before = f"sys.modules['mindomni_rt.{module}.cli'] = None"
+    done = run(command, "--help", before=before)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and "pip install 'mindomni-rt[" in lines[0], done.stderr
+
+
+def test_help_has_an_example_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for command in ("generate", "edit", "understand", "info", "demo", "export", "plan", "bench", "train"):
+        assert f"  mindomni {command}" in shown, command
+
+
+def test_two_writers_of_one_name(tmp_path: Path) -> None:
+    """Readers find a whole file at any moment, and no save fails."""
+    out = tmp_path / "a.png"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
+    save_image(image, out, {"prompt": "x"})
+    failures: list[BaseException] = []
+
+    def repeat(action: Callable[[], object]) -> None:
+        try:
+            for _ in range(40):
+                action()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    actions = [lambda: save_image(image, out, {"prompt": "x"})] * 3 + [lambda: Image.open(out).load()] * 2
+    threads = [threading.Thread(target=repeat, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_closed_output_is_no_error(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def _gpu_step(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from mindomni_rt.checkpoint.write import save_model
+    from mindomni_rt.model.save import save_model
 
     from .data.world import words
     from .data.world.vae import load_vae

@@ -27,9 +27,9 @@ from mindomni_rt.checkpoint.config import (
     VAEConfig,
     VisionConfig,
 )
-from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.model.save import save_model
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", LATENT_TOKEN,

@@ -4,15 +4,15 @@
     mllm/             tokenizer, chat template and preprocessing files of the checkpoint
     NAME.onnx, *.data or NAME.plan
 
-The manifest is written last, into a temporary sibling folder that is renamed when whole: a build that is killed leaves
-nothing under the final name. Hashes find damage, not malice: load engines only from those whom you trust.
+Only files that the manifest lists exist: others are refused, since a tokenizer or template among them would change
+what is painted. The manifest is written last, into a temporary sibling folder that is renamed when whole: a build that
+is killed leaves nothing under the final name. Hashes find damage, not malice: load engines only from those whom you
+trust.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,16 +21,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 from ..checkpoint.config import ModelConfig
+from ..checks import Many, OneOf, Text, Whole, check_fields, shown
 from ..errors import BadBundleError, BadCheckpointError, UnsupportedDeviceError
-from .contracts import STAGES, Profile
+from ..files import parse_json, read_bytes, replace_file, require_regular
+from .contracts import DTYPE_BYTES, STAGES, Profile, graph_specs
+from .interface import check_interface
+from .onnx_file import read_onnx
+from .seal import KEY, seal_of, sealed_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 RUNTIMES = ("onnx", "tensorrt_rtx", "tensorrt")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_MOST_BYTES = 2**26
 _PARTIAL = ".partial-"
+# What a hub, git or a desktop puts into a folder and nothing here reads.
+_UNREAD = frozenset(
+    ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes", ".gitignore", ".git", ".cache",
+     ".DS_Store", "Thumbs.db", "desktop.ini")
+)  # fmt: skip
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,9 +55,9 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not _SHA.fullmatch(self.sha256):
-            raise BadBundleError(f"{MANIFEST}: {self.sha256!r} is not a sha256")
-        if not isinstance(self.bytes, int) or self.bytes < 0:
-            raise BadBundleError(f"{MANIFEST}: {self.bytes!r} is not a size in bytes")
+            raise BadBundleError(f"{MANIFEST}: {shown(self.sha256)} is not a sha256")
+        if type(self.bytes) is not int or not 0 <= self.bytes < 2**50:
+            raise BadBundleError(f"{MANIFEST}: {shown(self.bytes)} is not a size in bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +67,14 @@ class GraphEntry:
     stage: str
     file: str
     precision: str
-    dtype: str
-    data: tuple[str, ...] = ()
+    dtype: Annotated[str, OneOf(tuple(DTYPE_BYTES))]
+    data: Annotated[tuple[str, ...], Many(Text(), most=64)] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
-            raise BadBundleError(f"{MANIFEST}: stage {self.stage!r}; expected one of {', '.join(STAGES)}")
+            raise BadBundleError(f"{MANIFEST}: stage {shown(self.stage)}; expected one of {', '.join(STAGES)}")
+        check_fields(self, BadBundleError, f"{MANIFEST}: graph of stage {self.stage}: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +82,10 @@ class Manifest:
     """manifest.json. targets: "sm_89", … or empty for any device; runtime_version: of the library that must load it."""
 
     model: ModelConfig
-    runtime: str
+    runtime: Annotated[str, OneOf(RUNTIMES)]
     runtime_version: str
-    targets: tuple[str, ...]
-    dtype: str
+    targets: Annotated[tuple[str, ...], Many(Text(), most=64)]
+    dtype: Annotated[str, OneOf(("float32", "float16", "bfloat16"))]
     profile: Profile
     graphs: Mapping[str, GraphEntry]
     files: Mapping[str, FileEntry]
@@ -80,48 +93,64 @@ class Manifest:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.runtime not in RUNTIMES:
-            raise BadBundleError(f"{MANIFEST}: runtime {self.runtime!r}; expected one of {', '.join(RUNTIMES)}")
+        check_fields(self, BadBundleError, f"{MANIFEST}: ")
         for name in self.files:
             safe_name(name)
+        for needed in (("mllm/tokenizer.json",), ("mllm/vocab.json", "mllm/merges.txt")):
+            if all(name in self.files for name in needed):
+                break
+        else:
+            raise BadBundleError(f"{MANIFEST}: files lacks mllm/tokenizer.json: build the bundle again")
+        if not any(f"mllm/{name}" in self.files for name in TEMPLATES):
+            raise BadBundleError(
+                f"{MANIFEST}: files lacks a chat template, mllm/{TEMPLATES[0]}: build the bundle again"
+            )
+        specs = graph_specs(self.model)
         for name, graph in self.graphs.items():
+            if name not in specs or specs[name].stage != graph.stage:
+                raise BadBundleError(
+                    f"{MANIFEST}: graph {shown(name)} of stage {graph.stage} is none that this version knows: build "
+                    "the bundle again"
+                )
             for file in (graph.file, *graph.data):
                 if file not in self.files:
                     raise BadBundleError(f"{MANIFEST}: graph {name!r} needs {file}, which has no hash")
 
     def to_json(self) -> str:
         """Text of manifest.json."""
-        data = {**asdict(self), "model": self.model.to_dict()}
-        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+        return sealed_json({**asdict(self), "model": self.model.to_dict()})
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
         """Reads manifest.json. Raises BadBundleError naming the file and what is wrong."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise BadBundleError(f"{where} is not whole JSON ({error}): copy or build the bundle again") from error
         if not isinstance(data, dict) or "format" not in data:
             raise BadBundleError(f"{where} is no bundle manifest: it lacks 'format'")
         if data["format"] != FORMAT:
             raise BadBundleError(
-                f"{where}: bundle format {data['format']!r}, this version reads {FORMAT}. Build the bundle again with "
-                "this version of mindomni-rt, or install the version that built it"
+                f"{where}: bundle format {shown(data['format'])}, this version reads {FORMAT}. Build the bundle again "
+                "with this version of mindomni-rt, or install the version that built it"
             )
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        unknown = sorted(set(data) - {f.name for f in fields(cls)} - {KEY})
         if unknown:
             raise BadBundleError(f"{where}: unknown keys {unknown}")
+        if data.pop(KEY, None) != seal_of(data):
+            raise BadBundleError(
+                f"{where} was edited or damaged: its own hash is another. Copy or build the bundle again; after a "
+                "change on purpose: python -c \"from mindomni_rt.bundle.seal import reseal; reseal('BUNDLE')\""
+            )
         try:
-            ranges = {axis: tuple(map(int, sizes)) for axis, sizes in data["profile"]["ranges"].items()}
+            ranges = {str(axis): _range(sizes) for axis, sizes in data["profile"]["ranges"].items()}
             return cls(
                 **{
                     **data,
                     "model": ModelConfig.from_dict(data["model"]),
-                    "targets": tuple(data["targets"]),
-                    "profile": Profile(name=data["profile"]["name"], ranges=ranges),  # type: ignore[arg-type]
-                    "graphs": {
-                        k: GraphEntry(**{**v, "data": tuple(v.get("data", ()))}) for k, v in data["graphs"].items()
-                    },
+                    "targets": data["targets"],
+                    "profile": Profile(name=data["profile"]["name"], ranges=ranges),
+                    "graphs": {k: GraphEntry(**v) for k, v in data["graphs"].items()},
                     "files": {k: FileEntry(**v) for k, v in data["files"].items()},
                 }
             )
@@ -155,6 +184,11 @@ class Manifest:
             )
 
 
+def _range(sizes: Any) -> tuple[int, int, int]:
+    low, best, high = Many(Whole(1, 2**40), 3, 3)(sizes)
+    return low, best, high
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle."""
@@ -171,8 +205,9 @@ class Bundle:
 def safe_name(name: str) -> PurePosixPath:
     """A file name of a manifest as a path inside the bundle. Raises BadBundleError for one that leads out of it."""
     path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath("/")
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in str(name) or ":" in str(name):
-        raise BadBundleError(f"{MANIFEST} names {name!r}: expected a relative path inside the bundle")
+    odd = not isinstance(name, str) or set(name) & set("\\:\0") or any(len(part) > 200 for part in path.parts)
+    if odd or path.is_absolute() or ".." in path.parts or not path.parts:
+        raise BadBundleError(f"{MANIFEST} names {shown(name)}: expected a relative path inside the bundle")
     return path
 
 
@@ -182,17 +217,22 @@ def is_bundle(folder: Path) -> bool:
 
 
 def open_bundle(folder: str | Path) -> Bundle:
-    """Reads the manifest and checks every file's size and hash before anything is loaded. Raises BadBundleError."""
+    """Reads the manifest and checks every file and graph before anything is loaded. Raises BadBundleError.
+
+    Checked: that the folder holds the listed files and no others, their sizes and hashes, that no link leads out, and
+    that each ONNX graph has the inputs and outputs of its contract and names no other data files than the manifest.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    root = folder.resolve()
+    _check_listed(folder, manifest)
     for name, entry in manifest.files.items():
         path = folder / safe_name(name)
-        if not path.is_file():
-            raise BadBundleError(f"{path} is missing: copy or build the bundle again")
-        if not path.resolve().is_relative_to(root):
-            raise BadBundleError(f"{path} is a link that leads out of the bundle")
-        size = path.stat().st_size
+        try:
+            size = require_regular(path)
+        except FileNotFoundError as error:
+            raise BadBundleError(f"{path} is missing: copy or build the bundle again") from error
+        except OSError as error:
+            raise BadBundleError(f"{path} {error.strerror or error}") from error
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "too long"
             raise BadBundleError(f"{path} is {kind}: {size} bytes, {entry.bytes} expected. Copy the bundle again")
@@ -203,7 +243,51 @@ def open_bundle(folder: str | Path) -> Bundle:
                 f"{folder / name} is corrupt: its sha256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…. "
                 "Copy or build the bundle again"
             )
+    if manifest.runtime == "onnx":
+        _check_graphs(folder, manifest)
     return Bundle(folder, manifest)
+
+
+def _check_listed(folder: Path, manifest: Manifest) -> None:
+    """Refuses files that the manifest does not list and links that lead out of the bundle.
+
+    The hub's cache is the one exception: its files are links into the `blobs` folder beside `snapshots`.
+    """
+    root = folder.resolve()
+    places = [root]
+    if root.parent.name == "snapshots":
+        places.append(root.parent.parent / "blobs")
+    for path in walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files and name != MANIFEST:
+            raise BadBundleError(f"{path} is not listed in {MANIFEST}: remove it, or copy the bundle again")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+            raise BadBundleError(f"{path} is a link that leads out of the bundle")
+
+
+def _check_graphs(folder: Path, manifest: Manifest) -> None:
+    specs = graph_specs(manifest.model)
+    for name, graph in manifest.graphs.items():
+        path = folder / graph.file
+        found = read_onnx(path)
+        other = sorted(found.data - set(graph.data))
+        if other:
+            raise BadBundleError(
+                f"{path} reads the file {shown(other[0])}, which {MANIFEST} does not give to graph {name}"
+            )
+        check_interface(str(path), specs[name], manifest.dtype, found.inputs, found.outputs)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file below a bundle's folder, and links to folders, which are not followed. What a hub adds to a folder
+    and nothing reads (README.md, .gitattributes, .cache, …) is left out."""
+    for place, folders, files in os.walk(folder):
+        at = Path(place)
+        if at == folder:
+            folders[:] = [name for name in folders if name not in _UNREAD]
+            files = [name for name in files if name not in _UNREAD]
+        yield from (at / name for name in sorted(files))
+        yield from (at / name for name in sorted(folders) if (at / name).is_symlink())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -212,7 +296,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BadBundleError(f"{folder}: no such bundle folder")
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         raise BadBundleError(
             f"{folder} has no {MANIFEST}: it is not a bundle, or its build was stopped half-way. Build it again"
@@ -232,8 +316,8 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
     """Entries of all files below a folder."""
     return {
         str(path.relative_to(folder).as_posix()): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        for path in sorted(walk(folder))
+        if path != folder / MANIFEST
     }
 
 
@@ -245,26 +329,45 @@ def writing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     folder or a bundle ever is.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise BadBundleError(f"{folder} exists; choose another --out or say --overwrite")
-        if not (folder / MANIFEST).exists():
-            raise BadBundleError(f"{folder} exists and is no bundle; it will not be overwritten")
+    _check_free(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}{_PARTIAL}", dir=folder.parent))
     try:
         yield temporary
         assert (temporary / MANIFEST).exists(), "a bundle without manifest"
         temporary.chmod(0o755)
-        old = None
-        if folder.exists():
-            old = temporary.with_name(f"{temporary.name}.old")
-            folder.rename(old)
-        temporary.rename(folder)
-        if old is not None:
-            shutil.rmtree(old)
+        _take_name(temporary, folder, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(folder: Path, overwrite: bool) -> bool:
+    """Whether an old bundle stands there that may be replaced. Raises BadBundleError for what may not."""
+    if not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not overwrite:
+        raise BadBundleError(f"{folder} exists; choose another --out or say --overwrite")
+    if not (folder / MANIFEST).exists():
+        raise BadBundleError(f"{folder} exists and is no bundle; it will not be overwritten")
+    return True
+
+
+def _take_name(temporary: Path, folder: Path, overwrite: bool) -> None:
+    """Renames a whole bundle to its name. What appeared there since the build began is not replaced."""
+    old = None
+    if _check_free(folder, overwrite):
+        old = temporary.with_name(f"{temporary.name}.old")
+        folder.rename(old)
+    try:
+        if folder.is_dir():
+            folder.rmdir()  # empty, or it fails; Windows renames onto no folder at all
+        temporary.rename(folder)
+    except OSError as error:
+        if old is not None:
+            old.rename(folder)
+        raise BadBundleError(f"{folder} appeared while the bundle was built; it was not replaced: {error}") from error
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -278,11 +381,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
+    replace_file(path, lambda temporary: _write(temporary, data))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

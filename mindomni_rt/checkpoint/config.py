@@ -1,15 +1,38 @@
 """Model configuration: frozen dataclasses, read from the published JSON files, free of torch.
 
-Source of every number in `published()`: the released configuration files (spec, section 1).
+Every field's type carries its limits, which `__post_init__` checks: a size that no machine holds is refused here,
+before anything is allocated. Source of every number in `published()`: the released configuration files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
+from ..checks import Many, Number, OneOf, Whole, check_fields
 from ..errors import BadCheckpointError
+
+# Limits far above any model of this kind. They bound memory, not ambition.
+Width = Annotated[int, Whole(1, 2**16)]
+Wide = Annotated[int, Whole(1, 2**20)]
+Count = Annotated[int, Whole(1, 1024)]
+Positions = Annotated[int, Whole(1, 2**21)]
+TokenId = Annotated[int, Whole(0, 2**22)]
+Epsilon = Annotated[float, Number(0.0, 1.0, above=True)]
+EDIT_FEATURES = ("vit", "vit+vae")
+_FACTORS = Many(Number(0.0, 1e6, above=True), most=2**12)
+
+
+class _Checked:
+    """A configuration whose fields' limits are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, BadCheckpointError, f"{type(self).__name__}: ")
+
+    def _require(self, holds: bool, message: str) -> None:
+        if not holds:
+            raise BadCheckpointError(f"{type(self).__name__}: {message}")
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,43 +45,54 @@ def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeConfig:
+class RopeConfig(_Checked):
     """Rotary position embedding. kind: "plain", "mrope" (three axes, Qwen2.5-VL) or "longrope" (Phi-3)."""
 
-    kind: str = "plain"
-    theta: float = 10000.0
-    mrope_section: tuple[int, ...] = ()
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    original_max_positions: int = 0
-    max_positions: int = 32768
+    kind: Annotated[str, OneOf(("plain", "mrope", "longrope"))] = "plain"
+    theta: Annotated[float, Number(1.0, 1e12, above=True)] = 10000.0
+    mrope_section: Annotated[tuple[int, ...], Many(Whole(1, 2**12), most=3)] = ()
+    short_factor: Annotated[tuple[float, ...], _FACTORS] = ()
+    long_factor: Annotated[tuple[float, ...], _FACTORS] = ()
+    original_max_positions: Annotated[int, Whole(0, 2**21)] = 0
+    max_positions: Positions = 32768
 
     def __post_init__(self) -> None:
-        if self.kind not in ("plain", "mrope", "longrope"):
-            raise BadCheckpointError(f"rope kind {self.kind!r}: expected plain, mrope or longrope")
+        super().__post_init__()
+        self._require(
+            self.kind != "longrope" or self.original_max_positions > 1,
+            f"original_max_positions = {self.original_max_positions}: LongRoPE needs the context of its training",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackConfig:
+class StackConfig(_Checked):
     """A stack of transformer blocks: pre-norm RMSNorm, rotary attention, gated SiLU MLP."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    rms_norm_eps: float
+    hidden_size: Width
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    intermediate_size: Wide
+    rms_norm_eps: Epsilon
     rope: RopeConfig
     qkv_bias: bool = False
     fused: bool = False  # qkv_proj and gate_up_proj as one matrix each (Phi-3 layout)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_heads", "num_kv_heads", "intermediate_size"):
-            if getattr(self, name) <= 0:
-                raise BadCheckpointError(f"{name} = {getattr(self, name)}: expected a positive number")
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise BadCheckpointError(
-                f"hidden_size {self.hidden_size}, {self.num_heads} heads, {self.num_kv_heads} KV heads do not divide"
+        super().__post_init__()
+        self._require(
+            not self.hidden_size % (2 * self.num_heads) and not self.num_heads % self.num_kv_heads,
+            f"hidden_size {self.hidden_size}, {self.num_heads} heads, {self.num_kv_heads} KV heads do not divide",
+        )
+        if self.rope.kind == "mrope":
+            self._require(
+                sum(self.rope.mrope_section) == self.head_dim // 2,
+                f"mrope_section {self.rope.mrope_section}: expected a sum of head_dim / 2 = {self.head_dim // 2}",
+            )
+        for name in ("short_factor", "long_factor") if self.rope.kind == "longrope" else ():
+            count = len(getattr(self.rope, name))
+            self._require(
+                count == self.head_dim // 2, f"{name} has {count} entries; expected head_dim / 2 = {self.head_dim // 2}"
             )
 
     @property
@@ -67,21 +101,33 @@ class StackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(_Checked):
     """Qwen2.5-VL's vision tower."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    out_hidden_size: int
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    window_size: int = 112  # pixels
-    full_attention_layers: tuple[int, ...] = ()
-    in_channels: int = 3
-    rms_norm_eps: float = 1e-6
+    hidden_size: Width
+    num_layers: Count
+    num_heads: Count
+    intermediate_size: Wide
+    out_hidden_size: Width
+    patch_size: Annotated[int, Whole(1, 256)] = 14
+    temporal_patch_size: Annotated[int, Whole(1, 16)] = 2
+    merge_size: Annotated[int, Whole(1, 16)] = 2
+    window_size: Annotated[int, Whole(1, 4096)] = 112  # pixels
+    full_attention_layers: Annotated[tuple[int, ...], Many(Whole(0, 1023), most=1024)] = ()
+    in_channels: Annotated[int, Whole(3, 3)] = 3
+    rms_norm_eps: Epsilon = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            not self.hidden_size % (4 * self.num_heads),
+            f"vision hidden_size {self.hidden_size}, {self.num_heads} heads: expected a head size divisible by 4",
+        )
+        self._require(
+            self.window_size >= self.patch_size * self.merge_size,
+            f"window_size = {self.window_size}: expected at least one merged patch, "
+            f"{self.patch_size * self.merge_size} pixels",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -93,51 +139,67 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
+class LanguageConfig(_Checked):
     """Qwen2.5-VL's language model and the token ids the pipeline needs."""
 
     stack: StackConfig
-    vocab_size: int
-    max_positions: int
-    image_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    vocab_size: Annotated[int, Whole(1, 2**22)]
+    max_positions: Positions
+    image_token_id: TokenId
+    vision_start_token_id: TokenId
+    vision_end_token_id: TokenId
     tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+            value = getattr(self, name)
+            self._require(value < self.vocab_size, f"{name} = {value}: expected below vocab_size = {self.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConnectorConfig:
+class ConnectorConfig(_Checked):
     """One Linear with bias, then a few blocks of the decoder's kind under a causal mask."""
 
-    input_size: int
+    input_size: Width
     stack: StackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(_Checked):
     """OmniGen's diffusion transformer."""
 
     stack: StackConfig
-    latent_channels: int = 4
-    patch_size: int = 2
-    position_grid: int = 192  # patches a side of the position table: the largest image is 16 * 192 pixels
-    position_base: int = 64
-    time_frequencies: int = 256
-    text_vocab_size: int = 0  # OmniGen's own text embedding: optional, used as a teacher in training
+    latent_channels: Annotated[int, Whole(1, 256)] = 4
+    patch_size: Annotated[int, Whole(1, 64)] = 2
+    position_grid: Count = 192  # patches a side of the position table: the largest image is 16 * 192 pixels
+    position_base: Count = 64
+    time_frequencies: Annotated[int, Whole(2, 2**16, step=2)] = 256
+    text_vocab_size: Annotated[int, Whole(0, 2**22)] = (
+        0  # OmniGen's own text embedding: optional, used as a teacher in training
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEConfig:
+class VAEConfig(_Checked):
     """diffusers' AutoencoderKL as SDXL uses it."""
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    scaling_factor: float = 0.13025
-    shift_factor: float = 0.0
+    block_out_channels: Annotated[tuple[int, ...], Many(Whole(1, 2**14), most=8, least=1)] = (128, 256, 512, 512)
+    layers_per_block: Annotated[int, Whole(1, 64)] = 2
+    norm_num_groups: Annotated[int, Whole(1, 2**14)] = 32
+    in_channels: Annotated[int, Whole(3, 3)] = 3
+    out_channels: Annotated[int, Whole(3, 3)] = 3
+    latent_channels: Annotated[int, Whole(1, 256)] = 4
+    scaling_factor: Annotated[float, Number(0.0, 1e6, above=True)] = 0.13025
+    shift_factor: Annotated[float, Number(-1e6, 1e6)] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            not any(channels % self.norm_num_groups for channels in self.block_out_channels),
+            f"block_out_channels {self.block_out_channels}: expected multiples of norm_num_groups = "
+            f"{self.norm_num_groups}",
+        )
 
     @property
     def downscale(self) -> int:
@@ -145,25 +207,36 @@ class VAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
+class ImageConfig(_Checked):
     """preprocessor_config.json: how an input image becomes patches."""
 
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 16384 * 28 * 28
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    min_pixels: Annotated[int, Whole(1, 2**31)] = 4 * 28 * 28
+    max_pixels: Annotated[int, Whole(1, 2**31)] = 16384 * 28 * 28
+    image_mean: Annotated[tuple[float, ...], Many(Number(-1e3, 1e3), 3, 3)] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: Annotated[tuple[float, ...], Many(Number(0, 1e3, above=True), 3, 3)] = (
+        0.26862954,
+        0.26130258,
+        0.27577711,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            self.min_pixels <= self.max_pixels,
+            f"min_pixels = {self.min_pixels}: expected at most max_pixels = {self.max_pixels}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(_Checked):
     """generation_config.json: when text ends and the penalty that greedy decoding applies too."""
 
-    eos_token_ids: tuple[int, ...]
-    repetition_penalty: float = 1.0
+    eos_token_ids: Annotated[tuple[int, ...], Many(Whole(0, 2**22), most=4096, least=1)]
+    repetition_penalty: Annotated[float, Number(0.0, 1e3, above=True)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """All of MindOmni."""
 
     vision: VisionConfig
@@ -173,7 +246,21 @@ class ModelConfig:
     vae: VAEConfig
     image: ImageConfig = field(default_factory=ImageConfig)
     generation: GenerationConfig
-    edit_features: str = "vit"  # "vit+vae" on checkpoints trained with VAE features of the input image
+    edit_features: Annotated[str, OneOf(EDIT_FEATURES)] = "vit"  # "vit+vae": trained with VAE features of the input
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what, found, expected in (
+            ("vision out_hidden_size", self.vision.out_hidden_size, self.language.stack.hidden_size),
+            ("connector hidden_size", self.connector.stack.hidden_size, self.decoder.stack.hidden_size),
+            ("connector input_size", self.connector.input_size, self.language.stack.hidden_size),
+            ("VAE latent_channels", self.vae.latent_channels, self.decoder.latent_channels),
+        ):
+            self._require(found == expected, f"{what} = {found}: expected {expected}, as in the part that it meets")
+        self._require(
+            self.decoder.stack.hidden_size % 4 == 0,
+            f"decoder hidden_size = {self.decoder.stack.hidden_size}: expected a multiple of 4 for its position table",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; `from_dict` reads it back."""
@@ -203,7 +290,7 @@ class ModelConfig:
                     },
                 )
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise BadCheckpointError(f"model configuration is incomplete: {error}") from error
 
 

@@ -1,41 +1,46 @@
-"""Images in and out: Qwen2-VL's resize and patches, pixels for the VAE, PNG with its settings inside.
+"""Reference images as the encoders take them: Qwen2-VL's resize and patches, pixels for the VAE.
 
 Pillow and numpy only.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
-import struct
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image
 
 from ..checkpoint.config import ModelConfig
 from ..errors import BadRequestError
+from .opening import open_image
+from .saving import pixels_to_uint8, read_settings, save_image, to_pil
 
+__all__ = [
+    "DEFAULT_IMAGE_TOKENS",
+    "ImagePatches",
+    "load_image",
+    "open_image",
+    "pixels_to_uint8",
+    "prepare_image",
+    "read_settings",
+    "save_image",
+    "smart_resize",
+    "to_pil",
+    "vae_pixels",
+]
 logger = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
+load_image = open_image
 
 # A 1024x1024 photograph. Beyond it prefill grows faster than what the model can still use; the released code's own
 # limit is 16,384 tokens, which a 12-megapixel photo reaches.
 DEFAULT_IMAGE_TOKENS = 1369
 # The chat utility's limits, applied before those of preprocessor_config.json.
 _UTILITY_MIN, _UTILITY_MAX, _MAX_RATIO = 4 * 28 * 28, 16384 * 28 * 28, 200
-# What Pillow's decoders raise on damaged files (found by flipping bytes in fourteen formats), not only OSError.
-_UNREADABLE = (
-    OSError, SyntaxError, ValueError, NotImplementedError, EOFError, LookupError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,38 +61,6 @@ class ImagePatches:
     def tokens(self) -> int:
         """Image tokens in the prompt: one for each merge_size² patches."""
         return self.patches.shape[0] // self.merge_size**2
-
-
-def load_image(source: Any) -> Image.Image:
-    """An RGB image from a path, bytes, a PIL image or an array (H, W, 3) of uint8; EXIF orientation applied.
-
-    Raises BadRequestError for what cannot be read as an image.
-    """
-    try:
-        if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-                raise BadRequestError(f"image array {source.dtype} {source.shape}: expected uint8 (H, W, 3)")
-            image = Image.fromarray(source)
-        elif isinstance(source, (bytes, bytearray)):
-            image = Image.open(io.BytesIO(source))
-        elif isinstance(source, (str, Path)):
-            image = Image.open(source)
-        else:
-            raise BadRequestError(f"image of type {type(source).__name__}: expected a path, bytes, PIL image or array")
-        image.load()
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise BadRequestError(f"image {source}: {error.strerror}") from error
-    except _UNREADABLE as error:
-        if isinstance(error, BadRequestError):
-            raise
-        name = source if isinstance(source, (str, Path)) else "input"
-        raise BadRequestError(f"image {name} cannot be read: {error}") from error
-    if min(image.size) < 1:
-        raise BadRequestError(f"image of {image.width}x{image.height} pixels is empty")
-    return image
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -112,7 +85,7 @@ def prepare_image(source: Any, config: ModelConfig, max_tokens: int | None = DEF
     below one token, so a strip of aspect ratio r keeps at least sqrt(r * max_tokens) tokens under a very low cap.
     Raises BadRequestError for an unreadable image, an aspect ratio above 200 and a cap below 4.
     """
-    image = load_image(source)
+    image = open_image(source)
     vision, limits = config.vision, config.image
     factor = vision.patch_size * vision.merge_size
     if max_tokens is not None and max_tokens < 4:
@@ -146,73 +119,24 @@ def _patches(pixels: Floats, patch: int, merge: int, times: int) -> tuple[Floats
     return np.ascontiguousarray(cut.reshape(rows * columns, -1)), (1, rows, columns)
 
 
-def vae_pixels(source: Any, max_side: int = 1024) -> Floats:
-    """A reference image for the VAE: (1, 3, H, W) in [-1, 1], sides cut down to multiples of 16, at most max_side."""
-    image = load_image(source)
+def vae_pixels(source: Any, max_side: int = 1024, max_tokens: int | None = None) -> Floats:
+    """A reference image for the VAE: (1, 3, H, W) in [-1, 1], sides cut down to multiples of 16, at most max_side.
+
+    max_tokens: a picture whose (H / 16) * (W / 16) tokens are more is reduced, and that is logged.
+    """
+    image = open_image(source)
     shrink = min(1.0, max_side / max(image.size))
-    width, height = (max(16, int(side * shrink) // 16 * 16) for side in image.size)
+    width, height = _sixteens(image, shrink)
+    if max_tokens is not None and width * height > max_tokens * 256:
+        tokens = width * height // 256
+        while width * height > max_tokens * 256 and max(width, height) > 16:
+            shrink *= min(0.99, math.sqrt(max_tokens * 256 / (width * height)))
+            width, height = _sixteens(image, shrink)
+        logger.warning("reference image reduced to %dx%d for the VAE: %d tokens do not fit", width, height, tokens)
     image = image.resize((width, height), Image.Resampling.BICUBIC) if (width, height) != image.size else image
     return (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
 
 
-def to_pil(pixels: Floats) -> list[Image.Image]:
-    """(n, H, W, 3) in [0, 1] -> PIL images, truncating 255·x as the released code does."""
-    return [Image.fromarray(row) for row in pixels_to_uint8(pixels)]
-
-
-def pixels_to_uint8(pixels: Floats) -> NDArray[np.uint8]:
-    """Clamps to [0, 1] and truncates 255·x; shape kept. Values that are no numbers become 0, and are logged."""
-    missing = int(np.isnan(pixels).sum())
-    if missing:
-        logger.warning("%d of %d pixel values are NaN, shown black: try float32 for the VAE", missing, pixels.size)
-        pixels = np.nan_to_num(pixels, nan=0.0)
-    return (np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-
-
-def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
-    """Writes a PNG whose text chunks hold the prompt and all settings (JSON, key "mindomni").
-
-    The file appears whole or not at all. Raises BadRequestError if it cannot be written.
-    """
-    info = PngImagePlugin.PngInfo()
-    if "prompt" in settings:
-        # A shell's prompt may hold lone surrogates (bytes that are no UTF-8): JSON escapes them, this chunk cannot.
-        info.add_itxt("prompt", str(settings["prompt"]).encode("utf-8", "replace").decode("utf-8"))
-    info.add_itxt("mindomni", json.dumps(dict(settings), default=_plain))
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.partial")
-    try:
-        image.save(temporary, "PNG", pnginfo=info)
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadRequestError(f"cannot write {target}: {error.strerror or error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """numpy's scalars and arrays as JSON can hold them; anything else by its text."""
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `save_png` stored. Raises BadRequestError if there are none."""
-    text = getattr(load_png(path), "text", {}).get("mindomni")
-    if text is None:
-        raise BadRequestError(f"{path} carries no settings of this program")
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise BadRequestError(f"{path}: its settings are not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise BadRequestError(f"{path}: its settings are a JSON {type(settings).__name__}, expected an object")
-    return settings
-
-
-def load_png(path: str | Path) -> Image.Image:
-    """An image as stored, with its metadata."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except _UNREADABLE as error:
-        raise BadRequestError(f"image {path} cannot be read: {error}") from error
-    return image
+def _sixteens(image: Image.Image, shrink: float) -> tuple[int, int]:
+    width, height = (max(16, int(side * shrink) // 16 * 16) for side in image.size)
+    return width, height

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import BadCheckpointError, BadRequestError
-
-if TYPE_CHECKING:
-    import tokenizers
+from .template import Template
+from .tokenizer import load_special_tokens, load_template, load_tokenizer
 
 Message = dict[str, Any]
 
@@ -28,6 +26,7 @@ DEFAULT_NEGATIVE = (
     "low quality, blurry, low resolution, bad anatomy, deformed, disfigured, extra limbs, missing limbs, "
     "bad proportions, watermark, text"
 )
+IMAGE_TOKEN = "<|image_pad|>"
 LATENT_TOKEN = "<|latent_pad|>"  # one for each decoder token of a reference image, between <img> and </img>
 CASCADE_SEPARATOR = "\n\ncascade_thinking:"
 
@@ -67,36 +66,31 @@ class Chat:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tokenizer = _load_tokenizer(folder)
-        self.template = _load_template(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.template = load_template(folder)
+        self.special_tokens = load_special_tokens(folder)
 
     @cached_property
-    def _compiled(self) -> Any:
-        # jinja2 is imported here, not on import of the package; the sandbox because a template is somebody's file.
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        try:
-            return environment.from_string(self.template)
-        except TemplateError as error:
-            raise BadCheckpointError(f"{self.folder}: chat template does not parse: {error}") from error
+    def _compiled(self) -> Template:
+        return Template(self.template, str(self.folder))
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a chat with the generation prompt appended."""
-        from jinja2 import TemplateError
+        return self._compiled.render(messages, self.special_tokens)
 
-        try:
-            return str(self._compiled.render(messages=list(messages), add_generation_prompt=True))
-        except TemplateError as error:
-            raise BadCheckpointError(f"{self.folder}: chat template failed: {error}") from error
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The special token with which the template ends a turn, or None."""
+        mark = "turn"
+        text = self.render(_chat(SYSTEM, [{"type": "text", "text": mark}]))
+        after = self.tokenizer.encode(text.rpartition(mark)[2], add_special_tokens=False).ids
+        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return int(after[0]) if after and after[0] in special else None
+
+    def end_tokens(self, configured: Sequence[int]) -> tuple[int, ...]:
+        """Token ids that end a text: those of the configuration, and the one that ends the template's turns."""
+        more = [self.turn_end] if self.turn_end is not None and self.turn_end not in configured else []
+        return (*configured, *more)
 
     def token_id(self, token: str) -> int | None:
         """The id of one (special) token, or None."""
@@ -106,7 +100,7 @@ class Chat:
     def encode(self, messages: Sequence[Message], image_tokens: Sequence[int] = ()) -> list[int]:
         """Token ids of a chat; the i-th image placeholder is repeated image_tokens[i] times."""
         ids = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
-        pad = self.token_id("<|image_pad|>")
+        pad = self.token_id(IMAGE_TOKEN)
         if pad is None:
             if not image_tokens:
                 return list(ids)
@@ -204,68 +198,10 @@ def split_thought(text: str) -> tuple[str, str]:
 
 def cascade_prompt(text: str) -> str:
     """The second round's prompt: what follows <answer> to the end (a closing tag stays, as in the released code),
-    else the content of <think>, else everything."""
+    else the content of <think>, else everything. A written image placeholder is left out: it would ask for an image."""
+    text = text.replace(IMAGE_TOKEN, "")
     if "<answer>" in text:
         return text.split("<answer>", 1)[1].strip()
     if "<think>" in text:
         return text.split("<think>", 1)[1].split("</think>", 1)[0].strip()
     return text.strip()
-
-
-def _load_template(folder: Path) -> str:
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.exists():
-            try:
-                template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise BadCheckpointError(f"{path} is not readable JSON: {error}") from error
-            if isinstance(template, list):  # several named templates: the default one is ours
-                template = next((t["template"] for t in template if t.get("name") == "default"), None)
-            if isinstance(template, str):
-                return template
-    raise BadCheckpointError(
-        f"{folder}: expected chat_template.json, chat_template.jinja or one in tokenizer_config.json"
-    )
-
-
-def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        if path.exists():
-            return Tokenizer.from_file(str(path))
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            return _byte_level_bpe(folder)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise BadCheckpointError(f"{folder}: the tokenizer does not load: {error}") from error
-    raise BadCheckpointError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt")
-
-
-def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
-    """Qwen2's tokenizer from its slow files: byte-level BPE, NFC, the special tokens of tokenizer_config.json."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    config = folder / "tokenizer_config.json"
-    added = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if config.exists() else {}
-    for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        token = AddedToken(entry["content"], normalized=False, special=bool(entry.get("special")))
-        tokenizer.add_special_tokens([token]) if entry.get("special") else tokenizer.add_tokens([token])
-    return tokenizer

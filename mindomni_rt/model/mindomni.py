@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint, LoadReport, TensorEntry, open_checkpoint
@@ -16,6 +16,7 @@ from .decoder import DiffusionDecoder
 from .language import LanguageModel
 from .vae import AutoencoderKL
 from .vision import VisionTower
+from .weights import FLOATS, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,11 @@ def load_model(
         entries = dict(checkpoint.tensors[part])
         _drop_absent(part, module, entries, report)
         if part == "language" and checkpoint.config.language.tie_embeddings:
-            entries.pop("lm_head.weight", None)  # the tie decides, as in transformers
+            _check_tie(entries)
+            entries.pop("lm_head.weight", None)
             report.computed.append("language.lm_head.weight (tied)")
         _check(part, module, entries, report, checkpoint)
-        state = _read(entries, vae_dtype or dtype if part == "vae" else dtype, device)
+        state = read_tensors(entries, vae_dtype or dtype if part == "vae" else dtype, device)
         module.load_state_dict(state, strict=False, assign=True)
         report.read[part] = len(state)
         report.bytes[part] = sum(t.numel() * t.element_size() for t in state.values())
@@ -78,6 +80,18 @@ def load_model(
     if report.unused:
         logger.warning("%d tensors of %s have no use here: %s …", len(report.unused), report.path, report.unused[0])
     return model.eval().requires_grad_(False), report
+
+
+def _check_tie(entries: dict[str, TensorEntry]) -> None:
+    """Transformers 4 lets the tie decide, transformers 5 the stored head: only where they agree it is one model."""
+    if not {"lm_head.weight", "embed_tokens.weight"} <= entries.keys():
+        return
+    pair = [read_tensors({"t": entries[name]}, None, "cpu")["t"] for name in ("lm_head.weight", "embed_tokens.weight")]
+    if not torch.equal(*pair):
+        raise BadCheckpointError(
+            f"{entries['lm_head.weight'].file}: lm_head.weight differs from embed_tokens.weight, though config.json "
+            "says tie_word_embeddings = true; set it to false, or remove lm_head.weight"
+        )
 
 
 def _drop_absent(part: str, module: nn.Module, entries: dict[str, TensorEntry], report: LoadReport) -> None:
@@ -101,37 +115,8 @@ def _check(
         found = entries[name]
         if found.shape != shape:
             raise BadCheckpointError(f"{found.file}: tensor {found.key} has shape {found.shape}; expected {shape}")
-        if found.dtype not in ("F32", "F16", "BF16", "F64"):
+        if found.dtype not in FLOATS:
             raise BadCheckpointError(f"{found.file}: tensor {found.key} is {found.dtype}; expected F32, F16 or BF16")
     for name in sorted(set(entries) - set(wanted)):
         report.unused.append(f"{part}.{name}")
         del entries[name]
-
-
-def _read(entries: dict[str, TensorEntry], dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    state: dict[str, Tensor] = {}
-    for path in sorted({e.file for e in entries.values()}):
-        here = {name: e for name, e in entries.items() if e.file == path}
-        if path.suffix == ".pt":
-            tensors = read_pickled(path)
-            state.update({name: tensors[e.key].to(device, dtype) for name, e in here.items()})
-            continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                state.update({name: file.get_tensor(e.key).to(device, dtype) for name, e in here.items()})
-        except (SafetensorError, OSError) as error:
-            raise BadCheckpointError(f"{path} could not be read: {error}") from error
-    return state
-
-
-def read_pickled(path: Path) -> dict[str, Tensor]:
-    """model.pt as tensors; nothing in it is executed (weights_only) and it stays mapped to the file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged file
-        raise BadCheckpointError(f"{path} is not a readable weights file: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise BadCheckpointError(f"{path}: expected a flat dictionary of tensors")
-    return state

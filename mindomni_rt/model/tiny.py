@@ -53,8 +53,8 @@ def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
     """A checkpoint of a few hundred thousand random weights in the published layout, at `folder`."""
     import torch
 
-    from ..checkpoint.write import save_model
     from .mindomni import MindOmniModel
+    from .save import save_model
 
     ids = write_tokenizer(folder / "mllm", [SYSTEM_THINK, "Generate an image according to the following instructions"])
     rope = RopeConfig(

@@ -15,10 +15,11 @@ from conftest import PARITY
 from safetensors.torch import load_file, save_file
 
 from mindomni_rt.checkpoint.config import ModelConfig, published
+from mindomni_rt.checkpoint.dump import config_files
 from mindomni_rt.checkpoint.layout import open_checkpoint, resolve
-from mindomni_rt.checkpoint.write import config_files, save_model
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
+from mindomni_rt.model.save import save_model
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_shards(folder: Path) -> None:
 def test_shards_are_written_when_large(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mindomni_rt.checkpoint.write.SHARD_BYTES", 200_000)
+    monkeypatch.setattr("mindomni_rt.checkpoint.dump.SHARD_BYTES", 200_000)
     model, _ = load_model(folder)
     out = tmp_path_factory.mktemp("saved")
     save_model(model, out, source=folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,10 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import PARITY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, UnsupportedDeviceError
-from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, writing
+from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, sha256, writing
+from mindomni_rt.bundle.onnx_file import read_onnx
+from mindomni_rt.bundle.seal import reseal, sealed_json
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -33,7 +38,7 @@ def bundle(bundles: Callable[[str], Path], tmp_path: Path) -> Path:
 def edit(bundle: Path, change: Edit) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     change(data)
-    (bundle / MANIFEST).write_text(json.dumps(data))
+    (bundle / MANIFEST).write_text(sealed_json(data))
 
 
 def test_a_copy_runs_anywhere(bundle: Path) -> None:
@@ -86,13 +91,36 @@ def test_lengths(bundle: Path, damage: Callable[[Path], object], message: str) -
         (lambda m: m.pop("format"), "lacks 'format'"),
         (lambda m: m.pop("graphs"), "incomplete"),
         (lambda m: m.update(surprise=1), "unknown keys"),
-        (lambda m: m.update(runtime="coreml"), "runtime 'coreml'"),
+        (lambda m: m.update(runtime="coreml"), "runtime = 'coreml'"),
         (lambda m: m["files"].pop("vae.onnx"), "needs vae.onnx, which has no hash"),
         (lambda m: m["files"]["vae.onnx"].update(sha256="0"), "not a sha256"),
         (lambda m: m["files"]["vae.onnx"].update(bytes="many"), "not a size"),
         (lambda m: m["graphs"]["vae"].update(stage="upscaler"), "stage 'upscaler'"),
         (lambda m: m["model"].update(mystery=1), "mystery"),
         (lambda m: m.update(files=[]), "incomplete"),
+        (lambda m: m.update(dtype="float8"), "dtype = 'float8'"),
+        (lambda m: m.update(targets="sm_89"), "targets = 'sm_89'"),
+        (lambda m: m.update(runtime_version=1), "runtime_version = 1"),
+        (lambda m: m["files"]["vae.onnx"].update(bytes=True), "not a size"),
+        (lambda m: m["files"]["vae.onnx"].update(bytes=-1), "not a size"),
+        (lambda m: m["graphs"]["vae"].update(data="vae.data"), "data = 'vae.data'"),
+        (lambda m: m["graphs"]["vae"].update(dtype=7), "dtype = 7"),
+        (lambda m: m["graphs"].update(extra=m["graphs"]["vae"]), "graph 'extra' of stage vae is none"),
+        (lambda m: m["graphs"].update(vae=m["graphs"]["vision"]), "graph 'vae' of stage vision is none"),
+        (lambda m: m["profile"]["ranges"].update(steps=[1, 2]), "list of 3 items"),
+        (lambda m: m["profile"]["ranges"].update(steps=[3, 2, 1]), "incomplete"),
+        (lambda m: m["profile"]["ranges"].update(steps=[1, 2, "x"]), "whole number"),
+        (lambda m: m["model"]["decoder"].update(time_frequencies=10**9), "time_frequencies = 1000000000"),
+        (lambda m: m["model"]["language"]["stack"].update(num_layers=10**9), "num_layers = 1000000000"),
+        (lambda m: m["model"]["vae"].update(scaling_factor=0), "scaling_factor = 0"),
+        (lambda m: m["model"]["image"].update(image_std=[0, 1, 1]), "image_std"),
+        (lambda m: m["model"]["generation"].update(repetition_penalty=0), "repetition_penalty = 0"),
+        (lambda m: m["model"].update(edit_features="all"), "edit_features = 'all'"),
+        (lambda m: m["model"]["generation"].update(eos_token_ids="x"), "eos_token_ids = 'x'"),
+        (lambda m: m["model"]["decoder"]["stack"].update(num_layers=4), "shape"),
+        (lambda m: m["files"].pop("mllm/tokenizer.json"), "not listed"),
+        (lambda m: [m["files"].pop(f"mllm/{n}.json") for n in ("tokenizer", "vocab")], "lacks mllm/tokenizer.json"),
+        (lambda m: [m["files"].pop(f"mllm/{n}.json") for n in ("chat_template", "tokenizer_config")], "chat template"),
     ],
 )
 def test_manifests_that_lie(bundle: Path, change: Edit, message: str) -> None:
@@ -101,7 +129,157 @@ def test_manifests_that_lie(bundle: Path, change: Edit, message: str) -> None:
         mindomni_rt.load(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00\xff"])
+def test_an_edited_manifest_is_refused(bundle: Path) -> None:
+    text = (bundle / MANIFEST).read_text()
+    for changed in (text.replace("0.13025", "0.13026"), json.dumps({**json.loads(text), "seal": "0" * 64})):
+        assert changed != text
+        (bundle / MANIFEST).write_text(changed)
+        with pytest.raises(BadBundleError, match="edited or damaged: its own hash"):
+            mindomni_rt.load(bundle)
+    (bundle / MANIFEST).write_text(json.dumps(json.loads(text)))  # other spaces, the same data
+    open_bundle(bundle)
+    (bundle / "mllm" / "tokenizer_config.json").write_text((bundle / "mllm/tokenizer_config.json").read_text() + " ")
+    with pytest.raises(BadBundleError, match="too long"):
+        open_bundle(bundle)
+    reseal(bundle)
+    open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["mllm/chat_template.jinja", "mllm/generation_config2.json", "extra.onnx", "sub/x.json"]
+)
+def test_files_that_are_not_listed_are_refused(bundle: Path, name: str) -> None:
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_text("{{ 'another template' }}")
+    with pytest.raises(BadBundleError, match=f"{name} is not listed"):
+        mindomni_rt.load(bundle)
+
+
+def test_what_hubs_and_desktops_add_is_no_matter(bundle: Path) -> None:
+    for name in ("README.md", ".gitattributes", ".cache/huggingface/x.lock", ".DS_Store"):
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / name).write_text("x")
+    open_bundle(bundle)
+    (bundle / "mllm" / "README.md").write_text("x")
+    with pytest.raises(BadBundleError, match="not listed"):
+        open_bundle(bundle)
+
+
+def test_a_linked_folder_is_refused(bundle: Path, tmp_path: Path) -> None:
+    shutil.move(bundle / "mllm", tmp_path / "elsewhere")
+    (bundle / "mllm").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadBundleError, match="mllm"):
+        mindomni_rt.load(bundle)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", [MANIFEST, "vae.data", "mllm/tokenizer.json"])
+def test_pipes_and_folders_are_refused_before_they_are_read(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    with pytest.raises(BadBundleError, match="regular file"):
+        mindomni_rt.load(bundle)
+    (bundle / name).unlink()
+    (bundle / name).mkdir()
+    with pytest.raises(BadBundleError, match=r"is a folder|is missing|no manifest|cannot be read"):
+        mindomni_rt.load(bundle)
+
+
+def in_hub_cache(bundle: Path, root: Path) -> Path:
+    """The bundle as huggingface_hub keeps it: links into a folder of blobs."""
+    snapshot = root / "models--me--bundle" / "snapshots" / ("a" * 40)
+    (root / "models--me--bundle" / "blobs").mkdir(parents=True)
+    for file in [p for p in bundle.rglob("*") if p.is_file()]:
+        link = snapshot / file.relative_to(bundle)
+        blob = root / "models--me--bundle" / "blobs" / sha256(file)
+        shutil.copyfile(file, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_the_hubs_cache_loads(bundle: Path, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(bundle, tmp_path / "hub")
+    expected = mindomni_rt.load(bundle).understand("hello", max_new_tokens=4)
+    assert mindomni_rt.load(snapshot).understand("hello", max_new_tokens=4).token_ids == expected.token_ids
+    (snapshot / "vae.onnx").unlink()
+    (snapshot / "vae.onnx").symlink_to(bundle / "vae.onnx")
+    with pytest.raises(BadBundleError, match="leads out of the bundle"):
+        mindomni_rt.load(snapshot)
+
+
+def change_graph(bundle: Path, name: str, change: Callable[[Any], object]) -> None:
+    """Edits an ONNX file and hashes everything again."""
+    import onnx
+
+    model = onnx.load(bundle / name, load_external_data=False)
+    change(model)
+    onnx.save(model, bundle / name)
+    reseal(bundle)
+
+
+def external(model: Any) -> Any:
+    return next(t for t in model.graph.initializer if t.external_data)
+
+
+def location(model: Any, value: str) -> None:
+    next(e for e in external(model).external_data if e.key == "location").value = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: location(m, "../secret.data"), r"reads the file '\.\./secret\.data'"),
+        (lambda m: location(m, "/etc/passwd"), "reads the file '/etc/passwd'"),
+        (lambda m: location(m, "language.data"), "reads the file 'language.data'"),
+        (lambda m: external(m).ClearField("external_data"), "data file without name"),
+        (lambda m: m.graph.output.pop(), "output 'pixels', which the contract of graph vae promises, is missing"),
+        (lambda m: setattr(m.graph.output[0], "name", "picture"), "output 'picture' is not in the contract"),
+        (lambda m: setattr(m.graph.input[0], "name", "noise"), "input 'noise' is not in the contract"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 7), "'latents' is int64; expected float32"),
+        (lambda m: m.graph.input[0].type.tensor_type.shape.dim.pop(), "has 3 axes; expected 4"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_value", 5), "has the shape"),
+        (lambda m: m.ClearField("graph"), "0 graphs in it"),
+    ],
+)
+def test_graphs_that_break_their_contract(bundle: Path, change: Callable[[Any], object], message: str) -> None:
+    change_graph(bundle, "vae.onnx", change)
+    with pytest.raises(BadBundleError, match=message):
+        mindomni_rt.load(bundle)
+
+
+def test_weights_of_inner_graphs_are_seen_too(bundle: Path) -> None:
+    """A data file that only a subgraph or a node's attribute names."""
+    import onnx
+
+    def attach(model: Any) -> None:
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(external(model))
+        location(model, next(e for e in external(model).external_data if e.key == "location").value)
+        next(e for e in tensor.external_data if e.key == "location").value = "hidden.data"
+        graph = onnx.helper.make_graph([], "inner", [], [], [tensor])
+        model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", graph))
+
+    change_graph(bundle, "vae.onnx", attach)
+    with pytest.raises(BadBundleError, match=r"reads the file 'hidden\.data'"):
+        mindomni_rt.load(bundle)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_bytes_break_the_reader_of_graphs(bundle: Path, data: st.DataObject) -> None:
+    whole = (bundle / "euler.onnx" if (bundle / "euler.onnx").exists() else bundle / "choose.onnx").read_bytes()
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 8))):
+        changed[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = bundle.with_name("mutant.onnx")
+    path.write_bytes(changed[: data.draw(st.integers(1, len(whole)))])
+    with contextlib.suppress(BadBundleError):
+        read_onnx(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00\xff", "[" * 100_000, '{"format": ' + "1" * 5000 + "}",
+                                  '{"format": NaN}'])  # fmt: skip
 def test_manifests_that_are_none(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(BadBundleError):
@@ -174,6 +352,22 @@ def test_only_bundles_and_empty_folders_are_replaced(tmp_path: Path) -> None:
     with pytest.raises(BadBundleError, match="will not be overwritten"):
         attempt(True)
     assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_what_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
+    """Two builds of one name, or a user's folder of that name: the second to come is refused."""
+    for overwrite in (False, True):
+        with pytest.raises(BadBundleError, match=r"exists"), writing(tmp_path / "out", overwrite) as folder:
+            (folder / MANIFEST).write_text("{}")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").write_text("years of work")
+        assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "thesis.tex").exists()
+        shutil.rmtree(tmp_path / "out")
+    with pytest.raises(BadBundleError, match=r"exists; choose"), writing(tmp_path / "out") as first:
+        (first / MANIFEST).write_text("first")
+        with writing(tmp_path / "out") as second:
+            (second / MANIFEST).write_text("second")
+    assert (tmp_path / "out" / MANIFEST).read_text() == "second"
 
 
 def test_a_failing_build_keeps_the_old_bundle(bundle: Path) -> None:

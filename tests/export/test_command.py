@@ -13,6 +13,7 @@ from conftest import PARITY
 
 from mindomni_rt.bundle.contracts import OPSET, PROFILES, graph_specs, profile, resolve
 from mindomni_rt.bundle.manifest import MANIFEST, hash_files, read_manifest
+from mindomni_rt.bundle.seal import sealed_json
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.export.cli import main
 from mindomni_rt.model.tiny import write_random_checkpoint
@@ -32,7 +33,7 @@ def test_verify_passes_and_fails(
     (wrong / "decoder.data").write_bytes(data)
     manifest = json.loads((wrong / MANIFEST).read_text())
     manifest["files"] = {k: v.__dict__ for k, v in hash_files(wrong).items()}
-    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    (wrong / MANIFEST).write_text(sealed_json(manifest))
     capsys.readouterr()
     assert main(["verify", str(wrong), "--against", str(PARITY)]) == 1
     out = capsys.readouterr().out

@@ -16,6 +16,7 @@ from mindomni_rt.backends.compiled import trt
 from mindomni_rt.backends.compiled.graph_cache import STAGED_BYTES, Action, Captures, staged
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.manifest import MANIFEST, read_manifest, write_whole
+from mindomni_rt.bundle.seal import sealed_json
 
 
 def test_device_names() -> None:
@@ -86,14 +87,14 @@ def engines(bundles: Callable[[str], Path], tmp_path: Path) -> Path:
 
     data = json.loads((bundles("fp32") / MANIFEST).read_text())
     data.update(runtime="tensorrt_rtx", runtime_version=tensorrt_rtx.__version__, targets=["sm_89"])
-    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    (tmp_path / MANIFEST).write_text(sealed_json(data))
     return tmp_path
 
 
 def test_versions_are_checked_first(engines: Path) -> None:
     data = json.loads((engines / MANIFEST).read_text())
     data["runtime_version"] = "0.9.3"
-    (engines / MANIFEST).write_text(json.dumps(data))
+    (engines / MANIFEST).write_text(sealed_json(data))
     with pytest.raises(BadBundleError, match=r"built by tensorrt_rtx 0\.9\.3"):
         mindomni_rt.load(engines)
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
-from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.model.save import save_model
 from mindomni_rt.training.config import OptimConfig
 from mindomni_rt.training.loop import checkpointing
 from mindomni_rt.training.loop.checkpointing import StorageError

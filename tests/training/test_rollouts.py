@@ -7,9 +7,9 @@ import pytest
 import torch
 from toy import ToyRecord, picture, toy_contexts, toy_folder
 
-from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE
 from mindomni_rt.loading import load
+from mindomni_rt.model.save import save_model
 from mindomni_rt.training.stages import rollouts
 from mindomni_rt.training.stages.contexts import context_of, thought_text
 from mindomni_rt.training.stages.losses import IGNORE

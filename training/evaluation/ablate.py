@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from mindomni_rt.bundle.manifest import write_whole
-from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.model.save import save_model
 
 from ..config import load_config
 from ..loop.logs import commit

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindomni_rt.checkpoint.layout import resolve
-from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.model.save import save_model
 
 from ..config import Config, DataConfig
 from ..stages.adapters import merge_adapters

@@ -1,99 +1,28 @@
-"""Writes a model back in the published layout."""
+"""`ModelConfig` → the JSON files of the published layout, and which tensors go into which shard."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
-from ..model.mindomni import MindOmniModel
 from .config import ModelConfig, RopeConfig
 
 SHARD_BYTES = 5 * 10**9  # as transformers shards
 
 
-def save_model(model: MindOmniModel, folder: Path, source: Path | None = None) -> None:
-    """Writes `folder` in the published layout; the tensors keep their dtype, so load and save is bit-exact.
-
-    source: a checkpoint whose tokenizer, template and preprocessor files are copied (and whose JSON configurations
-    are kept as they are); without one the configurations are written from `model.config` and the caller adds the
-    tokenizer. Files are written beside their names and renamed, so a name never holds half a file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if source is not None:
-        _copy_files(source, folder)
-    else:
-        for name, data in config_files(model.config).items():
-            _write_json(folder / name, data)
-    mllm = {f"visual.{n}": t for n, t in model.vision.state_dict().items()}
-    for name, tensor in model.language.state_dict().items():
-        if name != "lm_head.weight":
-            mllm[f"model.{name}"] = tensor
-        elif not model.config.language.tie_embeddings:
-            mllm[name] = tensor
-    _save_shards(mllm, folder / "mllm", "model")
-    _save_shards(_state(model.decoder), folder / "image_decoder", "model")
-    _save_file(_state(model.connector), folder / "connector.safetensors")
-    _save_shards(_state(model.vae), folder / "vae", "diffusion_pytorch_model")
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.state_dict())
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    for path in source.rglob("*"):
-        # A hub cache holds links; copy what they point to, and none of the weights.
-        if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model") and ".index." not in path.name:
-            target = folder / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.resolve() != path.resolve():
-                shutil.copyfile(path, target)
-
-
-def _save_shards(state: dict[str, Tensor], folder: Path, stem: str) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+def plan_shards(sizes: Mapping[str, int], stem: str) -> dict[str, list[str]]:
+    """File name → tensors, in order, each file at most SHARD_BYTES unless one tensor alone is larger."""
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in state.items():
-        size += tensor.numel() * tensor.element_size()
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = tensor.numel() * tensor.element_size()
-        shards[-1][name] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in sizes.items():
+        if size + count > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        size += count
+        shards[-1].append(name)
     if len(shards) == 1:
-        _save_file(state, folder / f"{stem}.safetensors")
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_file(shard, folder / name)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    _write_json(
-        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
-
-
-def _save_file(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
 
 
 def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -170,8 +99,7 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "shift_factor": vae.shift_factor or None,
         },
     }
-    if config.edit_features != "vit":
-        files["mindomni.json"] = {"edit_features": config.edit_features}
+    files["mindomni.json"] = {"edit_features": config.edit_features}
     return files
 
 

@@ -1,0 +1,66 @@
+"""Writing and reading files: a name holds the whole new content or the old one, and special files are never read."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file under a unique temporary name in the same folder, then renames it to `path`.
+
+    write receives the temporary path. Readers see the old file or the whole new one, also when several processes write
+    the same name or the disk is full. Raises OSError and whatever `write` raises; the temporary file is removed then.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`replace_file` with UTF-8 text."""
+    replace_file(path, lambda temporary: _write_utf8(temporary, text))
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def require_regular(path: Path) -> int:
+    """The size in bytes of a regular file. Raises OSError for a folder, FIFO, device, socket or a missing file."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(21, "is a folder, expected a file")
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("is a pipe, device or socket, expected a regular file")
+    return found.st_size
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. Raises OSError, also for a larger one."""
+    size = require_regular(path)
+    if size > limit:
+        raise OSError(f"has {size} bytes, expected at most {limit}")
+    return path.read_bytes()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON without NaN and Infinity. Raises ValueError for all that is not; nesting and digits have Python's limits."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; expected a finite number")

@@ -1,0 +1,102 @@
+"""A checkpoint's tokenizer, chat template and special tokens, read from its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.json_files import MOST_BYTES, Keys, optional_json, read_json
+from ..errors import BadCheckpointError
+from ..files import read_bytes, require_regular
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json, or vocab.json and merges.txt. Truncation and padding that a file stores are off, as transformers
+    has them: they belong to whoever saved it. Raises BadCheckpointError."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        if path.exists():
+            tokenizer = Tokenizer.from_buffer(read_bytes(path, 4 * MOST_BYTES))
+        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            tokenizer = _byte_level_bpe(folder)
+        else:
+            raise BadCheckpointError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    except BadCheckpointError:
+        raise
+    except (
+        BaseException
+    ) as error:  # tokenizers raises bare Exception for a damaged file, and its panics derive from none
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise BadCheckpointError(f"{folder}: the tokenizer does not load: {error}") from error
+    return tokenizer
+
+
+def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
+    """Qwen2's tokenizer from its slow files: byte-level BPE, NFC, the special tokens of tokenizer_config.json."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    for name in ("vocab.json", "merges.txt"):
+        require_regular(folder / name)
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    added = Keys(optional_json(folder / "tokenizer_config.json"), str(folder)).part("added_tokens_decoder").data
+    for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        token = AddedToken(entry["content"], normalized=False, special=bool(entry.get("special")))
+        tokenizer.add_special_tokens([token]) if entry.get("special") else tokenizer.add_tokens([token])
+    return tokenizer
+
+
+def load_template(folder: Path) -> str:
+    """The chat template's text: chat_template.jinja, chat_template.json or tokenizer_config.json, in this order."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        try:
+            return read_bytes(jinja, MOST_BYTES).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadCheckpointError(f"{jinja} cannot be read: {error}") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, list):  # several named templates: the default one is ours
+                named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+                template = named[0].get("template") if named else None
+            if isinstance(template, str):
+                return template
+    raise BadCheckpointError(
+        f"{folder}: expected chat_template.json, chat_template.jinja or one in tokenizer_config.json"
+    )
+
+
+def load_special_tokens(folder: Path) -> dict[str, Any]:
+    """What transformers puts into a template's context: eos_token, pad_token, … where the files name them."""
+    config = optional_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # then transformers reads the older file too, and it counts
+        config = {**config, **optional_json(folder / "special_tokens_map.json")}
+    found = {name: _text(config.get(name)) for name in _SPECIAL}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _text(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

@@ -1,0 +1,130 @@
+"""The options of the command `mindomni`, and values that argparse has no type for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import __version__
+from .checks import shown
+from .errors import BadRequestError
+from .request import Request
+
+USER_ERROR = 2
+# command: module, arguments before the user's, extra, help
+HANDED_OVER = {
+    "export": ("mindomni_rt.export.cli", (), "export", "build, verify and inspect bundles"),
+    "plan": ("mindomni_rt.export.cli", ("plan",), "export", "what fits into the memory of a device"),
+    "bench": ("mindomni_rt.benchmarks.cli", (), "bench", "measure latency, counts and quality"),
+    "train": ("mindomni_rt.training.cli", (), "train", "the three training stages"),
+}
+EXAMPLES = """examples:
+  mindomni demo
+  mindomni generate "three yellow circles" --model MODEL --size 1024x1024 --out a.png
+  mindomni edit photo.jpg "make it winter" --model MODEL --out b.png
+  mindomni understand "What is in this picture?" --image photo.jpg --model MODEL
+  mindomni info --model MODEL
+  mindomni export build MODEL --target cpu --out BUNDLE
+  mindomni plan --help
+  mindomni bench latency --help
+  mindomni train sft --help
+
+MODEL is a folder or a hub id (owner/name), of a checkpoint or a bundle."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line, exit code 2."""
+        text = " ".join(message.split())
+        self.exit(USER_ERROR, f"{self.prog}: {text if len(text) < 300 else text[:300] + '…'}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; defaults are those of `Request`."""
+    defaults = Request(prompt="-")
+    parser = _Parser(
+        prog="mindomni",
+        description="Think, then paint.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else there")
+    common.add_argument("-v", "--verbose", action="store_true", help="log what happens")
+    common.add_argument("-q", "--quiet", action="store_true", help="no text stream, no progress")
+
+    model = _Parser(add_help=False)
+    model.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID")
+    model.add_argument("--revision", help="hub revision")
+    model.add_argument("--offline", action="store_true", help="use only what the hub cache holds")
+    model.add_argument("--backend", default="auto")
+    model.add_argument("--device", default="auto")
+    model.add_argument("--dtype", help="float32, bfloat16 or float16")
+    model.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
+    model.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts that do not fit take turns")
+
+    write = _Parser(add_help=False)
+    write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    write.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
+    write.add_argument("--seed", type=int, help="of the noise and of sampled tokens; random if absent, and reported")
+    write.add_argument(
+        "--max-image-tokens", type=int, default=defaults.max_image_tokens, help="cap on the input image; 0 for none"
+    )
+
+    paint = _Parser(add_help=False)
+    paint.add_argument("--size", default=f"{defaults.width}x{defaults.height}", metavar="WxH")
+    paint.add_argument("--steps", type=int, default=defaults.num_inference_steps)
+    paint.add_argument("--guidance", type=float, default=defaults.guidance_scale)
+    paint.add_argument("--negative", default=defaults.negative_prompt, help="what to stay away from")
+    paint.add_argument("--no-think", dest="think", action="store_false")
+    paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")
+    paint.add_argument("--first-step", default=defaults.first_step, choices=["full", "condition_only"])
+    paint.add_argument(
+        "--draft-tokens", type=int, default=defaults.draft_tokens, help="guesses verified at once; 0 is off"
+    )
+    paint.add_argument("--guidance-interval", default="0:1", metavar="START:END", help="lossy: guide only steps within")
+    paint.add_argument("--solver", default=defaults.solver, help="lossy: multistep, for 25 to 28 steps")
+    paint.add_argument("--step-cache", type=float, default=defaults.step_cache, help="lossy: threshold; 0 is off")
+    paint.add_argument("--num-images", type=int, default=defaults.num_images)
+    paint.add_argument("--out", default="out.png", help="PNG, JPEG or WebP; several images get -0, -1, …")
+
+    generate = commands.add_parser("generate", parents=[common, model, write, paint], help="a prompt to an image")
+    generate.add_argument("prompt")
+    generate.add_argument("--image", help="reference image")
+    generate.add_argument("--edit-features", choices=["vit", "vit+vae"])
+    edit = commands.add_parser("edit", parents=[common, model, write, paint], help="an image and a prompt to an image")
+    edit.add_argument("image")
+    edit.add_argument("prompt")
+    edit.add_argument("--edit-features", choices=["vit", "vit+vae"])
+    understand = commands.add_parser("understand", parents=[common, model, write], help="a question to words")
+    understand.add_argument("prompt")
+    understand.add_argument("--image")
+    commands.add_parser("info", parents=[common, model], help="what a checkpoint or bundle holds")
+    demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
+    demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")
+    demo.add_argument("--out", default="out/demo.png")
+    for name, (_, _, _, text) in HANDED_OVER.items():
+        commands.add_parser(name, add_help=False, help=text)
+    return parser
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "WxH" in pixels → (width, height)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() and len(p) < 7 for p in parts):
+        raise BadRequestError(f"size {shown(text)}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """ "START:END" → two numbers."""
+    start, colon, end = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(start), float(end)
+    except ValueError as error:
+        raise BadRequestError(f"guidance interval {shown(text)}: expected START:END, for example 0.0:0.6") from error

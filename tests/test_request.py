@@ -1,0 +1,224 @@
+"""Requests: every field is checked by name before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARITY
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import mindomni_rt
+from mindomni_rt import BadRequestError, GenerationResult, Pipeline
+from mindomni_rt.errors import NotFiniteError
+from mindomni_rt.finite import check_finite
+from mindomni_rt.inputs.images import read_settings
+from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE
+from mindomni_rt.request import Request, UnderstandRequest, check_callback, check_cancel, clean_text
+
+SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=1, guidance_scale=1.0, seed=1, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return mindomni_rt.load(PARITY, device="cpu", dtype="float32")
+
+
+FIELDS = [f.name for f in dataclasses.fields(Request) if f.name not in ("prompt", "image")]
+WRONG = [[], ["a"], {}, object(), b"x", "words", 10**5000, -(10**5000), 1e39, float("nan"), 3.5, np.zeros(3), True, 1j]
+NUMBERS = ("height", "width", "num_inference_steps", "num_images", "max_new_tokens", "preview_every", "draft_tokens",
+           "guidance_scale", "temperature", "step_cache", "seed", "max_image_tokens")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("value", WRONG, ids=lambda v: type(v).__name__)
+def test_no_field_takes_just_anything(name: str, value: Any) -> None:
+    try:
+        request = Request(prompt="x", **{name: value})
+    except BadRequestError as error:
+        message = str(error)
+    else:
+        kept = getattr(request, name)
+        assert kept == value and (type(kept), type(value)) != (bool, int)
+        assert name not in NUMBERS or not isinstance(value, bool)
+        return
+    assert name in message and len(message) < 300, message
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "guidance_interval", "latents", "negative_prompt", "solver", "output"])
+def test_booleans_are_not_numbers(name: str) -> None:
+    for value in (True, np.bool_(True)):
+        with pytest.raises(BadRequestError, match=name):
+            Request(prompt="x", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["think", "cascade"])
+@pytest.mark.parametrize("value", [1, "yes", None, []])
+def test_only_booleans_are_flags(name: str, value: Any) -> None:
+    with pytest.raises(BadRequestError, match=f"{name} = .*True or False"):
+        Request(prompt="x", **{name: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = Request(
+        prompt="x", height=np.int64(96), seed=np.uint8(3), guidance_scale=np.float32(2.5), think=np.bool_(False)
+    )
+    assert (given.height, given.seed, given.guidance_scale, given.think) == (96, 3, 2.5, False)
+    assert {type(v) for v in (given.height, given.seed)} == {int} and type(given.guidance_scale) is float
+    json.dumps(given.settings())
+
+
+def test_none_is_the_default_where_it_means_something() -> None:
+    assert Request(prompt="x", negative_prompt=None).negative_prompt == DEFAULT_NEGATIVE  # type: ignore[arg-type]
+    for name in ("guidance_scale", "guidance_interval", "height", "num_images", "solver", "first_step", "step_cache"):
+        with pytest.raises(BadRequestError, match=name):
+            Request(prompt="x", **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(guidance_scale=1e38), "guidance_scale"),
+        (dict(num_images=10**9), "num_images"),
+        (dict(num_images=200), "pixels in all"),
+        (dict(temperature=1e-9), "temperature"),
+        (dict(guidance_interval=(0.5, 0.5)), "start below end"),
+        (dict(guidance_interval=(0, float("nan"))), "guidance_interval"),
+        (dict(prompt=["a", "b"]), "prompt = .*expected text"),
+        (dict(negative_prompt=["a"]), "negative_prompt = .*expected text"),
+        (dict(negative_prompt="<|image_pad|>"), "negative_prompt holds the image placeholder"),
+        (dict(prompt="a <|image_pad|>"), "prompt holds the image placeholder"),
+        (dict(prompt="x" * 600_000), "prompt has 600000 characters"),
+    ],
+)
+def test_values_out_of_reason(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequestError, match=message):
+        Request(**{"prompt": "x", **options})
+
+
+NOISE = np.random.default_rng(0).standard_normal((1, 4, 4, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("latents", "tolerance"),
+    [
+        (NOISE, 0),
+        (NOISE.astype(np.float64), 1e-7),
+        (NOISE[..., ::-1][..., ::-1], 0),
+        (torch.from_numpy(NOISE), 0),
+        (torch.from_numpy(NOISE).requires_grad_(), 0),
+        (torch.from_numpy(NOISE).bfloat16(), 2e-2),
+        (torch.from_numpy(NOISE).half().requires_grad_(), 2e-3),
+        (NOISE.tolist(), 0),
+    ],
+)
+def test_latents_of_every_kind(latents: Any, tolerance: float) -> None:
+    kept = Request(prompt="x", height=32, width=48, latents=latents).latents
+    assert kept is not None and kept.dtype == np.float32 and kept.flags.c_contiguous
+    assert np.abs(kept - NOISE).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [NOISE * np.nan, NOISE * np.inf, NOISE.astype(str), NOISE.astype(complex), NOISE[0], np.zeros(3), "noise", 3, [[1]],
+     torch.zeros(1, 4, 4, 5), torch.zeros(1, 4, 4, 6, dtype=torch.complex64), NOISE.astype(object)],
+    ids=lambda v: type(v).__name__,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_latents_that_are_none(latents: Any) -> None:
+    with pytest.raises(BadRequestError, match="latents"):
+        Request(prompt="x", height=32, width=48, latents=latents)
+
+
+def test_surrogates_are_replaced() -> None:
+    assert clean_text("a\ud83d\ude00b") == "a\U0001f600b" and clean_text("caf\udce9") == "caf\ufffd"
+    assert Request(prompt="a \udcff cat", negative_prompt="\ud800").prompt == "a \ufffd cat"
+    assert UnderstandRequest(prompt="\ud83d?").prompt == "\ufffd?"
+
+
+@given(st.text(alphabet=st.characters(), max_size=20))
+def test_clean_text_can_be_written_and_clean_text_stays(text: str) -> None:
+    clean_text(text).encode("utf-8")
+    assert clean_text(clean_text(text)) == clean_text(text)
+    assert clean_text("".join(c for c in text if not "\ud800" <= c <= "\udfff")) == "".join(
+        c for c in text if not "\ud800" <= c <= "\udfff"
+    )
+
+
+@pytest.mark.parametrize("value", [True, 3, "f", object()])
+def test_callbacks_and_cancels(pipe: Pipeline, value: Any) -> None:
+    for check, name in ((check_callback, "callback"), (check_cancel, "cancel")):
+        with pytest.raises(BadRequestError, match=f"{name} = "):
+            check(value)
+        assert check(None) is None
+    with pytest.raises(BadRequestError, match="callback"):
+        pipe.generate("x", callback=value, **SMALL)
+    with pytest.raises(BadRequestError, match="cancel"):
+        pipe.stream("x", cancel=value, **SMALL)
+    with pytest.raises(BadRequestError, match="cancel"):
+        pipe.stream_understand("x", cancel=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [(dict(max_new_tokens=0), "max_new_tokens"), (dict(seed="x"), "seed"), (dict(temperature=True), "temperature"),
+     (dict(max_image_tokens=3), "max_image_tokens"), (dict(prompt=""), "prompt is empty"), (dict(prompt=7), "prompt")],
+)  # fmt: skip
+def test_understanding_is_checked_at_the_call(pipe: Pipeline, options: dict[str, Any], name: str) -> None:
+    request = {"prompt": "what?", **options}
+    with pytest.raises(BadRequestError, match=name):
+        pipe.stream_understand(request.pop("prompt"), **request)
+
+
+def test_a_cut_text_says_so(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    result = pipe.generate("two cats", **SMALL)
+    assert len(result.token_ids) == 4 and result.finish_reason == "length"
+    assert "cut at max_new_tokens = 4" in caplog.text
+    assert pipe.understand("what?", max_new_tokens=2).finish_reason == "length"
+    assert pipe.generate("two cats", **{**SMALL, "think": False}).finish_reason == "stop"
+
+
+def test_each_round_of_a_cascade_is_parsed_by_itself(pipe: Pipeline) -> None:
+    result = pipe.generate("two cats", cascade=True, **SMALL)
+    first, second = result.rounds
+    assert result.text == f"{first.text}\n\ncascade_thinking:{second.text}"
+    assert (result.answer, result.thinking) == (second.answer, second.thinking)
+    assert result.token_ids == [*first.token_ids, *second.token_ids]
+    assert first.answer == first.text.strip()  # no tags in what random weights write
+
+
+def test_a_nan_names_its_stage(pipe: Pipeline) -> None:
+    check_finite("vae", np.zeros(3))
+    check_finite("vae", torch.zeros(3))
+    for bad in (np.array([1, np.nan]), torch.tensor([1.0, float("inf")])):
+        with pytest.raises(NotFiniteError, match=r"stage connector .* in float16"):
+            check_finite("connector", bad, "float16")
+    weight = next(iter(pipe.backend.model.vae.decoder.parameters()))  # type: ignore[attr-defined]
+    before = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    try:
+        with pytest.raises(NotFiniteError, match="stage vae"):
+            pipe.generate("x", think=False, **SMALL)
+    finally:
+        weight.data.copy_(before)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "jpeg", "webp"])
+def test_a_result_saves_itself(pipe: Pipeline, tmp_path: Any, kind: str) -> None:
+    result = pipe.generate('two "cats" ünd 猫', think=False, num_images=2, **SMALL)
+    paths = result.save(tmp_path / f"a.{kind}")
+    assert [p.name for p in paths] == [f"a-0.{kind}", f"a-1.{kind}"] == sorted(p.name for p in tmp_path.iterdir())
+    settings = mindomni_rt.read_settings(paths[1])
+    assert settings == read_settings(paths[1]) and settings["prompt"] == 'two "cats" ünd 猫' and settings["seed"] == 2
+    stored = np.asarray(Image.open(paths[1]).convert("RGB"), int)
+    assert stored.shape == (32, 48, 3) and np.abs(stored - np.asarray(result.images[1], int)).mean() < 20
+    with pytest.raises(BadRequestError, match=r"ends in \.png"):
+        result.save(tmp_path / "a.gif")
+    with pytest.raises(BadRequestError, match="no image"):
+        GenerationResult().save(tmp_path / "a.png")
