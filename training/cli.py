@@ -15,7 +15,8 @@ from typing import Any
 
 from mindomni_rt.errors import BadRequestError, MindOmniError
 
-from .config import STAGES, BadConfigError, load_config
+from .config import STAGES, load_config
+from .errors import BadConfigError
 
 _HELP = {
     "prior": "stage 0, ours: a decoder and an MLLM for a model from scratch",

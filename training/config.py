@@ -11,13 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.errors import BadRequestError
+from .errors import BadConfigError
 
 STAGES = ("prior", "pretrain", "sft", "rgpo")
-
-
-class BadConfigError(BadRequestError):
-    """A configuration file, key or value that cannot be used."""
 
 
 def _choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from mindomni_rt.model.block import Block
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from .config import Config
-from .data.records import Record
+from .data.record import Record
 from .fresh import write_tokenizer
 from .stages.base import Draws, Stage
 from .stages.contexts import Contexts

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mindomni_rt.training.config import BadConfigError, load_config
+from mindomni_rt.training.config import load_config
+from mindomni_rt.training.errors import BadConfigError
 
 GOOD = 'stage = "pretrain"\nmodel = "m"\nout = "o"\n[optim]\nlr = 1\nsteps = 7\n[distill]\nweight = 256\n'
 

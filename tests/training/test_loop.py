@@ -22,8 +22,8 @@ from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.training.config import OptimConfig
+from mindomni_rt.training.errors import StorageError
 from mindomni_rt.training.loop import checkpointing
-from mindomni_rt.training.loop.checkpointing import StorageError
 from mindomni_rt.training.loop.logs import dump_rollouts
 from mindomni_rt.training.loop.trainer import Trainer, learning_rate
 from mindomni_rt.training.stages.pretrain import Pretrain

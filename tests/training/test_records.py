@@ -257,7 +257,7 @@ def test_latents_and_a_full_disk(tmp_path, monkeypatch):
     from mindomni_rt.model.vae import AutoencoderKL
     from mindomni_rt.training.data.latents import LatentCache
     from mindomni_rt.training.data.world.vae import CONFIG
-    from mindomni_rt.training.loop.checkpointing import StorageError
+    from mindomni_rt.training.errors import StorageError
 
     def full(path, data):
         raise OSError(28, "No space left on device")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
-from mindomni_rt.training.loop.trainer import NonFiniteError, Trainer
+from mindomni_rt.training.errors import NonFiniteError
+from mindomni_rt.training.loop.trainer import Trainer
 from mindomni_rt.training.stages.adapters import merge_adapters
 from mindomni_rt.training.stages.base import Draws, digest
 from mindomni_rt.training.stages.pretrain import Pretrain

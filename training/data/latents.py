@@ -16,7 +16,7 @@ from mindomni_rt.bundle.manifest import write_whole
 from mindomni_rt.inputs.images import load_image, vae_pixels
 from mindomni_rt.model.vae import AutoencoderKL
 
-from ..loop.checkpointing import StorageError
+from ..errors import StorageError
 
 RECENT = 2048  # latents held in memory, 64 KB each at 512 pixels
 

@@ -32,6 +32,9 @@ from mindomni_rt.model.mindomni import load_model
 
 from ..config import load_config
 from ..loop.logs import commit
+from ..loop.runs import finish, open_contexts, start
+from ..suites import Settings, evaluate
+from .plots import plot_study, slug
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -119,9 +122,6 @@ def score(model: Path, count: int, seed: int) -> dict[str, float]:
     text: the thought's answer names the scene asked for; image: the picture shows it, with thinking; direct: without;
     caption: plain captions painted right; format: closed tags.
     """
-    from ..loop.runs import open_contexts
-    from .evaluate import Settings, evaluate
-
     contexts = open_contexts(str(model), torch.device("cpu"), 96)
     found = evaluate(contexts, ("riddles", "direct", "captions"), Settings(n=count, seed=seed))
     riddles = found["riddles"]
@@ -144,8 +144,6 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
 
     Raises BadRequestError where the base run lacks what the arm starts from.
     """
-    from ..loop.runs import finish, start
-
     folder = out / arm.slug / str(seed)
     result = folder / "result.json"
     if result.exists():
@@ -280,8 +278,6 @@ def _run_all(runs: Sequence[tuple[str, Arm, int]], options: argparse.Namespace) 
 
 
 def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    from .plots import plot_study
-
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -317,7 +313,3 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -42,6 +42,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(values))]
 
 
+def slug(name: str) -> str:
+    """A name as part of a file name: letters and digits in lower case, "-" for the rest."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib
@@ -101,8 +106,6 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     rows: results of `run_arm`, whose `run` names the folder of the curves. Raises MissingExtraError without matplotlib.
     """
     pyplot = _pyplot()
-    from .ablate import slug
-
     stages = [r["stage"] for r in rows if r.get("stage")]
     curves = CURVES[stages[0]] if stages else ()
     width = 4 if len(curves) > 1 else 4.7

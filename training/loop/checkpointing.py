@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mindomni_rt.errors import BadCheckpointError, MindOmniError
+from mindomni_rt.errors import BadCheckpointError
+
+from ..errors import StorageError
 
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class StorageError(MindOmniError, OSError):
-    """A checkpoint or log that could not be written."""
 
 
 @dataclass(frozen=True)

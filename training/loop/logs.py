@@ -18,7 +18,7 @@ import torch
 import mindomni_rt
 
 from ..config import Config
-from .checkpointing import StorageError
+from ..errors import StorageError
 
 
 def commit() -> str:

@@ -18,14 +18,18 @@ from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model
 
 from ..config import Config, DataConfig
+from ..data.record import Stream
+from ..data.records import open_stream
 from ..stages.adapters import merge_adapters
 from ..stages.base import Draws, Stage
 from ..stages.contexts import Contexts
+from ..suites import Settings, evaluate
 from .logs import dump_rollouts
-from .trainer import Stream, Trainer, start_processes, world
+from .sharding import start_processes, world
+from .trainer import Trainer
 
 if TYPE_CHECKING:
-    from ..stages.rgpo import Experience, Reward
+    from ..stages.rgpo import Reward, RolloutBatch
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +118,7 @@ def finish(trainer: Trainer) -> Path:
 
 def make_stream(config: Config) -> Stream:
     """Records of a configuration. Every process reads the same ones; the loop takes each process's slice."""
-    from ..data import records as data
-
-    return data.open_stream(config.data, config.stage, config.seed)
+    return open_stream(config.data, config.stage, config.seed)
 
 
 def make_evaluation(config: Config) -> Callable[[Stage], dict[str, float]] | None:
@@ -130,8 +132,6 @@ def make_evaluation(config: Config) -> Callable[[Stage], dict[str, float]] | Non
 
 
 def _suites(config: Config, stage: Stage) -> dict[str, float]:
-    from ..evaluation.evaluate import Settings, evaluate
-
     wanted = {
         "prior": ("teacher", "questions"),
         "pretrain": ("captions",),
@@ -149,18 +149,19 @@ def _suites(config: Config, stage: Stage) -> dict[str, float]:
 @torch.no_grad()
 def _validate(config: Config, held: DataConfig, stage: Stage) -> dict[str, float]:
     """Loss terms of the first evaluate_count records, at noise and times that are the same every time."""
-    from ..data.records import open_stream
-
     stream, batch = open_stream(held, config.stage, 0), config.optim.batch
-    sums: dict[str, float] = {}
-    rounds = max(1, config.evaluate_count // batch)
     rank, processes = world()
     here = batch // processes
-    for index in range(rounds):
-        mine = stream.next_batch(batch)[rank * here : (rank + 1) * here]
+    rounds = max(1, config.evaluate_count // batch)
+    whole = [(stream.next_batch(batch), Draws(0, index, 0, batch, 0, batch)) for index in range(rounds)]
+    stage.begin_step(whole, processes)
+    sums: dict[str, float] = {}
+    for index, (records, _) in enumerate(whole):
+        mine = records[rank * here : (rank + 1) * here]
         terms = stage.terms(stage.prepare(mine, Draws(0, index, 0, batch, rank * here, here)))
         for name, value in {**{n: t.item() for n, t in terms.parts.items()}, **terms.figures}.items():
             sums[name] = sums.get(name, 0.0) + value / rounds
+    stage.begin_step((), processes)
     return sums
 
 
@@ -175,7 +176,7 @@ def make_rewards(config: Config, contexts: Contexts) -> dict[str, Reward]:
 def _dumper(config: Config) -> Any:
     every = config.rgpo.dump_every
 
-    def dump(step: int, experience: Experience) -> None:
+    def dump(step: int, experience: RolloutBatch) -> None:
         if not every or world()[0] or (step != 1 and step % every):
             return
         rows = [

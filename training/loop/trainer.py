@@ -7,45 +7,28 @@ block), every process reads the same global batch and keeps its slice.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mindomni_rt.errors import BadCheckpointError, MindOmniError
-from mindomni_rt.model.block import Block
 
 from ..config import Config, OptimConfig
-from ..stages.base import Draws, Stage, Terms
+from ..data.record import Record, Stream
+from ..errors import Interrupted, NonFiniteError
+from ..stages.base import Draws, LossTerms, Stage
 from . import checkpointing
 from .logs import Log
-
-if TYPE_CHECKING:
-    from ..data.records import Record
+from .sharding import recompute_blocks, shard, world
+from .steps import StepReader
 
 SHOW = ("loss", "reward/total", "grad_norm")
-
-
-class NonFiniteError(MindOmniError, ArithmeticError):
-    """A loss or gradient that is no number. The message names the step, the term and the record."""
-
-
-class Interrupted(MindOmniError):
-    """SIGTERM or Ctrl-C: the state was saved; the same command resumes."""
-
-
-class Stream(Protocol):
-    """Where records come from, with a position that can be stored."""
-
-    def next_batch(self, count: int) -> Sequence[Record]: ...
-    def state_dict(self) -> Any: ...
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -57,49 +40,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     share = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
     return config.lr * (config.final + (1 - config.final) * share)
-
-
-def world() -> tuple[int, int]:
-    """(rank, processes) as torchrun sets them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start_processes(device: torch.device) -> None:
-    """Joins the process group that torchrun describes; nothing on one process."""
-    if world()[1] > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def shard(stage: Stage, bf16: bool) -> None:
-    """Shards a stage over all processes, one unit a block; in bf16 the gradients are still summed in float32."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(stage.contexts.device.type, (world()[1],))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for module in reversed(list(stage.model.modules())):
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    # The rest stays gathered between forwards: embeddings and norms are used many times a step.
-    fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-
-def recompute_blocks(stage: Stage) -> None:
-    """Blocks keep only their input for the backward pass and run forward again there."""
-    from torch.utils.checkpoint import checkpoint
-
-    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*arguments: Any) -> Tensor:
-            if not torch.is_grad_enabled():
-                return forward(*arguments)
-            out: Tensor = checkpoint(forward, *arguments, use_reentrant=False)
-            return out
-
-        return run
-
-    for module in stage.model.modules():
-        if isinstance(module, Block):
-            module.forward = again(module.forward)  # type: ignore[method-assign]
 
 
 class Trainer:
@@ -114,8 +54,9 @@ class Trainer:
         evaluate: Callable[[Stage], dict[str, float]] | None = None,
         bar: bool = True,
     ) -> None:
-        self.config, self.stage, self.stream, self.on_step, self.bar = config, stage, stream, on_step, bar
+        self.config, self.stage, self.on_step, self.bar = config, stage, on_step, bar
         self.evaluate = evaluate
+        self.stream = StepReader(stream, config.optim.batch * config.optim.accumulate, self._begin)
         self.rank, self.processes = world()
         if config.optim.batch % self.processes:
             raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
@@ -198,6 +139,18 @@ class Trainer:
             self.stage.eval()
             log.evaluation(self.step, self._mean(self.stage("apply_to", self.evaluate)))
 
+    def _begin(self, records: Sequence[Record]) -> None:
+        """Tells the stage what the step that begins is a mean over: its records in all processes."""
+        o = self.config.optim
+        parts = [
+            (
+                records[part * o.batch : (part + 1) * o.batch],
+                Draws(self.config.seed, self.step, part, o.batch, 0, o.batch),
+            )
+            for part in range(o.accumulate)
+        ]
+        self.stage.begin_step(parts, self.processes)
+
     def _one(self) -> dict[str, float]:
         """One optimizer step (or `updates` of them, over one set of rollouts)."""
         o, began = self.config.optim, time.perf_counter()
@@ -231,7 +184,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         for records, draws, prepared in parts:
-            terms: Terms = self.stage("terms", prepared)
+            terms: LossTerms = self.stage("terms", prepared)
             if not bool(torch.isfinite(terms.total)):
                 raise NonFiniteError(self._diagnose(terms, records, draws))
             (terms.total / o.accumulate).backward()
@@ -283,7 +236,7 @@ class Trainer:
         torch.distributed.all_gather(moved, values.to(device))
         return dict(zip(names, torch.stack(moved).mean(0).tolist(), strict=True))
 
-    def _diagnose(self, terms: Terms, records: Sequence[Record], draws: Draws) -> str:
+    def _diagnose(self, terms: LossTerms, records: Sequence[Record], draws: Draws) -> str:
         """Which term, which record: each is run again alone."""
         bad = [n for n, t in terms.parts.items() if not bool(torch.isfinite(t))] or ["their weighted sum"]
         weights = [n for n, p in self.trained.items() if not _finite(p)]

@@ -33,7 +33,7 @@ from ..data.latents import LatentCache
 from .losses import IGNORE
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
 
 Ints = NDArray[np.int64]
 MAX_IMAGE_TOKENS = 1369
@@ -179,6 +179,14 @@ class Contexts:
                 self._pictures.pop(next(iter(self._pictures)))
         return self._pictures[key]
 
+    def label_count(self, record: Record) -> int:
+        """Tokens of a record that the MLLM learns to write: reply, or thought and answer, with the end of text."""
+        if record.reply:
+            return len(self._encode(record.reply)) + 1
+        text = written_text(record)
+        ids = self._encode(text) if text else ()
+        return len(ids) + (ids[-1] != self.eos) if ids else 0
+
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self.chat.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -292,18 +300,24 @@ class Contexts:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths, spans
 
 
+def written_text(record: Record) -> str:
+    """The thought and answer of a record as the model is to write them; "" without a thought.
+
+    A record without an answer is a broken thought, and its text is kept as it stands.
+    """
+    if not record.think_content:
+        return ""
+    return thought_text(record.think_content, record.answer) if record.answer else f"<think> {record.think_content}"
+
+
 def context_of(contexts: Contexts, record: Record, *, think: bool, thought: bool) -> Context:
     """A record's conversation: a picture question with its reply, or a request to paint with or without its thought."""
     if record.reply:
         return contexts.understand(record.instruction, record.input_images, record.reply)
-    written = ""
-    if thought and record.think_content:  # without an answer it is text as it stands, a broken thought among others
-        whole = bool(record.answer)
-        written = thought_text(record.think_content, record.answer) if whole else f"<think> {record.think_content}"
     return contexts.paint(
         record.instruction,
         think=think,
         images=record.input_images,
-        thought=written,
+        thought=written_text(record) if thought else "",
         edit_features=record.edit_features or None,
     )

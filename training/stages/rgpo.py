@@ -32,11 +32,11 @@ from mindomni_rt.sampling.schedule import timesteps
 from ..config import Config
 from . import losses, rollouts
 from .adapters import adapters_off, add_adapters
-from .base import Draws, Stage, Terms
+from .base import Draws, LossTerms, Stage
 from .contexts import Batch, Context, Contexts
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
     from .rewards import Rollout
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,7 +53,7 @@ class Replay:
 
 
 @dataclass
-class Experience:
+class RolloutBatch:
     """A step's rollouts: distinct conversations, which rollout is which, what was written, its reference, D_I's noise.
 
     Axes: U distinct conversations, B rollouts, L tokens.
@@ -97,7 +97,7 @@ class Rgpo(Stage):
     # Rollouts
 
     @torch.no_grad()
-    def prepare(self, records: Sequence[Record], draws: Draws) -> Experience:
+    def prepare(self, records: Sequence[Record], draws: Draws) -> RolloutBatch:
         settings = self.config.rgpo
         began = time.perf_counter()
         repeated = [r for r in records for _ in range(settings.group)]
@@ -147,7 +147,7 @@ class Rgpo(Stage):
             "time/reward": rewarded - painted,
             "time/reference": time.perf_counter() - rewarded,
         }
-        return Experience(
+        return RolloutBatch(
             batch, rows, mask, labels, advantages.to(self.contexts.device), log_probs, noise, times, maps, replay,
             figures=figures, scored=scored, totals=totals.tolist(),
         )  # fmt: skip
@@ -218,10 +218,10 @@ class Rgpo(Stage):
 
     # The loss
 
-    def passes(self, prepared: Experience) -> int:
+    def passes(self, prepared: RolloutBatch) -> int:
         return 1 + (prepared.replay is not None)
 
-    def terms(self, prepared: Experience) -> Terms:
+    def terms(self, prepared: RolloutBatch) -> LossTerms:
         settings, batch = self.config.rgpo, prepared.batch
         with self.autocast():
             states = self.contexts.states(batch)
@@ -250,9 +250,9 @@ class Rgpo(Stage):
             "policy/clip_fraction": policy.clip_fraction.item(),
             "policy/entropy": entropy,
         }
-        return Terms(total, parts, figures)
+        return LossTerms(total, parts, figures)
 
-    def _image_term(self, prepared: Experience, states: Tensor) -> Tensor:
+    def _image_term(self, prepared: RolloutBatch, states: Tensor) -> Tensor:
         maps = self._maps(prepared.batch, states, prepared.noise, prepared.times, prepared.rows)
         maps += self._replayed(prepared.replay)
         if self.config.rgpo.image_term == "features":

@@ -9,7 +9,7 @@ import numpy as np
 
 from mindomni_rt.errors import BadRequestError
 
-from ..records import Record
+from ..record import Record
 from .scene import BRIGHTNESS, Scene, all_scenes, render
 from .text import caption, description, edit, question, riddle, slip
 
