@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from toy import ToyStream, toy_config, toy_contexts
 
-from mindomni_rt.training.loop.trainer import Trainer, start_processes
+from mindomni_rt.training.loop.sharding import start_processes
+from mindomni_rt.training.loop.trainer import Trainer
 from mindomni_rt.training.stages.base import Stage
 from mindomni_rt.training.stages.pretrain import Pretrain
 from mindomni_rt.training.stages.rgpo import Rgpo

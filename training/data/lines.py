@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ class LineStream:
 
     def __init__(self, files: Sequence[tuple[Path, Path]], seed: int) -> None:
         self._files, self._seed, self._position = list(files), seed, 0
+        self._checksum = 0
         self._lines = [line for index in range(len(self._files)) for line in self._scan(index)]
         if not self._lines:
             names = ", ".join(str(f) for f, _ in files)
@@ -31,6 +33,7 @@ class LineStream:
             with path.open("rb") as file:
                 offset = 0
                 for number, line in enumerate(file, 1):
+                    self._checksum = zlib.crc32(line, self._checksum)
                     if line.strip():
                         yield index, offset, number
                     offset += len(line)
@@ -60,13 +63,18 @@ class LineStream:
 
     def state_dict(self) -> dict[str, int]:
         """The position: records given so far."""
-        return {"position": self._position, "records": len(self._lines)}
+        return {"position": self._position, "records": len(self._lines), "checksum": self._checksum}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues from a position. Raises BadDataError if the files have changed since."""
         if state.get("records") != len(self._lines):
             raise BadDataError(
                 f"the data has {len(self._lines)} records, the run that is resumed had {state.get('records')}; restore "
-                "the files or start a new run"
+                "the files or use a new `out`"
+            )
+        if state.get("checksum") != self._checksum:
+            names = ", ".join(str(path) for path, _ in self._files)
+            raise BadDataError(
+                f"the text of {names} has changed since the run that is resumed; restore the files or use a new `out`"
             )
         self._position = int(state["position"])

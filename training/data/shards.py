@@ -6,17 +6,18 @@ import io
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.inputs.images import load_image
 
 from ..errors import BadDataError
 from .record import Record, parse_record
 
+PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 _TAR_END = 1024  # bytes
 
 
@@ -73,20 +74,28 @@ class ShardStream:
         return list(islice(self._records, count))
 
     def state_dict(self) -> dict[str, int]:
-        """The position: records given so far."""
-        return {"position": self._position}
+        """The position: records given so far, and the size of the local shards."""
+        return {"position": self._position, "bytes": self._bytes()}
+
+    def _bytes(self) -> int:
+        return sum(Path(s).stat().st_size for s in self._shards if Path(s).is_file())
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues from a position by reading up to it."""
+        """Continues from a position by reading up to it. Raises BadDataError if the shards have changed since."""
+        if state.get("bytes") != self._bytes():
+            raise BadDataError(
+                f"the shards have {self._bytes()} bytes, those of the run that is resumed had {state.get('bytes')}; "
+                "restore them or use a new `out`"
+            )
         self._position = int(state["position"])
         self._records = islice(self._endless(), self._position, None)
 
 
 def _check_end(shard: str) -> None:
-    """A tar closes with two blocks of zeros; one that was cut reads as a shorter one, without a word."""
+    """Refuses a truncated tar, which tarfile would read as a shorter one: a whole tar ends with two blocks of zeros."""
     path = Path(shard)
     if path.suffix != ".tar" or not path.is_file():
-        return  # compressed and remote shards are checked by who unpacks them
+        return  # decompression and download check compressed and remote shards
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(max(0, size - _TAR_END))
@@ -96,18 +105,42 @@ def _check_end(shard: str) -> None:
 
 
 def _sample(sample: Mapping[str, Any]) -> Record:
+    """A record of the files that share a key: webdataset ends a key at the first dot of a file name."""
     source = f"{sample.get('__url__', '?')}:{sample.get('__key__', '?')}"
-    image = next((sample[k] for k in ("png", "jpg", "jpeg", "webp") if k in sample), None)
+    files = {name: data for name, data in sample.items() if not name.startswith("__")}
+    name = _only(files, PICTURES, "picture", source)
+    strange = [n for n in files if _extension(n) not in (*PICTURES, "json", "txt")]
+    if name is None and strange:
+        raise BadDataError(
+            f"{source}: .{strange[0]} is no picture that is read; expected one of {', '.join(PICTURES)}, or a .txt or "
+            ".json alone"
+        )
+    text = _only(files, ("json",), ".json", source) or _only(files, ("txt",), ".txt", source)
+    if text is None:
+        raise BadDataError(f"{source}: expected a .txt or .json beside the image")
     try:
-        picture = Image.open(io.BytesIO(image)).convert("RGB") if image is not None else None
-        if "json" in sample:
-            data = json.loads(sample["json"])
-        elif "txt" in sample:
-            text = sample["txt"].decode("utf-8").strip()
-            data = {"instruction": text, "gt_prompt": text}
+        if _extension(text) == "json":
+            data = json.loads(files[text])
         else:
-            raise BadDataError(f"{source}: expected a .txt or .json beside the image")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            caption = files[text].decode("utf-8").strip()
+            data = {"instruction": caption, "gt_prompt": caption}
+        picture = load_image(files[name]) if name is not None else None
+    except (OSError, ValueError, RecursionError) as error:  # Unicode, JSON and image errors are ValueErrors
         raise BadDataError(f"{source}: {error}") from error
     record = parse_record(data, Path(), source)
-    return Record(**{**record.__dict__, "output_image": picture if picture is not None else record.output_image})
+    return record if picture is None else replace(record, output_image=picture)
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _only(files: Mapping[str, Any], extensions: Sequence[str], kind: str, source: str) -> str | None:
+    """The name of the one file with such an extension; None without one. Several are an error."""
+    found = [name for name in files if _extension(name) in extensions]
+    if len(found) > 1:
+        raise BadDataError(
+            f"{source}: {len(found)} files are its {kind} ({', '.join(found)}); a key ends at the first dot of a file "
+            "name, so give each sample a name without dots"
+        )
+    return found[0] if found else None

@@ -22,8 +22,9 @@ from mindomni_rt.errors import BadCheckpointError, MindOmniError
 from ..config import Config, OptimConfig
 from ..data.record import Record, Stream
 from ..errors import Interrupted, NonFiniteError
-from ..stages.base import Draws, LossTerms, Stage
+from ..stages.base import Draws, LossTerms, Sample, Stage
 from . import checkpointing
+from .fingerprint import differences, fingerprint
 from .logs import Log
 from .sharding import recompute_blocks, shard, world
 from .steps import StepReader
@@ -60,6 +61,7 @@ class Trainer:
         self.rank, self.processes = world()
         if config.optim.batch % self.processes:
             raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
+        self._fingerprint = fingerprint(config, stage)
         chosen = set(stage.choose_trainable())
         stage.eval()  # dropout acts in updates only, never in rollouts
         if config.recompute:
@@ -73,7 +75,8 @@ class Trainer:
         )
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
         self.step = 0
-        self._stop = self._told = False
+        self._samples: list[Sample] = []
+        self._stop = self._stop_everywhere = False
         self.folder = Path(config.out) / "checkpoints"
 
     # Saving
@@ -86,7 +89,7 @@ class Trainer:
             self.optimizer,
             self.ema,
             self.stream.state_dict(),
-            self._fingerprint(),
+            self._fingerprint,
             keep=self.rank == 0,
         )
         if self.rank == 0:
@@ -99,18 +102,21 @@ class Trainer:
         state = checkpointing.latest(self.folder)
         if state is None:
             return False
-        if state.fingerprint != self._fingerprint():
+        changed = differences(state.fingerprint, self._fingerprint)
+        if changed:
             raise BadCheckpointError(
-                f"{self.folder} is of another run ({state.fingerprint}; this one is {self._fingerprint()}): "
+                f"{self.folder} is of another run: {'; '.join(changed)}. Resume with the settings of its config.json, "
+                "or use a new `out`"
+            )
+        if state.step > self.config.optim.steps:
+            raise BadCheckpointError(
+                f"{self.folder} holds step {state.step}, more than optim.steps = {self.config.optim.steps}: "
                 "use a new `out`"
             )
         checkpointing.restore(state, self.trained, self.optimizer, self.ema)
         self.stream.load_state_dict(state.data)
         self.step = state.step
         return True
-
-    def _fingerprint(self) -> dict[str, Any]:
-        return {"stage": self.config.stage, "seed": self.config.seed}
 
     # Training
 
@@ -126,9 +132,11 @@ class Trainer:
                 last = self.step == steps
                 if self.step % self.config.log_every == 0 or last:
                     log.write(self.step, figures, SHOW)
+                if self._samples:
+                    log.samples(self.step, self._samples)
                 if last or (self.config.evaluate_every and self.step % self.config.evaluate_every == 0):
                     self._evaluated(log)
-                stop = self._stop if self.processes == 1 else self._told
+                stop = self._stop if self.processes == 1 else self._stop_everywhere
                 if stop or last or self.step % self.config.save_every == 0:
                     self.save()
                 if stop and not last:
@@ -176,6 +184,9 @@ class Trainer:
         if self.on_step is not None:
             self.on_step(self.step + 1, parts[-1][2])
         self.step += 1
+        every = self.config.rgpo.dump_every
+        due = self.rank == 0 and every > 0 and (self.step == 1 or self.step % every == 0)
+        self._samples = self.stage.samples(parts[-1][2]) if due else []
         now = time.perf_counter()
         return {**figures, "lr": rate, "time/prepare": prepared - began, "time/update": now - prepared}
 
@@ -217,7 +228,7 @@ class Trainer:
         everyone = [torch.zeros_like(mine) for _ in range(self.processes)]
         torch.distributed.all_gather(everyone, mine)
         found, stops = zip(*(e.tolist() for e in everyone), strict=True)
-        self._told = any(stops)  # a signal reaches the processes at different moments; they end after the same step
+        self._stop_everywhere = any(stops)  # a signal reaches the processes at different moments
         if len(set(found)) > 1:
             raise MindOmniError(
                 f"step {self.step + 1}: the processes drew different kinds of records (forward passes "

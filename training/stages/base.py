@@ -9,6 +9,7 @@ processes, and `share` weighs the mean of each micro-batch by its part of them.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mindomni_rt.model.decoder import DiffusionDecoder
@@ -73,6 +75,22 @@ class LossTerms:
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout for the log. image (H, W, 3) uint8; group: the place of its prompt in the micro-batch."""
+
+    group: int
+    prompt: str
+    text: str
+    gt_prompt: str
+    reward: float
+    image: NDArray[Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data, without the image."""
+        return {k: v for k, v in self.__dict__.items() if k != "image"}
 
 
 @dataclass(frozen=True)
@@ -158,6 +176,10 @@ class Stage(nn.Module):
 
     def forward(self, action: str, *arguments: Any) -> Any:
         return getattr(self, action)(*arguments)
+
+    def samples(self, prepared: Any) -> list[Sample]:
+        """Sampled texts and images of a step, for the log; none in stages that sample nothing."""
+        return []
 
     def apply_to(self, function: Callable[[Stage], Any]) -> Any:
         """A function of this stage, run inside its forward: there, sharded weights can be used."""
@@ -259,13 +281,28 @@ class Stage(nn.Module):
         return features
 
 
-def digest(module: nn.Module, names: Sequence[str] | None = None) -> dict[str, int]:
-    """A number for each tensor that changes when any bit of it does (for checking that frozen means frozen)."""
-    out = {}
-    wanted = None if names is None else set(names)
-    for name, tensor in module.state_dict().items():
-        if wanted is None or name in wanted:
-            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).to(torch.int64)
-            place = torch.arange(1, raw.numel() + 1)
-            out[name] = int(((raw + 1) * (place * 2654435761 & 0xFFFFFFFF)).sum())
-    return out
+_CHUNK = 2**22  # numbers summed at a time
+
+
+def digest(module: nn.Module) -> dict[str, int]:
+    """A checksum of each tensor, by name: 64 bits that change when any bit of the tensor does."""
+    return {name: _checksum(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _checksum(tensor: Tensor) -> int:
+    raw = tensor.detach().contiguous().reshape(-1)
+    words = raw.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[raw.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
+    weights = torch.arange(min(len(words), _CHUNK), device=raw.device) * 2654435762 + 1  # odd: no bit is lost
+    for chunk in words.split(_CHUNK):
+        total = total * 6364136223846793005 + ((chunk.to(torch.int64) + 1) * weights[: len(chunk)]).sum()
+    return int(total)
+
+
+def base_digest(model: MindOmniModel) -> dict[str, str]:
+    """A checksum of each part of a model as it was loaded, adapters left out: "vision", "language", …"""
+    parts: dict[str, str] = {}
+    for part, module in model.named_children():
+        sums = {n.replace(".base_layer.", "."): s for n, s in digest(module).items() if ".lora_" not in n}
+        parts[part] = hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
+    return parts

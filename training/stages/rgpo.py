@@ -32,7 +32,7 @@ from mindomni_rt.sampling.schedule import timesteps
 from ..config import Config
 from . import losses, rollouts
 from .adapters import adapters_off, add_adapters
-from .base import Draws, LossTerms, Stage
+from .base import Draws, LossTerms, Sample, Stage
 from .contexts import Batch, Context, Contexts
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Rgpo(Stage):
         self.updates = config.rgpo.updates
         self.rewards = dict(rewards or {})
         if config.lora.rank:
-            add_adapters(model.language.layers, config.lora, LORA_TARGETS, config.seed)
+            add_adapters(model.language.layers, config.lora, config.lora.rank, LORA_TARGETS, config.seed)
         full = copy.deepcopy(model.language).requires_grad_(False) if not config.lora.rank else None
         self.__dict__["reference"] = full  # outside the module tree: no state of ours
 
@@ -113,6 +113,7 @@ class Rgpo(Stage):
                 settings.max_new_tokens,
                 settings.temperature,
                 draws.generator(f"text{draws.first}"),
+                repetition_penalty=1.0,  # a sampled token must come from the distribution that the loss differentiates
             )
             # The state of the last token is never computed: as in the pipeline, the condition stops before it.
             full = [c.extended(w.token_ids[:-1]) for c, w in zip(prompts, written, strict=True)]
@@ -172,7 +173,7 @@ class Rgpo(Stage):
         return rollouts.decode(self.contexts, latents)
 
     def _rollouts(
-        self, records: Sequence[Record], written: Sequence[rollouts.Written], images: NDArray[np.uint8]
+        self, records: Sequence[Record], written: Sequence[rollouts.Completion], images: NDArray[np.uint8]
     ) -> list[Rollout]:
         from .rewards import Rollout
 
@@ -192,7 +193,7 @@ class Rgpo(Stage):
         settings = self.config.rgpo
         total = torch.zeros(len(scored))
         figures: dict[str, float] = {}
-        for name, weight in zip(settings.rewards, settings.weights, strict=True):
+        for name, weight in settings.weighted():
             values = torch.from_numpy(np.asarray(self.rewards[name](scored), np.float32))
             figures[f"reward/{name}"] = values.mean().item()
             figures[f"reward/{name}_std"] = values.std().item()
@@ -215,6 +216,12 @@ class Rgpo(Stage):
             labels[row, places] = torch.tensor(list(tokens), device=labels.device)
             mask[row, places] = True
         return labels, mask
+
+    def samples(self, prepared: RolloutBatch) -> list[Sample]:
+        return [
+            Sample(i // self.config.rgpo.group, r.prompt, r.text, r.gt_prompt, round(total, 4), r.image)
+            for i, (r, total) in enumerate(zip(prepared.scored, prepared.totals, strict=True))
+        ]
 
     # The loss
 
@@ -270,7 +277,10 @@ class Rgpo(Stage):
 
     def _log_probs(self, states: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """log p of the chosen tokens (B, L), zero elsewhere, and the mean entropy where they were chosen."""
-        logits = self.model.language.logits(states[mask]) / self.config.rgpo.temperature
+        logits = losses.without_token(
+            self.model.language.logits(states[mask]), self.contexts.config.language.image_token_id
+        )
+        logits = logits / self.config.rgpo.temperature
         chosen = losses.token_log_probs(logits, labels[mask])
         spread = losses.entropy(logits.detach()).mean().item()
         out = torch.zeros(mask.shape, dtype=chosen.dtype, device=chosen.device)
@@ -296,7 +306,7 @@ class Rgpo(Stage):
         return self._maps(replay.batch, states, replay.noise, replay.times, range(count))
 
 
-def _distinct(contexts: Sequence[Context], written: Sequence[rollouts.Written]) -> tuple[list[Context], list[int]]:
+def _distinct(contexts: Sequence[Context], written: Sequence[rollouts.Completion]) -> tuple[list[Context], list[int]]:
     """Conversations without repetition, and for each given one its place among them.
 
     A sure policy writes the same thought many times; each is computed once. The last token counts although no

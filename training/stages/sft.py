@@ -15,7 +15,7 @@ import torch
 
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from ..config import Config
+from ..config import SFT_RANK, Config
 from . import losses
 from .adapters import add_adapters
 from .base import Draws, ImageBatch, LossTerms, Stage, StepCounts
@@ -48,7 +48,8 @@ class Sft(Stage):
     def __init__(self, model: MindOmniModel, contexts: Contexts, config: Config) -> None:
         super().__init__(model, contexts, config)
         if config.sft.decoder == "lora":
-            add_adapters(model.decoder.llm.layers, config.lora, LORA_TARGETS, config.seed)
+            rank = SFT_RANK if config.lora.rank is None else config.lora.rank
+            add_adapters(model.decoder.llm.layers, config.lora, rank, LORA_TARGETS, config.seed)
         # A decoder that trains in full cannot be its own frozen teacher. Outside the module tree: no state of ours.
         copied = config.sft.decoder == "full" and config.distill.weight > 0
         self.__dict__["teacher"] = copy.deepcopy(model.decoder).requires_grad_(False) if copied else None
