@@ -27,9 +27,10 @@ from mindomni_rt.checkpoint.config import (
     VAEConfig,
     VisionConfig,
 )
-from mindomni_rt.checkpoint.write import save_model
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 from mindomni_rt.model.mindomni import MindOmniModel
+
+from .outputs import save_checkpoint, save_text
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", LATENT_TOKEN,
@@ -110,7 +111,7 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
+    save_text(folder / "tokenizer_config.json", json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
     return len(names)
 
 
@@ -136,5 +137,5 @@ def write_fresh(
     size = write_tokenizer(folder / "mllm", words)
     model = MindOmniModel(fresh_config(size, vae, width, connector_layers))
     initialise(model, seed)
-    save_model(model, folder)
+    save_checkpoint(model, folder)
     return model

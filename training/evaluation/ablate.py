@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 
-from mindomni_rt.bundle.manifest import write_whole
-from mindomni_rt.checkpoint.write import save_model
+from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
@@ -33,6 +32,7 @@ from mindomni_rt.model.mindomni import load_model
 from ..config import load_config
 from ..loop.logs import commit
 from ..loop.runs import finish, open_contexts, start
+from ..outputs import save_checkpoint, save_json, save_text
 from ..suites import Settings, evaluate
 from .plots import plot_study, slug
 
@@ -135,7 +135,7 @@ def fresh_connector(source: Path, out: Path, layers: int, seed: int) -> Path:
     stack = replace(model.config.connector.stack, num_layers=layers)
     torch.manual_seed(seed)
     model.connector = Connector(replace(model.config.connector, stack=stack))
-    save_model(model, out, source=source)
+    save_checkpoint(model, out, source)
     return out
 
 
@@ -175,8 +175,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         **score(model, count, seed),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(result, (json.dumps(found, indent=2) + "\n").encode())
+    save_json(result, found)
     return found
 
 
@@ -218,7 +217,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Prints the table; writes ablation.json, ablation.md and a PNG for each study."""
-    parser = argparse.ArgumentParser(prog="python -m training ablate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m training ablate", description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, default=Path("runs/shapes"), help="what run_small.sh made")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="STUDY", help=f"of: {', '.join(STUDIES)}")
@@ -289,9 +288,8 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         "not_run": _not_run(results),
         "results": {s: [{k: v for k, v in r.items() if k != "run"} for r in rows] for s, rows in results.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ablation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
+    save_json(options.out / "ablation.json", record)
+    save_text(options.out / "ablation.md", table(results))
     for study in results:
         plot_study(study, results[study], options.out)
 

@@ -6,7 +6,6 @@ noise.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -16,17 +15,19 @@ from typing import Any
 
 import torch
 
+from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 
 from ..loop.logs import commit
 from ..loop.runs import choose_device, open_contexts
+from ..outputs import check_target, save_json
 from ..scores import departures, pool, table
 from ..suites import SUITES, Settings, evaluate
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line. Raises MindOmniError for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training evaluate", description=__doc__)
+    parser = Parser(prog="python -m training evaluate", description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--suite", action="append", choices=SUITES, help="repeatable; default: all")
     parser.add_argument("--n", type=int, default=96, help="prompts a suite")
@@ -34,12 +35,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts and noise; scores are pooled")
     parser.add_argument("--size", type=int, default=96, help="image side in pixels")
-    parser.add_argument("--reward-model", default="", help="also the consistency reward, to see it part from accuracy")
+    parser.add_argument("--reward-model", default="", help="score the consistency reward too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
-    parser.add_argument("--against", type=Path, help="a record that must be met: exit code 1 where intervals part")
+    parser.add_argument("--against", type=Path, help="a record: exit code 1 where 95 %% intervals do not overlap")
     options = parser.parse_args(argv)
     recorded = _read_record(options.against) if options.against else None
+    if options.out:
+        check_target(options.out)
     device = choose_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -63,9 +66,7 @@ def main(argv: Sequence[str]) -> int:
             "scores": found,
             "by_seed": {str(seed): scores for seed, scores in each.items()},
         }
-        temporary = options.out.with_suffix(".partial")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(options.out)
+        save_json(options.out, record)
     if recorded is None:
         return 0
     parted = departures(found, recorded)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError, MissingExtraError
 
 CURVES = {
@@ -151,7 +151,7 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Raises MindOmniError for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training plot")
+    parser = Parser(prog="python -m training plot")
     parser.add_argument("run", nargs="+", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     options = parser.parse_args(argv)

@@ -8,7 +8,6 @@ model that the run started from, whose checksum is stored.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from mindomni_rt.errors import BadCheckpointError
 
 from ..errors import StorageError
+from ..outputs import write_failure
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -127,15 +127,6 @@ def save(folder: Path, state: State, keep: int) -> Path:
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def write_failure(error: Exception) -> str:
-    """Why a file could not be written, in one line. torch and safetensors wrap the system's error in their own."""
-    causes = [error, error.__context__, error.__cause__]
-    if any(getattr(e, "errno", None) == errno.ENOSPC for e in causes) or "No space left" in str(error):
-        return "the disk is full"
-    system = next((e.strerror for e in causes if isinstance(e, OSError) and e.strerror), None)
-    return system or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _all(folder: Path) -> list[Path]:

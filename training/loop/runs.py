@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from mindomni_rt.checkpoint.layout import resolve
-from mindomni_rt.checkpoint.write import save_model
-from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
+from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
-from mindomni_rt.model.mindomni import MindOmniModel, load_model
+from mindomni_rt.model.mindomni import load_model
 
 from ..config import Config, DataConfig
 from ..data.record import Stream
 from ..data.records import open_stream
 from ..data.world.scene import SIDE
-from ..errors import BadConfigError, StorageError
+from ..errors import BadConfigError
+from ..outputs import save_checkpoint
 from ..stages.adapters import merge_adapters
 from ..stages.base import Draws, Stage
 from ..stages.contexts import Contexts
 from ..suites import Settings, evaluate
-from .checkpointing import full_tensor, write_failure
+from .checkpointing import full_tensor
 from .sharding import start_processes, world
 from .trainer import Trainer
 
@@ -111,20 +111,8 @@ def finish(trainer: Trainer) -> Path:
             for name, parameter in stage.choose_trainable().items():
                 parameter.copy_(state[name])
     merge_adapters(stage.model)
-    export(stage.model, out, resolve(trainer.config.model))
+    save_checkpoint(stage.model, out, resolve(trainer.config.model))
     return out
-
-
-def export(model: MindOmniModel, out: Path, source: Path) -> None:
-    """`save_model`, whose errors for a full disk or a read-only folder become StorageError."""
-    from safetensors import SafetensorError
-
-    try:
-        save_model(model, out, source=source)
-    except MindOmniError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"model {out} could not be written: {write_failure(error)}") from error
 
 
 def make_stream(config: Config) -> Stream:

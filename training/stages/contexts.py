@@ -207,9 +207,16 @@ class Contexts:
         return Batch(contexts, torch.from_numpy(ids).to(self.device), cos, sin, lengths, self.eos)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings (B, L, C), image tokens through the vision tower."""
+        """Token embeddings (B, L, C), image tokens of the prompt through the vision tower."""
         images = [c.patches for c in batch.contexts if c.patches is not None]
-        return self.model.language.embed(batch.token_ids, self.vision(images) if images else None)
+        x = self.model.language.embed(batch.token_ids)
+        if not images:
+            return x
+        # An image token that the model wrote is a token like others, as in the pipeline.
+        prompts = torch.tensor([c.prompt for c in batch.contexts], device=self.device)
+        given = torch.arange(x.shape[1], device=self.device) < prompts[:, None]
+        places = given & (batch.token_ids == self.config.language.image_token_id)
+        return x.masked_scatter(places.unsqueeze(-1), self.vision(images).to(x.dtype))
 
     def vision(self, images: Sequence[ImagePatches]) -> Tensor:
         """(tokens of all images, C). A tower without layers of full attention takes images of one size together."""

@@ -113,7 +113,8 @@ class Rgpo(Stage):
                 settings.max_new_tokens,
                 settings.temperature,
                 draws.generator(f"text{draws.first}"),
-                repetition_penalty=1.0,  # a sampled token must come from the distribution that the loss differentiates
+                repetition_penalty=1.0,  # tokens are sampled from the distribution that the loss differentiates
+                forbidden=self.contexts.config.language.image_token_id,
             )
             # The state of the last token is never computed: as in the pipeline, the condition stops before it.
             full = [c.extended(w.token_ids[:-1]) for c, w in zip(prompts, written, strict=True)]

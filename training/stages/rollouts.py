@@ -42,10 +42,11 @@ def write(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     repetition_penalty: float | None = None,
+    forbidden: int | None = None,
 ) -> list[Completion]:
     """Continues every conversation. temperature 0 is greedy; above it tokens are sampled with the generator (CPU).
 
-    repetition_penalty: None is the checkpoint's own, as in the pipeline. Image placeholders are never chosen.
+    repetition_penalty: None is the checkpoint's own, as in the pipeline. forbidden: a token that is never chosen.
     """
     model, config, device = contexts.model.language, contexts.config.language, contexts.device
     lengths = [len(c.token_ids) for c in prompts]
@@ -77,7 +78,9 @@ def write(
         for layer, block in enumerate(model.layers):
             x = block(x, *tables, _cached(cache, layer, start, mask))
         start += x.shape[1]
-        logits = losses.without_token(_penalised(model.logits(x[:, -1]).float(), seen, penalty), config.image_token_id)
+        logits = _penalised(model.logits(x[:, -1]).float(), seen, penalty)
+        if forbidden is not None:
+            logits = losses.without_token(logits, forbidden)
         token = _choose(logits, temperature, generator)
         seen.scatter_(1, token[:, None], True)
         chosen.append(torch.where(done, ends[0], token))
