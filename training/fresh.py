@@ -1,6 +1,6 @@
-"""A small model from nothing, in the published layout: configuration, word-level tokenizer, chat template, weights.
+"""A small untrained model in the published layout: configuration, word-level tokenizer, chat template, weights.
 
-Sizes follow the published ones in kind, not in number. Each fixed text of the prompts (system, instruction, default
+The architecture is the published one at small sizes. Each fixed text of the prompts (system, instruction, default
 negative prompt) is one token here, so that contexts stay short on a CPU.
 """
 
@@ -36,7 +36,7 @@ SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", LATENT_TOKEN,
     "<img>", "</img>", "<|image_1|>", "<unk>", "<cfg>", SYSTEM, SYSTEM_THINK, INSTRUCTION, DEFAULT_NEGATIVE,
 )  # fmt: skip
-PLAIN = ("<think>", "</think>", "<answer>", "</answer>")  # the reader sees these, so they are no special tokens
+PLAIN = ("<think>", "</think>", "<answer>", "</answer>")  # decoded text shows these, so they are no special tokens
 _SPLIT = r"</?\w+>|[a-zA-Z]+|\d|[^\w\s]"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

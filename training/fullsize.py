@@ -1,8 +1,7 @@
-"""The published sizes without the weights: what trains, how much memory a GPU needs, and one real step where a GPU is.
+"""The published sizes without the weights: what trains, memory of each GPU, and one measured step on a GPU.
 
 `report` builds the model on torch's meta device, so it runs anywhere in seconds. `gpu_step` fills the same model with
-random weights on a GPU and runs one step of stage 1 and one of RGPO. The plan is arithmetic, a prediction; the step is
-measured.
+random weights on a GPU and runs one step of stage 1 and one of RGPO. The plan is a prediction; the step is measured.
 """
 
 from __future__ import annotations

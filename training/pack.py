@@ -1,4 +1,4 @@
-"""A finished small model as an asset: the published layout in one dtype, and a card of what was measured."""
+"""A trained small model as an asset: the published layout in one dtype, and a model card with its measurements."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _sizes(model: MindOmniModel, dtype: str) -> str:
 
 
 def _making(run: Path) -> str:
-    """One line about a run, from what it left."""
+    """One line about a run, from its logs."""
     try:
         starts = [json.loads(line) for line in (run / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -116,12 +116,12 @@ def finish(trainer: Trainer) -> Path:
 
 
 def make_stream(config: Config) -> Stream:
-    """Records of a configuration. Every process reads the same ones; the loop takes each process's slice."""
+    """The records of a configuration. Every process reads all of them; the loop takes the slice of each."""
     return open_stream(config.data, config.stage, config.seed)
 
 
 def make_evaluation(config: Config) -> Callable[[Stage], dict[str, float]] | None:
-    """What `evaluate_every` asks for: the world's suites, or the loss terms of the validation records."""
+    """The evaluation during a run: suites of the world, or loss terms of the validation records; None without."""
     if not config.evaluate_every:
         return None
     if config.data.source == "world":

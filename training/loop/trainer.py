@@ -63,7 +63,7 @@ class Trainer:
             raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
         self._fingerprint = fingerprint(config, stage)
         chosen = set(stage.choose_trainable())
-        stage.eval()  # dropout acts in updates only, never in rollouts
+        stage.eval()  # dropout is on in updates only, not in rollouts
         if config.recompute:
             recompute_blocks(stage)
         if self.processes > 1:
@@ -218,9 +218,9 @@ class Trainer:
         return {**self._mean(sums), "grad_norm": float(norm)}
 
     def _agree(self, passes: int) -> None:
-        """Stops processes whose records need different forward passes, which would wait for each other for ever.
+        """Raises if the processes need different numbers of forward passes, which would deadlock.
 
-        Spreads a signal that one of them has seen.
+        Shares a signal that one of them has received.
         """
         if self.processes == 1:
             return
@@ -231,12 +231,12 @@ class Trainer:
         self._stop_everywhere = any(stops)  # a signal reaches the processes at different moments
         if len(set(found)) > 1:
             raise MindOmniError(
-                f"step {self.step + 1}: the processes drew different kinds of records (forward passes "
+                f"step {self.step + 1}: the processes read different kinds of records (forward passes "
                 f"{list(found)}); raise optim.batch, or train each kind in a run of its own"
             )
 
     def _mean(self, sums: dict[str, float]) -> dict[str, float]:
-        """The mean over processes, so that every log shows the whole batch."""
+        """The mean over processes."""
         if self.processes == 1:
             return sums
         names = sorted(sums)
@@ -248,7 +248,7 @@ class Trainer:
         return dict(zip(names, torch.stack(moved).mean(0).tolist(), strict=True))
 
     def _diagnose(self, terms: LossTerms, records: Sequence[Record], draws: Draws) -> str:
-        """Which term, which record: each is run again alone."""
+        """Names the term and the record that are not finite; each record is computed again alone."""
         bad = [n for n, t in terms.parts.items() if not bool(torch.isfinite(t))] or ["their weighted sum"]
         weights = [n for n, p in self.trained.items() if not _finite(p)]
         text = f"step {self.step + 1}: loss term {', '.join(bad)} is not finite"
@@ -286,7 +286,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def use_average(self) -> None:
-        """Puts the EMA weights, if any are kept, into the model: what is exported."""
+        """Copies the averaged weights, if kept, into the model, for the export."""
         with torch.no_grad():
             for name, average in self.ema.items():
                 self.trained[name].copy_(average)

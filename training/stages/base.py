@@ -119,7 +119,7 @@ class ImageBatch:
 
 
 class Stage(nn.Module):
-    """Base of the stages. Subclasses say `pattern` (what trains), `prepare` (no gradient) and `terms`."""
+    """Base of the stages. Subclasses define `pattern` (what trains), `prepare` (without gradient) and `terms`."""
 
     name: ClassVar[str]
 
@@ -130,15 +130,15 @@ class Stage(nn.Module):
         self.step_counts: StepCounts | None = None
 
     def pattern(self) -> str:
-        """A regular expression that the names of all trained parameters match in full."""
+        """A regular expression: parameters whose whole name matches it are trained."""
         raise NotImplementedError
 
     def prepare(self, records: Sequence[Record], draws: Draws) -> Any:
-        """Everything of a step that takes no gradient."""
+        """The part of a micro-batch that needs no gradient."""
         raise NotImplementedError
 
     def terms(self, prepared: Any) -> LossTerms:
-        """The loss of what `prepare` made."""
+        """The loss of what `prepare` returned."""
         raise NotImplementedError
 
     def count(self, records: Sequence[Record], draws: Draws) -> StepCounts:
@@ -182,11 +182,11 @@ class Stage(nn.Module):
         return []
 
     def apply_to(self, function: Callable[[Stage], Any]) -> Any:
-        """A function of this stage, run inside its forward: there, sharded weights can be used."""
+        """Calls a function of this stage inside `forward`, where sharded weights are gathered."""
         return function(self)
 
     def choose_trainable(self) -> dict[str, nn.Parameter]:
-        """Freezes everything but what `pattern` names; returns it by name. Trained weights are float32."""
+        """Freezes all parameters but those of `pattern`, which become float32; returns these by name."""
         pattern = re.compile(self.pattern())
         for name, parameter in self.model.named_parameters():
             trains = pattern.fullmatch(name) is not None
@@ -221,7 +221,7 @@ class Stage(nn.Module):
     def image_batches(
         self, records: Sequence[Record], draws: Draws, make: Callable[[Record, str], Context]
     ) -> list[ImageBatch]:
-        """Batches of the records that have an image: those with a reference image's latents apart from the others.
+        """Batches of the records that have an image: one with latents of a reference image, one without.
 
         `make(record, dropped)` builds the conversation; dropped is the text that stands for "no condition", or "".
         A reference adds many tokens, so padding the others to its length would dominate the cost.
@@ -235,7 +235,7 @@ class Stage(nn.Module):
         latents = dict(zip(rows, self.contexts.latents.targets([records[i].output_image for i in rows]), strict=True))
         times, noise = draws.times(), draws.noise(tuple(latents[rows[0]].shape))
         device = self.contexts.device
-        # Several processes must make the same calls of a sharded model: there, all stay together.
+        # Several processes must make the same calls of a sharded model, so there is one batch then.
         groups = [rows]
         if draws.here == draws.count:
             groups = [[i for i in rows if (made[i].latents is None) == alone] for alone in (True, False)]

@@ -1,6 +1,6 @@
 """Records → token ids → MLLM states → condition, in batches: the same conversations that the pipeline builds.
 
-Axes: B batch, L tokens, C hidden, N image tokens. Rows are padded on the right, which causal attention never sees.
+Axes: B batch, L tokens, C hidden, N image tokens. Rows are padded on the right, where causal attention does not look.
 
 A thought ends with `</answer>` and holds no end-of-text token: the pipeline's condition stops there too, because the
 state of the last sampled token is never computed.
@@ -41,7 +41,7 @@ PICTURES = 256  # prepared reference images held in memory
 
 
 def thought_text(think: str, answer: str) -> str:
-    """What the model is to write: the two tagged parts, as the system prompt asks for them."""
+    """The text that the model is to write: thought and answer in their tags, as the system prompt asks."""
     return f"<think> {think.strip()} </think><answer> {answer.strip()} </answer>"
 
 
@@ -99,7 +99,7 @@ class Batch:
 
 
 class Contexts:
-    """Builds conversations for a model. Its chat, sizes and token ids decide everything."""
+    """Builds conversations for a model, with its chat template, sizes and token ids."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Contexts:
         thought: str = "",
         edit_features: str | None = None,
     ) -> Context:
-        """The conversation that asks for an image, with what the model wrote (`thought`) behind it."""
+        """The conversation that asks for an image, followed by the text that the model wrote (`thought`)."""
         if len(images) > 1:
             raise BadRequestError(f"{len(images)} reference images: the model takes one")
         image = images[0] if images else None
@@ -148,7 +148,7 @@ class Contexts:
         return Context(context.token_ids, context.positions, context.prompt, context.patches, latents, start)
 
     def reference(self, images: Sequence[Any], edit_features: str | None = None) -> Context:
-        """No conversation: only the latents of a reference image, for the decoder's own text path."""
+        """Only the latents of a reference image, without a conversation, for the decoder's own text path."""
         wanted = images and (edit_features or self.config.edit_features) == "vit+vae"
         latents = self.latents.reference(images[0]) if wanted else None
         return Context(np.array([self.eos]), np.zeros((3, 1), np.int64), 1, latents=latents)

@@ -1,4 +1,4 @@
-"""Stage 1: the connector learns to speak the decoder's language. MLLM, decoder and VAE stay frozen.
+"""Stage 1: the connector learns to map MLLM states to the decoder's input. MLLM, decoder and VAE are frozen.
 
 Loss: rectified flow + weight · feature KL to the same frozen decoder fed with its own text path, over all layers.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Pretrain(Stage):
-    """Captions and reference images in, flow loss and distillation out."""
+    """Flow loss and distillation on captions and reference images."""
 
     name: ClassVar[str] = "pretrain"
 

@@ -1,4 +1,4 @@
-"""Stage 0, ours: what the published models bring along and a model from scratch does not have.
+"""Stage 0 (ours), for a model from scratch: what the published model takes from pretrained weights.
 
 `paint` trains the decoder on captions through its own text embedding (OmniGen's text-to-image and reference-image
 prior: the teacher of stage 1). `text` trains the MLLM to write thoughts and answer questions about pictures
@@ -64,7 +64,9 @@ class Prior(Stage):
             writing = self.contexts.batch(written) if written else None
             share = self.share("tokens", own.tokens, own)
         if not image_batches and writing is None:
-            raise BadRequestError(f"stage prior: nothing to learn from this batch with prior.rounds = {rounds!r}")
+            raise BadRequestError(
+                f"stage prior: no record of this batch has something to train on with prior.rounds = {rounds!r}"
+            )
         return PriorBatch(image_batches, writing, share)
 
     def passes(self, prepared: PriorBatch) -> int:

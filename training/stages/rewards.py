@@ -115,7 +115,7 @@ def make(name: str, model: str = "", device: str = "cpu") -> Reward:
 
 
 def _imported(name: str, module: str) -> Any:
-    """A user's module. An installed command does not look into the current folder by itself."""
+    """A user's module. The current folder is searched too, also by an installed command."""
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)

@@ -1,12 +1,13 @@
-"""Stage 3: the MLLM learns to reason by what its thoughts paint. Connector, decoder and VAE stay frozen.
+"""Stage 3: reinforcement learning of the MLLM. Connector, decoder and VAE are frozen.
 
-For each prompt G thoughts are sampled and painted, scored, and compared within their group. The loss is
+For each prompt, G thoughts are sampled, an image is generated from each, and rewards are compared within the group.
+The loss is
 
     clipped objective + beta_text · D_T + beta_image · D_I
 
 with D_T an estimate of the KL of tokens (k3) and D_I the feature KL between the frozen decoder under the policy's
 condition and under the reference's, both on pure noise at a random time of the sampler's grid. The reference is the
-model with its adapters off (a frozen copy without adapters). The image itself only gives the reward: no gradient flows
+model with its adapters off (a frozen copy without adapters). The image only decides the reward: no gradient flows
 through the sampler.
 """
 
@@ -45,7 +46,7 @@ Reward = Callable[[Sequence["Rollout"]], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Replay:
-    """Plain captions whose condition D_I also holds still (ours), with their noise and times."""
+    """Plain captions that enter D_I too (ours), with their noise and times."""
 
     batch: Batch
     noise: Tensor
@@ -54,14 +55,14 @@ class Replay:
 
 @dataclass
 class RolloutBatch:
-    """A step's rollouts: distinct conversations, which rollout is which, what was written, its reference, D_I's noise.
+    """Rollouts of a micro-batch: conversations without repetition, labels, advantages, and the reference's values.
 
     Axes: U distinct conversations, B rollouts, L tokens.
     """
 
     batch: Batch  # of U
     rows: list[int]  # (B,): each rollout's conversation
-    mask: Tensor  # (B, L): True at the place whose next token the policy chose
+    mask: Tensor  # (B, L): True where the policy chose the next token
     labels: Tensor  # (B, L)
     advantages: Tensor  # (B,)
     reference_log_probs: Tensor  # (B, L)
@@ -76,7 +77,7 @@ class RolloutBatch:
 
 
 class Rgpo(Stage):
-    """Reasoning generation policy optimisation."""
+    """Reasoning generation policy optimization."""
 
     name: ClassVar[str] = "rgpo"
 
@@ -116,11 +117,11 @@ class Rgpo(Stage):
                 repetition_penalty=1.0,  # tokens are sampled from the distribution that the loss differentiates
                 forbidden=self.contexts.config.language.image_token_id,
             )
-            # The state of the last token is never computed: as in the pipeline, the condition stops before it.
+            # As in the pipeline, the condition ends before the last token, whose state is never computed.
             full = [c.extended(w.token_ids[:-1]) for c, w in zip(prompts, written, strict=True)]
             distinct, rows = _distinct(full, written)
             batch = self.contexts.batch(distinct)
-            # From one noise, equal conversations give equal images.
+            # Equal conversations give equal images from the same noise.
             unpainted, which = (distinct, rows) if settings.same_noise else (full, list(range(len(full))))
             images = self._paint(unpainted, draws)[which]
         painted = time.perf_counter()
@@ -248,7 +249,7 @@ class Rgpo(Stage):
             parts = {"policy": policy.loss, "kl_text": losses.sequence_mean(tokens, prepared.mask)}
             total = parts["policy"] + settings.beta_text * parts["kl_text"]
             weighs = torch.is_grad_enabled() and settings.beta_image > 0
-            with torch.set_grad_enabled(weighs):  # of no weight, it is measured all the same
+            with torch.set_grad_enabled(weighs):  # logged at weight 0 too
                 parts["kl_image"] = self._image_term(prepared, states)
             if settings.beta_image:
                 total = total + settings.beta_image * parts["kl_image"]
@@ -269,7 +270,7 @@ class Rgpo(Stage):
         return torch.stack([losses.flow_loss(a, b) for a, b in pairs]).mean()
 
     def _maps(self, batch: Batch, states: Tensor, noise: Tensor, times: Tensor, rows: Sequence[int]) -> list[Tensor]:
-        """What D_I compares, for each of rows: feature maps of all layers, or the velocity, on pure noise."""
+        """What D_I compares, for each of `rows`: feature maps of all layers, or the velocity, on pure noise."""
         condition, spans = self.contexts.condition(batch, states)
         features: list[Tensor] = []
         velocity = self.model.decoder(condition, noise, times, batch.lengths, spans, features)
@@ -291,7 +292,7 @@ class Rgpo(Stage):
         reference: LanguageModel | None = self.__dict__["reference"]
         return adapters_off(self.model.language) if reference is None else _swapped(self.model, reference)
 
-    # Ours: captions whose condition must not move either
+    # Ours: captions in the image KL
 
     def _replay(self, records: Sequence[Record], noise: Tensor, times: Tensor) -> Replay | None:
         captions = [r.gt_prompt for r in records if r.gt_prompt][: self.config.rgpo.replay]
@@ -308,10 +309,10 @@ class Rgpo(Stage):
 
 
 def _distinct(contexts: Sequence[Context], written: Sequence[rollouts.Completion]) -> tuple[list[Context], list[int]]:
-    """Conversations without repetition, and for each given one its place among them.
+    """Conversations without repetition, and for each given one its index among them.
 
-    A sure policy writes the same thought many times; each is computed once. The last token counts although no
-    conversation holds it: it has a probability of its own.
+    A confident policy samples the same thought many times; it is computed once. The last token counts although it is
+    in no conversation, because it has a probability of its own.
     """
     keys = [(c.token_ids.tobytes(), w.token_ids[-1], id(c.patches)) for c, w in zip(contexts, written, strict=True)]
     place = {key: row for row, key in enumerate(dict.fromkeys(keys))}

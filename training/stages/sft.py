@@ -1,7 +1,7 @@
-"""Stage 2: connector and decoder learn to paint from thoughts: the fine description is the thinking, the coarse one the
-answer. The MLLM is frozen and there is no loss on text, as published, unless `sft.text` asks for it.
+"""Stage 2: connector and decoder learn to generate images from thoughts (fine description) and answers (coarse one).
 
-Records without a thought are painted without thinking: what keeps thinking off a fair baseline.
+The MLLM is frozen and text has no loss, as published, unless `sft.text` is above 0. Records without a thought are
+trained without thinking, so that the mode without thinking stays a fair baseline.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SftBatch:
 
 
 class Sft(Stage):
-    """Flow loss, distillation if its weight says so (ours: 0 as published), cross-entropy if its weight says so."""
+    """Flow loss, and distillation (ours) and cross-entropy at their weights, both 0 as published."""
 
     name: ClassVar[str] = "sft"
 
@@ -50,7 +50,7 @@ class Sft(Stage):
         if config.sft.decoder == "lora":
             rank = SFT_RANK if config.lora.rank is None else config.lora.rank
             add_adapters(model.decoder.llm.layers, config.lora, rank, LORA_TARGETS, config.seed)
-        # A decoder that trains in full cannot be its own frozen teacher. Outside the module tree: no state of ours.
+        # A decoder that trains in full needs a frozen copy as teacher. Outside the module tree: not part of the state.
         copied = config.sft.decoder == "full" and config.distill.weight > 0
         self.__dict__["teacher"] = copy.deepcopy(model.decoder).requires_grad_(False) if copied else None
 

@@ -1,7 +1,7 @@
 """A small CLIP for the consistency reward: pictures and short captions to one space. Trained on rendered pairs alone.
 
-It is no verifier: it judges how alike a picture and a caption look to it, and can be fooled. That is what lets reward
-hacking show, as reward that rises while the exact verifier does not.
+It is no verifier: its similarity can be fooled. Reward hacking shows as a reward that rises while the accuracy of the
+exact verifier does not.
 """
 
 from __future__ import annotations
