@@ -42,7 +42,7 @@ class DataConfig:
 
     source: str = "world"  # "world" (the synthetic task), "jsonl" or "webdataset"
     split: str = ""  # mixture of the synthetic task; empty is that of the stage
-    paths: tuple[str, ...] = ()  # files of records: JSON lines, YAML lists of them, or webdataset shards
+    paths: tuple[str, ...] = ()  # files of records: JSON lines, YAML lists of them, or shards; with {000..127}, *, ?
     image_root: str = ""  # folder of relative image paths; empty is the folder of the JSON lines file
     image_size: int = 256  # side in pixels of the target images; a multiple of 16
     shuffle: int = 1000  # records in the shuffle buffer of webdataset shards

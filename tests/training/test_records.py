@@ -16,8 +16,10 @@ from toy import picture
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.training.config import DataConfig
-from mindomni_rt.training.data.records import BadDataError, Record, open_stream
+from mindomni_rt.training.data.record import Record
+from mindomni_rt.training.data.records import expanded, open_stream
 from mindomni_rt.training.data.world.clip import WorldClip, load_clip, save_clip
+from mindomni_rt.training.errors import BadDataError
 from mindomni_rt.training.stages.rewards import Rollout, make
 
 
@@ -363,3 +365,15 @@ def test_a_reward_from_the_current_folder_and_its_errors_in_one_line(tmp_path, m
 def test_a_missing_reward_model_names_the_command_that_makes_it(model):
     with pytest.raises(BadRequestError, match=r"python -m training\.data\.world FOLDER --only reward"):
         make("consistency", model)
+
+
+def test_paths_with_ranges_and_wildcards(tmp_path):
+    assert expanded("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+    assert expanded("http://x/{0..1}-{3..3}.tar?y") == ["http://x/0-3.tar?y", "http://x/1-3.tar?y"]
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(f'{{"instruction": "{name}"}}\n')
+    assert expanded(f"{tmp_path}/*.jsonl") == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    found = {r.instruction for r in stream(tmp_path / "*.jsonl").next_batch(2)}
+    assert found == {"a.jsonl", "b.jsonl"}
+    with pytest.raises(BadDataError, match=r"no file matches .*\*\.tar"):
+        expanded(f"{tmp_path}/*.tar")

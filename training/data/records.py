@@ -6,33 +6,52 @@ the file. A stream is infinite and in a fixed order that its seed decides, so it
 
 from __future__ import annotations
 
+import re
+from glob import glob
 from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import BadDataError
 from .lines import LineStream
-from .record import Record, Stream
+from .record import Stream
 from .shards import ShardStream
 from .world.sources import WorldStream
-
-__all__ = ["BadDataError", "Record", "Stream", "open_stream"]
 
 
 def open_stream(config: DataConfig, stage: str, seed: int) -> Stream:
     """The stream of a stage's configuration. Raises BadDataError."""
     if config.source == "world":
         return WorldStream(config.split or stage, seed)
+    paths = [found for pattern in config.paths for found in expanded(pattern)]
     if config.source == "webdataset":
-        for shard in config.paths:
+        for shard in paths:
             if "://" not in shard and not Path(shard).is_file():
                 raise BadDataError(f"{shard}: no such shard")
-        return ShardStream(config.paths, seed, config.shuffle)
+        return ShardStream(paths, seed, config.shuffle)
     files: list[tuple[Path, Path]] = []
-    for name in config.paths:
+    for name in paths:
         path = Path(name)
         root = Path(config.image_root) if config.image_root else path.parent
         files += _listed(path) if path.suffix in (".yaml", ".yml") else [(path, root)]
     return LineStream(files, seed)
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths of a pattern with ranges ("{000..127}") and wildcards ("*", "?"), in order.
+
+    Raises BadDataError where wildcards match nothing.
+    """
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if span:
+        first, last = span.groups()
+        names = [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+        return [p for n in names for p in expanded(pattern[: span.start()] + n + pattern[span.end() :])]
+    if "://" in pattern or not re.search(r"[*?]", pattern) or Path(pattern).is_file():
+        return [pattern]
+    found = sorted(glob(pattern, recursive=True))  # noqa: PTH207  the pattern may be absolute
+    if not found:
+        raise BadDataError(f"data.paths: no file matches {pattern}")
+    return found
 
 
 def _listed(path: Path) -> list[tuple[Path, Path]]:

@@ -148,7 +148,7 @@ def _panels(run: Path, log: dict[str, list[float]]) -> list[Panel]:
     if held.exists():
         figures = read_metrics(held)
         right = {c: 100 * np.array(figures[c]) for c in figures if re.fullmatch(r".+/(image|text)", c)}
-        losses = {c: figures[c] for c in ("flow", "distill", "text", "read") if c in figures}
+        losses: dict[str, Any] = {c: figures[c] for c in ("flow", "distill", "text", "read") if c in figures}
         if right:
             out.append(("Held-out accuracy", figures["step"], right, False, True))
         if losses:
