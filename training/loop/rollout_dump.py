@@ -36,6 +36,7 @@ def labelled_grid(samples: Sequence[Sample]) -> Image.Image:
         for column, sample in enumerate(row):
             left, under = _GAP + column * (width + _GAP), top + 2 * _LINE
             grid.paste(Image.fromarray(sample.image), (left, under))
+            pen.rectangle((left - 1, under - 1, left + width, under + height), outline="lightgrey")
             pen.text((left, under + height + 1), f"reward {sample.reward:.3f}", fill="black", font=font)
     return grid
 

@@ -63,7 +63,11 @@ def _consistency(model: str, device: str) -> Reward:
 
         small = load_clip(Path(model)).to(device)
         return lambda rollouts: small.similarity(np.stack([r.image for r in rollouts]), [r.gt_prompt for r in rollouts])
-    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~", "runs/"))):
+    owner, _, name = model.rpartition("/")
+    hub_id = (
+        bool(name) and owner.count("/") == 0 and not owner.startswith((".", "~")) and not Path(owner or "-").is_dir()
+    )
+    if not hub_id and not Path(model).is_dir():
         raise BadRequestError(f"rgpo.reward_model = {model!r}: no such folder. {_SMALL}")
     return _transformers_clip(model, device)
 
