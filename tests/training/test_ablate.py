@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from test_loop import folder  # noqa: F401 a fixture
@@ -107,7 +108,7 @@ def test_figures_of_records_and_of_validation_losses(tmp_path, capsys):
     from mindomni_rt.training.cli import main as command
     from mindomni_rt.training.evaluation.plots import _panels, arm_label
 
-    root = CONFIGS.parents[1]
+    root = Path(__file__).parents[2]
     assert command(["plot", "--study", str(root / "docs/ablations/stage-1.json"), "--out", str(tmp_path)]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"connector.png", "distillation.png"}
     record = root / "assets" / "shapes-world" / "evaluation.json"
