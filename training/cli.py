@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.commands import Parser, front_door
+from mindomni_rt.errors import BadRequestError
 
-from .config import STAGES, BadConfigError, load_config
+from .config import STAGES, load_config
+from .errors import BadConfigError
+from .outputs import check_target, save_checkpoint, save_json, save_text
 
 _HELP = {
-    "prior": "stage 0, ours: a decoder and an MLLM for a model from scratch",
+    "prior": "stage 0 (ours): decoder and MLLM of a model from scratch",
     "pretrain": "stage 1: the connector, by flow loss and distillation",
-    "sft": "stage 2: connector and decoder, from thoughts",
-    "rgpo": "stage 3: the MLLM, by the rewards of what its thoughts paint",
+    "sft": "stage 2: connector and decoder, on images with a thought and an answer",
+    "rgpo": "stage 3: the MLLM, by reinforcement learning on rewards of its texts and images",
 }
 
 
@@ -34,7 +37,7 @@ _MODULES = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = Parser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for stage in STAGES:
         run = commands.add_parser(stage, help=_HELP[stage])
@@ -55,28 +58,24 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
+    page = commands.add_parser("config-reference", help="every configuration key, as docs/training-configuration.md")
+    page.add_argument("--out", type=Path, help="a Markdown file; default: standard output")
     for name in _MODULES:
         commands.add_parser(name, add_help=False, help=f"see `python -m training {name} --help`")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0, or 2 with one line on stderr for a mistake that the user can mend."""
+    """Runs a command; returns 0, or 2 after one line on standard error for a mistake that the user can mend."""
     logging.basicConfig(level=os.environ.get("LOGLEVEL", "WARNING").upper(), format="%(levelname)s %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if arguments and arguments[0] in _MODULES:  # its imports only when it is asked for
-            return int(importlib.import_module(f".{_MODULES[arguments[0]]}", __package__).main(arguments[1:]))
-        return _run(_parser().parse_args(arguments))
-    except MindOmniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    return front_door(lambda: _dispatch(arguments))
 
 
-def _run(options: argparse.Namespace) -> int:
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in _MODULES:  # imported only for its own command
+        return int(importlib.import_module(f".{_MODULES[arguments[0]]}", __package__).main(arguments[1:]))
+    options = _parser().parse_args(arguments)
     if options.command in STAGES:
         return _train(options)
     if options.command == "dry-run":
@@ -86,7 +85,19 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.command == "gpu-step":
         return _gpu_step(options)
+    if options.command == "config-reference":
+        return _reference(options)
     return _new(options)
+
+
+def _reference(options: argparse.Namespace) -> int:
+    from .reference import reference
+
+    if options.out:
+        save_text(options.out, reference())
+    else:
+        print(reference(), end="")
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -99,7 +110,7 @@ def _train(options: argparse.Namespace) -> int:
     if trainer.rank == 0:
         trained = sum(p.numel() for p in trainer.trained.values())
         every = sum(p.numel() for p in trainer.stage.model.parameters())
-        print(f"stage {config.stage}: {len(trainer.trained)} tensors train, {trained:,} of {every:,} parameters")
+        print(f"stage {config.stage}: {trained:,} of {every:,} parameters train ({len(trainer.trained)} tensors)")
     trainer.run()
     out = finish(trainer)
     if trainer.rank == 0:
@@ -110,6 +121,8 @@ def _train(options: argparse.Namespace) -> int:
 def _gpu_step(options: argparse.Namespace) -> int:
     from .fullsize import gpu_step
 
+    if options.out:
+        check_target(options.out)
     folder = Path(__file__).parent / "configs"
     small = ["data.image_size=256", "optim.batch=4", "data.source=world"]
     pretrain = load_config(folder / "pretrain-full.toml", small)
@@ -121,13 +134,11 @@ def _gpu_step(options: argparse.Namespace) -> int:
         from .loop.logs import commit
 
         record = {"commit": commit(), "result": result, "pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        save_json(options.out, record)
     return 0
 
 
 def _new(options: argparse.Namespace) -> int:
-    from mindomni_rt.model.save import save_model
-
     from .data.world import words
     from .data.world.vae import load_vae
     from .fresh import write_fresh
@@ -138,6 +149,6 @@ def _new(options: argparse.Namespace) -> int:
     model = write_fresh(options.folder, words(), trained.config, options.seed, options.width, options.connector_layers)
     model.vae.load_state_dict(trained.state_dict())
     model.config = dataclasses.replace(model.config, vae=trained.config)
-    save_model(model, options.folder)
+    save_checkpoint(model, options.folder)
     print(f"model: {options.folder}")
     return 0

@@ -1,6 +1,6 @@
-"""A small model from nothing, in the published layout: configuration, word-level tokenizer, chat template, weights.
+"""A small untrained model in the published layout: configuration, word-level tokenizer, chat template, weights.
 
-Sizes follow the published ones in kind, not in number. Each fixed text of the prompts (system, instruction, default
+The architecture is the published one at small sizes. Each fixed text of the prompts (system, instruction, default
 negative prompt) is one token here, so that contexts stay short on a CPU.
 """
 
@@ -29,13 +29,14 @@ from mindomni_rt.checkpoint.config import (
 )
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 from mindomni_rt.model.mindomni import MindOmniModel
-from mindomni_rt.model.save import save_model
+
+from .outputs import save_checkpoint, save_text
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", LATENT_TOKEN,
     "<img>", "</img>", "<|image_1|>", "<unk>", "<cfg>", SYSTEM, SYSTEM_THINK, INSTRUCTION, DEFAULT_NEGATIVE,
 )  # fmt: skip
-PLAIN = ("<think>", "</think>", "<answer>", "</answer>")  # the reader sees these, so they are no special tokens
+PLAIN = ("<think>", "</think>", "<answer>", "</answer>")  # decoded text shows these, so they are no special tokens
 _SPLIT = r"</?\w+>|[a-zA-Z]+|\d|[^\w\s]"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -110,7 +111,7 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
+    save_text(folder / "tokenizer_config.json", json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
     return len(names)
 
 
@@ -136,5 +137,5 @@ def write_fresh(
     size = write_tokenizer(folder / "mllm", words)
     model = MindOmniModel(fresh_config(size, vae, width, connector_layers))
     initialise(model, seed)
-    save_model(model, folder)
+    save_checkpoint(model, folder)
     return model

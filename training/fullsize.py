@@ -1,8 +1,7 @@
-"""The published sizes without the weights: what trains, how much memory a GPU needs, and one real step where a GPU is.
+"""The published sizes without the weights: what trains, memory of each GPU, and one measured step on a GPU.
 
 `report` builds the model on torch's meta device, so it runs anywhere in seconds. `gpu_step` fills the same model with
-random weights on a GPU and runs one step of stage 1 and one of RGPO. The plan is arithmetic, a prediction; the step is
-measured.
+random weights on a GPU and runs one step of stage 1 and one of RGPO. The plan is a prediction; the step is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from mindomni_rt.model.block import Block
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from .config import Config
-from .data.records import Record
+from .data.record import Record
 from .fresh import write_tokenizer
 from .stages.base import Draws, Stage
 from .stages.contexts import Contexts

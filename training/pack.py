@@ -1,8 +1,7 @@
-"""A finished small model as an asset: the published layout in one dtype, and a card of what was measured."""
+"""A trained small model as an asset: the published layout in one dtype, and a model card with its measurements."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 
 from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
-from mindomni_rt.model.save import save_model
+
+from .outputs import save_checkpoint, save_json, save_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
@@ -62,15 +63,15 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
     found = {stage: _read(path) for stage, path in records}
     source = resolve(model)
     loaded, _ = load_model(source, DTYPES[dtype])
-    save_model(loaded, out, source=source)
+    save_checkpoint(loaded, out, source)
     card = _CARD.format(
         words=loaded.config.language.vocab_size,
         sizes=_sizes(loaded, dtype),
         making="\n".join(_making(r) for r in runs),
         record=_tables(found),
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
-    (out / RECORD).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save_text(out / "README.md", card)
+    save_json(out / RECORD, found)
     return sum(p.stat().st_size for p in out.rglob("*.safetensors"))
 
 
@@ -83,7 +84,7 @@ def _sizes(model: MindOmniModel, dtype: str) -> str:
 
 
 def _making(run: Path) -> str:
-    """One line about a run, from what it left."""
+    """One line about a run, from its logs."""
     try:
         starts = [json.loads(line) for line in (run / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -135,7 +136,7 @@ def _cell(score: dict[str, Any] | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Raises MindOmniError for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training pack", description=__doc__)
+    parser = Parser(prog="python -m training pack", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", default="float32", help="float32 (the default), float16 or bfloat16")

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from toy import ToyStream, toy_config, toy_contexts
 
-from mindomni_rt.training.loop.trainer import Trainer, start_processes
+from mindomni_rt.training.loop.sharding import start_processes
+from mindomni_rt.training.loop.trainer import Trainer
 from mindomni_rt.training.stages.base import Stage
 from mindomni_rt.training.stages.pretrain import Pretrain
+from mindomni_rt.training.stages.prior import Prior
 from mindomni_rt.training.stages.rgpo import Rgpo
 from mindomni_rt.training.stages.sft import Sft
 
@@ -30,6 +32,8 @@ def main() -> None:
     tables = {"optim": optim, "data": {"drop": 0.3}, "distill": {"weight": 16.0}, "save_every": 2, "keep": 3}
     if stage == "sft":
         tables |= {"lora": {"rank": 2, "dropout": 0.1}}
+    if stage == "prior":  # texts of unequal length
+        tables |= {"prior": {"rounds": "text"}, "data": {"drop": 0.0}}
     if stage == "rgpo":  # as at full size: bf16 weights that are frozen, float32 adapters
         optim |= {"batch": 2, "accumulate": 1}
         rewards = {"rewards": ["wordy"], "weights": [1.0], "replay": 1}
@@ -40,8 +44,8 @@ def main() -> None:
         contexts.model.to(torch.bfloat16).vae.float()
         built: Stage = Rgpo(contexts.model, contexts, config, {"wordy": wordy})
     else:
-        built = {"pretrain": Pretrain, "sft": Sft}[stage](contexts.model, contexts, config)
-    stream = ToyStream((0, 1, 2) if stage != "rgpo" else (0, 1))
+        built = {"prior": Prior, "pretrain": Pretrain, "sft": Sft}[stage](contexts.model, contexts, config)
+    stream = ToyStream({"rgpo": (0, 1), "prior": (1, 3)}.get(stage, (0, 1, 2)))
     trainer = Trainer(config, built, stream, on_step=lambda *_: time.sleep(float(pause)), bar=False)
     trainer.run()
     if trainer.rank == 0 and trainer.processes == 1:

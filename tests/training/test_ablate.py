@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from test_loop import folder  # noqa: F401 a fixture
@@ -101,3 +102,28 @@ def test_only_a_base_run_of_the_same_configuration_is_taken_for_an_arm(tmp_path)
     for other in ("optim.steps=7", "rgpo.beta_image=1.0", "data.image_size=112"):
         path.write_text(json.dumps(load_config(CONFIGS / "shapes-rgpo.toml", [other]).to_dict()))
         assert not _is_base(arm, arm.legs[0], tmp_path, 0, 1.0)
+
+
+def test_figures_of_records_and_of_validation_losses(tmp_path, capsys):
+    from mindomni_rt.training.cli import main as command
+    from mindomni_rt.training.evaluation.plots import _panels, arm_label
+
+    root = Path(__file__).parents[2]
+    assert command(["plot", "--study", str(root / "docs/ablations/stage-1.json"), "--out", str(tmp_path)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"connector.png", "distillation.png"}
+    record = root / "assets" / "shapes-world" / "evaluation.json"
+    assert command(["plot", "--stages", str(record), "--out", str(tmp_path / "stages.png")]) == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss/flow": 1.0}\n{"step": 2, "loss/flow": 0.5}\n')
+    (tmp_path / "run" / "evaluation.jsonl").write_text('{"step": 0, "flow": 1.0}\n{"step": 2, "flow": 0.7}\n')
+    log = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    panels = _panels(tmp_path / "run", log)
+    assert [p[0] for p in panels] == ["Loss terms", "Validation loss"]
+    assert panels[1][2] == {"flow": [1.0, 0.7]}
+    assert command(["plot", str(tmp_path / "run"), "--out", str(tmp_path / "run.png")]) == 0
+    for wrong in ([], ["--study", str(record)], [str(tmp_path / "run"), "--stages", str(record)]):
+        assert command(["plot", *wrong, "--out", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
+    assert arm_label({"arm": "0 layers, 1/6 budget", "steps": 100}) == "linear only, 100 steps"
+    assert arm_label({"arm": "1 layers, 1/2 budget", "steps": 300}) == "1 layer, 300 steps"
+    assert arm_label({"arm": "1+2+3"}) == "stages 1 + 2 + 3" and arm_label({"arm": "base / 10"}) == "base / 10"

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mindomni_rt.training.config import BadConfigError, load_config
+from mindomni_rt.training.cli import main
+from mindomni_rt.training.config import load_config
+from mindomni_rt.training.errors import BadConfigError
+from mindomni_rt.training.loop.fingerprint import _flat
+from mindomni_rt.training.reference import reference
 
 GOOD = 'stage = "pretrain"\nmodel = "m"\nout = "o"\n[optim]\nlr = 1\nsteps = 7\n[distill]\nweight = 256\n'
 
@@ -56,3 +60,41 @@ def test_every_committed_configuration_reads():
     assert files
     for path in files:
         assert load_config(path).stage in path.stem
+
+
+def test_a_mistake_is_blamed_on_where_it_is(tmp_path):
+    path = write(tmp_path, GOOD + "[optim2]\n")
+    with pytest.raises(BadConfigError, match=rf"^{path}: unknown key optim2"):
+        load_config(path)
+    path = write(tmp_path, GOOD)
+    for item, match in (
+        ("optim.lr=fast", r"optim\.lr = 'fast': expected float"),
+        ("optim.steps=0", r"optim\.steps = 0: expected at least 1"),
+        ("optim.stepz=1", r"unknown key optim\.stepz"),
+        ("optim.lr=nan", "expected a finite number"),
+        ("stage=training", "expected one of"),
+        ("rgpo.weights=[1.0]", "2 rewards and 1 weights"),
+        ("model.x=1", "model is a value, not a table"),
+    ):
+        with pytest.raises(BadConfigError, match=match) as error:
+            load_config(path, [item])
+        assert str(error.value).startswith(f"{item!r} on the command line: "), item
+    with pytest.raises(BadConfigError, match=rf"^{path}: optim\.steps = 0"):
+        load_config(write(tmp_path, GOOD.replace("steps = 7", "steps = 0")), ["optim.lr=1e-4"])
+
+
+def test_rewards_without_weights_weigh_one_each():
+    config = load_config(None, ["stage=rgpo", "model=m", "out=o", "rgpo.rewards=['a:b', 'format', 'c:d']"])
+    assert config.rgpo.weighted() == [("a:b", 1.0), ("format", 1.0), ("c:d", 1.0)]
+
+
+def test_the_reference_page_is_current_and_complete(capsys, tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "training-configuration.md"
+    assert page.read_text(encoding="utf-8") == reference(), "run `python -m training config-reference --out " + str(
+        page
+    )
+    keys = [f"`{name}`" for name in _flat(load_config(None, ["stage=sft", "model=m", "out=o"]).to_dict())]
+    assert all(f"| {key} |" in reference() for key in keys) and len(keys) > 60
+    assert main(["config-reference"]) == 0 and capsys.readouterr().out == reference()
+    assert main(["config-reference", "--out", str(tmp_path / "a" / "page.md")]) == 0
+    assert (tmp_path / "a" / "page.md").read_text(encoding="utf-8") == reference()

@@ -22,10 +22,11 @@ from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.model.save import save_model
 from mindomni_rt.training.config import OptimConfig
+from mindomni_rt.training.errors import StorageError
 from mindomni_rt.training.loop import checkpointing
-from mindomni_rt.training.loop.checkpointing import StorageError
-from mindomni_rt.training.loop.logs import dump_rollouts
+from mindomni_rt.training.loop.rollout_dump import dump_rollouts
 from mindomni_rt.training.loop.trainer import Trainer, learning_rate
+from mindomni_rt.training.stages.base import Sample
 from mindomni_rt.training.stages.pretrain import Pretrain
 
 HERE = Path(__file__).parent
@@ -192,7 +193,7 @@ def test_a_log_on_a_full_disk_is_named(name, folder, tmp_path):
 def test_rollouts_on_a_full_disk_are_named(tmp_path):
     (tmp_path / "step-000001.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"rollouts .* cannot be written: No space left"):
-        dump_rollouts(tmp_path, 1, [{"text": "x"}], [np.zeros((4, 4, 3), np.uint8)], 1)
+        dump_rollouts(tmp_path, 1, [Sample(0, "p", "x", "", 1.0, np.zeros((4, 4, 3), np.uint8))])
 
 
 def test_a_full_disk_is_named_and_keeps_what_was_saved(folder, tmp_path):

@@ -16,8 +16,10 @@ from toy import picture
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.training.config import DataConfig
-from mindomni_rt.training.data.records import BadDataError, Record, open_stream
+from mindomni_rt.training.data.record import Record
+from mindomni_rt.training.data.records import expanded, open_stream
 from mindomni_rt.training.data.world.clip import WorldClip, load_clip, save_clip
+from mindomni_rt.training.errors import BadDataError
 from mindomni_rt.training.stages.rewards import Rollout, make
 
 
@@ -257,7 +259,7 @@ def test_latents_and_a_full_disk(tmp_path, monkeypatch):
     from mindomni_rt.model.vae import AutoencoderKL
     from mindomni_rt.training.data.latents import LatentCache
     from mindomni_rt.training.data.world.vae import CONFIG
-    from mindomni_rt.training.loop.checkpointing import StorageError
+    from mindomni_rt.training.errors import StorageError
 
     def full(path, data):
         raise OSError(28, "No space left on device")
@@ -273,3 +275,105 @@ def test_latents_and_a_full_disk(tmp_path, monkeypatch):
     first = cache.targets([picture(0)])
     again = LatentCache(vae, 32, torch.device("cpu"), str(tmp_path / "latents")).targets([picture(0)])
     assert torch.equal(first, again) and len(list((tmp_path / "latents").iterdir())) == 1
+
+
+def member(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def encoded(form, **options):
+    held = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(held, form, **options)
+    return held.getvalue()
+
+
+def first_of(path):
+    return open_stream(DataConfig(source="webdataset", paths=(str(path),), shuffle=1), "sft", 0).next_batch(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.bmp", "BMP"),
+        ("a.gif", "GIF"),
+        ("a.tif", "TIFF"),
+        ("a.TIFF", "TIFF"),
+        ("a.webp", "WEBP"),
+        ("a.v1.jpg", "JPEG"),
+    ],
+)
+def test_every_kind_of_picture_in_a_shard_is_read(name, form, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member(tar, name, encoded(form))
+        member(tar, "a.txt", b"a cat")
+    pixel = np.asarray(first_of(tmp_path / "a.tar").output_image)[8, 8].astype(int)
+    assert np.abs(pixel - (200, 30, 40)).max() < 12  # JPEG and WebP are lossy
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({"a.heic": b"x", "a.txt": b"a cat"}, r"a\.tar:a: \.heic is no picture that is read; expected one of png"),
+        ({"a.v1.png": b"", "a.v2.png": b"", "a.txt": b"a"}, r"a\.tar:a: 2 files are its picture \(v1\.png, v2\.png\)"),
+        ({"a.png": b"no image", "a.txt": b"a"}, r"a\.tar:a: .*"),
+        ({"a.v1.txt": b"a", "a.v2.txt": b"b"}, r"a\.tar:a: 2 files are its \.txt"),
+        ({"a.png": encoded("PNG")}, r"a\.tar:a: expected a \.txt or \.json"),
+        ({"a.png": encoded("PNG"), "a.json": b"{"}, r"a\.tar:a: "),
+        ({"a.png": encoded("PNG"), "a.txt": b"\xff"}, r"a\.tar:a: "),
+    ],
+)
+def test_a_sample_that_is_not_understood_is_named(files, match, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in files.items():
+            member(tar, name, data)
+    with pytest.raises(BadDataError, match=match):
+        first_of(tmp_path / "a.tar")
+
+
+def test_a_reward_from_the_current_folder_and_its_errors_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "here_rewards.py").write_text(
+        "import numpy as np\nNUMBER = 3\ndef long(rollouts):\n    return [len(r.token_ids) for r in rollouts]\n"
+        "def broken(rollouts):\n    return 1 / 0\ndef words(rollouts):\n    return ['a' for _ in rollouts]\n"
+    )
+    (tmp_path / "torn_rewards.py").write_text("def (\n")
+    (tmp_path / "needy_rewards.py").write_text("raise RuntimeError('no key\\nset one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as an installed command starts
+    assert make("here_rewards:long")([rollout()]).tolist() == [2.0]
+    for name, match in (
+        (
+            "here_rewards:broken",
+            r"'here_rewards:broken' raised ZeroDivisionError: division by zero \(.*here_rewards.py:6\)",
+        ),
+        ("here_rewards:words", "raised ValueError"),
+    ):
+        with pytest.raises(BadRequestError, match=match):
+            make(name)([rollout()])
+    for name, match in (
+        ("here_rewards:NUMBER", "holds no function 'NUMBER'"),
+        ("torn_rewards:x", r"SyntaxError: .*torn_rewards.py:1"),
+        ("needy_rewards:x", "RuntimeError: no key set one"),
+    ):
+        with pytest.raises(BadRequestError, match=match) as error:
+            make(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["", "runs/shapes/reward", "./reward", "/none/at/all"])
+def test_a_missing_reward_model_names_the_command_that_makes_it(model):
+    with pytest.raises(BadRequestError, match=r"python -m training\.data\.world FOLDER --only reward"):
+        make("consistency", model)
+
+
+def test_paths_with_ranges_and_wildcards(tmp_path):
+    assert expanded("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+    assert expanded("http://x/{0..1}-{3..3}.tar?y") == ["http://x/0-3.tar?y", "http://x/1-3.tar?y"]
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(f'{{"instruction": "{name}"}}\n')
+    assert expanded(f"{tmp_path}/*.jsonl") == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    found = {r.instruction for r in stream(tmp_path / "*.jsonl").next_batch(2)}
+    assert found == {"a.jsonl", "b.jsonl"}
+    with pytest.raises(BadDataError, match=r"no file matches .*\*\.tar"):
+        expanded(f"{tmp_path}/*.tar")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from mindomni_rt.loading import load
 from mindomni_rt.model.save import save_model
 from mindomni_rt.training.stages import rollouts
 from mindomni_rt.training.stages.contexts import context_of, thought_text
-from mindomni_rt.training.stages.losses import IGNORE
+from mindomni_rt.training.stages.losses import IGNORE, entropy, token_log_probs, without_token
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,51 @@ def test_labels_cover_what_the_model_writes(folder):
     assert texts == [f"{written} <|im_end|>", "three <|im_end|>"]
     # The condition of a finished thought ends with its closing tag.
     assert contexts.chat.tokenizer.id_to_token(int(rows[0].token_ids[-1])) == "</answer>"
+
+
+def test_greedy_text_has_the_repetition_penalty_of_the_checkpoint(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "mllm" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.7}))
+    pipe, contexts = load(tmp_path / "model", device="cpu"), toy_contexts(tmp_path / "model", noisy=False)
+    assert contexts.config.generation.repetition_penalty == 1.7
+    prompts = ["draw one red circle", "draw two", "the same picture is a blue blue square"]
+    found = rollouts.write(contexts, [contexts.paint(p, think=True) for p in prompts], 12)
+    without = rollouts.write(contexts, [contexts.paint(p, think=True) for p in prompts], 12, repetition_penalty=1.0)
+    assert [w.token_ids for w in found] != [w.token_ids for w in without]  # the penalty decides something here
+    for prompt, completion in zip(prompts, found, strict=True):
+        result = pipe.generate(
+            prompt, think=True, max_new_tokens=12, height=32, width=32, num_inference_steps=1, guidance_scale=1, seed=0
+        )
+        assert result.token_ids == completion.token_ids
+
+
+def test_the_policy_never_chooses_an_image_token(folder, tmp_path):
+    contexts = toy_contexts(folder)
+    image = contexts.config.language.image_token_id
+    with torch.no_grad():  # a head that wants the image token most of the time
+        contexts.model.language.lm_head.weight.mul_(0.01)
+        contexts.model.language.norm.weight.fill_(1.0)
+        direction = contexts.states(contexts.batch([contexts.paint("draw one", think=True)]))[0, -1]
+        contexts.model.language.lm_head.weight[image] = direction
+    prompt = contexts.paint("draw one", think=True, images=[picture(0)])
+    free = rollouts.write(contexts, [prompt] * 20, 3, 1.0, torch.Generator().manual_seed(0))
+    assert any(image in w.token_ids for w in free)
+    kept = rollouts.write(contexts, [prompt] * 20, 3, 1.0, torch.Generator().manual_seed(0), forbidden=image)
+    assert not any(image in w.token_ids for w in kept)
+    # Its probability is zero in the loss too: the others add up to one, and the entropy is finite.
+    logits = without_token(torch.randn(2, 7, requires_grad=True), 3)
+    probabilities = token_log_probs(logits.unsqueeze(1).expand(2, 7, 7), torch.arange(7).expand(2, 7)).exp()
+    assert probabilities[:, 3].max() == 0 and torch.allclose(probabilities.sum(1), torch.ones(2))
+    others = [i for i in range(7) if i != 3]
+    torch.testing.assert_close(entropy(logits), entropy(logits[:, others]))
+
+
+def test_an_image_token_that_was_written_is_no_image(folder):
+    contexts = toy_contexts(folder)
+    image = contexts.config.language.image_token_id
+    prompt = contexts.paint("draw one", think=True, images=[picture(0)])
+    x = contexts.embed(contexts.batch([prompt.extended([image, 5])]))
+    assert torch.equal(x[0, -2], contexts.model.language.embed_tokens.weight[image])
+    alone = contexts.embed(contexts.batch([prompt]))
+    torch.testing.assert_close(x[:, : alone.shape[1]], alone)

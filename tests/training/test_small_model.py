@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mindomni_rt.training.evaluation.evaluate import departures, main, pool
+from mindomni_rt.training.evaluation.evaluate import main
 from mindomni_rt.training.pack import RECORD
+from mindomni_rt.training.scores import departures, pool
 
 MODEL = Path(__file__).parents[2] / "assets" / "shapes-world"
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
-from mindomni_rt.training.loop.trainer import NonFiniteError, Trainer
+from mindomni_rt.training.errors import BadConfigError, NonFiniteError
+from mindomni_rt.training.loop.trainer import Trainer
 from mindomni_rt.training.stages.adapters import merge_adapters
 from mindomni_rt.training.stages.base import Draws, digest
 from mindomni_rt.training.stages.pretrain import Pretrain
@@ -203,3 +204,35 @@ def test_an_image_kl_of_no_weight_is_measured_and_moves_nothing(folder, tmp_path
     terms = stage("terms", stage("prepare", stream.next_batch(2), Draws(0, 0, 0, 2, 0, 2)))
     assert not terms.parts["kl_image"].requires_grad
     assert terms.total.item() == terms.parts["policy"].item()
+
+
+def test_a_fractional_alpha_scales_the_adapter(folder, tmp_path):
+    stage, _, _ = make("sft-lora", folder, tmp_path, lora={"rank": 4, "alpha": 2.5})
+    layer = stage.model.decoder.llm.layers[0].self_attn.qkv_proj
+    assert layer.scaling["default"] == 2.5 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_merge_in_float32_and_round_once(dtype, folder, tmp_path):
+    stage, _, _ = make("sft-lora", folder, tmp_path, lora={"rank": 4, "alpha": 3.0})
+    layer = stage.model.decoder.llm.layers[0].self_attn.qkv_proj
+    layer.base_layer.weight.data = layer.base_layer.weight.data.to(dtype)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+    a, b = (m["default"].weight.detach().double() for m in (layer.lora_A, layer.lora_B))
+    wanted = (layer.base_layer.weight.double() + 0.75 * b @ a).to(dtype)
+    merge_adapters(stage.model)
+    merged = stage.model.decoder.llm.layers[0].self_attn.qkv_proj.weight
+    assert merged.dtype == dtype
+    difference = (merged.double() - wanted.double()).abs().max()
+    assert difference < (1e-6 if dtype == torch.float32 else 1e-3)
+    if dtype == torch.bfloat16:  # but for ties of float32's own rounding, the nearest bf16 number everywhere
+        assert (merged == wanted).float().mean() > 0.999
+
+
+def test_the_rank_of_stage_2_has_a_default_and_zero_is_refused(folder, tmp_path):
+    contexts = toy_contexts(folder)
+    stage = Sft(contexts.model, contexts, toy_config("sft", folder, tmp_path))
+    assert stage.model.decoder.llm.layers[0].self_attn.qkv_proj.lora_A["default"].weight.shape[0] == 16
+    with pytest.raises(BadConfigError, match=r"sft\.decoder = 'full'"):
+        toy_config("sft", folder, tmp_path, lora={"rank": 0})

@@ -134,3 +134,39 @@ def test_own_data_with_validation(runs, tmp_path, capsys):
     assert main([*arguments, "optim.steps=4", "optim.batch=2", "device=cpu"]) == 0
     steps = [json.loads(x)["step"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("stage", ["prior", "pretrain", "sft", "rgpo"])
+def test_a_stage_with_nothing_set_but_model_and_data(stage, runs, tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    line = {"instruction": "draw one", "think_content": "one", "instruction_qwen": "one", "output_image": "a.png"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "a.toml").write_text(
+        f"stage = '{stage}'\nmodel = '{toy_folder(runs / 'toy')}'\nout = '{tmp_path / 'run'}'\n"
+        f"[data]\nsource = 'jsonl'\npaths = ['{tmp_path / 'a.jsonl'}']\n"
+    )
+    small = ["data.image_size=32", "optim.steps=1", "optim.batch=2"]  # only so that it is quick
+    code = main([stage, "--quiet", "--config", str(tmp_path / "a.toml"), *small])
+    error = capsys.readouterr().err
+    if stage == "rgpo":
+        assert code == 2 and "needs rgpo.reward_model" in error and "--only reward" in error and error.count("\n") == 1
+        (tmp_path / "b.toml").write_text((tmp_path / "a.toml").read_text() + "[rgpo]\nrewards = ['format']\n")
+        small += ["rgpo.max_new_tokens=3", "rgpo.image_steps=2"]
+        code = main([stage, "--quiet", "--config", str(tmp_path / "b.toml"), *small])
+    assert code == 0, error
+
+
+def test_accuracy_of_the_world_at_another_size_is_refused(runs, tmp_path, capsys):
+    small = [f"model={toy_folder(runs / 'toy')}", f"out={tmp_path}", "data.image_size=32", "device=cpu"]
+    assert main(["sft", "--config", str(CONFIGS / "shapes-sft.toml"), *small]) == 2
+    assert "reads images of 96 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["sft"], ["evaluate"], ["plot"], ["pack"], ["ablate", "--jobs", "x"]]
+)
+def test_mistakes_of_the_command_line_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    told = capsys.readouterr().err
+    assert error.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from mindomni_rt.bundle.manifest import write_whole
 from mindomni_rt.inputs.images import load_image, vae_pixels
 from mindomni_rt.model.vae import AutoencoderKL
 
-from ..loop.checkpointing import StorageError
+from ..errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 RECENT = 2048  # latents held in memory, 64 KB each at 512 pixels
 
@@ -31,7 +34,10 @@ class LatentCache:
         self.vae, self.size, self.device = vae, size, device
         self.folder = Path(folder) if folder else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"data.cache_latents = {folder!r}: {error.strerror or error}") from error
         self._recent: dict[str, Tensor] = {}
         self._vae = self._fingerprint() if self.folder else ""
 
@@ -68,9 +74,9 @@ class LatentCache:
 
     def _encoded(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         keys = [hashlib.sha256(f"{tuple(p.shape)}".encode() + p.numpy().tobytes()).hexdigest() for p in pixels]
-        found = {key: self._find(key) for key in keys}
+        found = {key: self._find(key, self._shape(p)) for key, p in zip(keys, pixels, strict=True)}
         missing = {k: p for k, p in zip(keys, pixels, strict=True) if found[k] is None}
-        # One at a time: rounding must not depend on which others are missing, or a resumed run parts from a whole one.
+        # One at a time: rounding must not depend on which others are missing, or a resumed run would differ.
         for key, one in missing.items():
             latents = self.encode(one[None])[0].clone()
             found[key] = self._keep(key, latents)
@@ -82,13 +88,27 @@ class LatentCache:
             out.append(latents_or_none)
         return out
 
-    def _find(self, key: str) -> Tensor | None:
+    def _shape(self, pixels: Tensor) -> tuple[int, ...]:
+        """The latents' shape of pixels (3, H, W)."""
+        config = self.vae.config
+        return (config.latent_channels, *(side // config.downscale for side in pixels.shape[1:]))
+
+    def _find(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Kept latents; None, so that they are made again, also for a file that is damaged."""
         if key in self._recent:
             return self._recent[key]
         path = self.folder / f"{self._vae}-{key}.npy" if self.folder else None
         if path is None or not path.exists():
             return None
-        return self._keep(key, torch.from_numpy(np.load(path)).to(self.device))
+        try:
+            kept = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning("%s does not read (%s); the latents are computed again", path, error)
+            return None
+        if kept.shape != shape or kept.dtype != np.float32 or not np.isfinite(kept).all():
+            logger.warning("%s holds no latents of shape %s; they are computed again", path, shape)
+            return None
+        return self._keep(key, torch.from_numpy(kept).to(self.device))
 
     def _keep(self, key: str, latents: Tensor) -> Tensor:
         self._recent[key] = latents
@@ -99,7 +119,7 @@ class LatentCache:
     def _store(self, key: str, latents: Tensor) -> None:
         if self.folder is None:
             return
-        # numpy, given a path, tells of no full disk; the bytes are made first and written whole or not at all.
+        # numpy does not report a full disk when it is given a path, so the bytes are made first.
         data = io.BytesIO()
         np.save(data, latents.cpu().numpy())
         path = self.folder / f"{self._vae}-{key}.npy"

@@ -2,10 +2,10 @@
 
     python -m training ablate --base runs/shapes --out runs/ablate [--only NAME …] [--seeds 0 1 2] [--jobs 2]
 
-Each study is data: its arms are the stages to run, from which model of the base run, with which settings changed. An
-arm that is finished is not run again, so the command can be stopped and repeated; arms that two studies share run once.
-Seeds come one after another, so that a table of fewer seeds is whole. Budgets: where a short budget could decide the
-order, a study has the arm at the base's budget and at one where it no longer improves.
+Each study is data: for each arm the stages to run, the model of the base run to start from, and the changed settings.
+A finished arm is not run again, so the command can be stopped and repeated; arms that two studies share run once. All
+arms of a seed run before the next seed, so that a table of fewer seeds is complete. Where a short budget could decide
+the order, a study has its arms at two budgets.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from typing import Any
 
 import torch
 
-from mindomni_rt.bundle.manifest import write_whole
+from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
-from mindomni_rt.model.save import save_model
 
 from ..config import load_config
 from ..loop.logs import commit
+from ..loop.runs import finish, open_contexts, start
+from ..outputs import save_checkpoint, save_json, save_text
+from ..suites import Settings, evaluate
+from .plots import plot_study, slug
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -56,7 +59,7 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """A folder's name made of everything but the name: equal arms of two studies share it."""
+        """A folder name from everything but `name`: equal arms of two studies share it."""
         parts = [self.start] + [f"{g.stage} {g.share:.2g} {' '.join(g.overrides)}" for g in self.legs]
         depth = [] if self.layers is None else [f"{self.layers} layers"]
         return slug(" ".join([*parts, *depth]))
@@ -70,7 +73,7 @@ def _pretrain(name: str, share: float, *overrides: str, layers: int | None = Non
     return Arm(name, "prior", (Leg("pretrain", overrides, share),), layers)
 
 
-SHORT, ENOUGH = 1 / 6, 1 / 2  # of the base's budget: where stage 1 is halfway, and where it is done
+SHORT, ENOUGH = 1 / 6, 1 / 2  # shares of the base's budget: stage 1 half trained, and converged
 STUDIES: dict[str, tuple[Arm, ...]] = {
     "stages": (
         Arm("1", "pretrain", ()),
@@ -114,14 +117,11 @@ COLUMNS = ("text", "image", "direct", "caption", "format")
 
 
 def score(model: Path, count: int, seed: int) -> dict[str, float]:
-    """Shares of held-out prompts that come out right, by the exact verifier.
+    """Shares of held-out prompts that are right, by the exact verifier.
 
-    text: the thought's answer names the scene asked for; image: the picture shows it, with thinking; direct: without;
-    caption: plain captions painted right; format: closed tags.
+    text: the answer names the scene that was asked for; image: the image shows it, with thinking; direct: without
+    thinking; caption: images of plain captions; format: closed tags.
     """
-    from ..loop.runs import open_contexts
-    from .evaluate import Settings, evaluate
-
     contexts = open_contexts(str(model), torch.device("cpu"), 96)
     found = evaluate(contexts, ("riddles", "direct", "captions"), Settings(n=count, seed=seed))
     riddles = found["riddles"]
@@ -135,7 +135,7 @@ def fresh_connector(source: Path, out: Path, layers: int, seed: int) -> Path:
     stack = replace(model.config.connector.stack, num_layers=layers)
     torch.manual_seed(seed)
     model.connector = Connector(replace(model.config.connector, stack=stack))
-    save_model(model, out, source=source)
+    save_checkpoint(model, out, source)
     return out
 
 
@@ -144,15 +144,13 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
 
     Raises BadRequestError where the base run lacks what the arm starts from.
     """
-    from ..loop.runs import finish, start
-
     folder = out / arm.slug / str(seed)
     result = folder / "result.json"
     if result.exists():
         return {**json.loads(result.read_text(encoding="utf-8")), "arm": arm.name}
     began, model = time.perf_counter(), base / arm.start / "model"
     if not model.is_dir():
-        raise BadRequestError(f"{model} is not there: --base wants a folder that run_small.sh has filled")
+        raise BadRequestError(f"{model} does not exist: --base is the folder that training/run_small.sh fills")
     if arm.layers is not None:
         model = fresh_connector(model, folder / "start", arm.layers, seed)
     run: dict[str, Any] = {}
@@ -177,13 +175,12 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         **score(model, count, seed),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(result, (json.dumps(found, indent=2) + "\n").encode())
+    save_json(result, found)
     return found
 
 
 def _is_base(arm: Arm, leg: Leg, base: Path, seed: int, scale: float) -> bool:
-    """Whether the base run has already done exactly this."""
+    """Whether the base run is this arm: same start, settings, budget and seed."""
     path, before = base / leg.stage / "config.json", {"pretrain": "prior", "sft": "pretrain", "rgpo": "sft"}[leg.stage]
     if leg.overrides or leg.share * scale != 1 or arm.layers is not None or arm.start != before or len(arm.legs) > 1:
         return False
@@ -195,7 +192,7 @@ def _is_base(arm: Arm, leg: Leg, base: Path, seed: int, scale: float) -> bool:
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration but for where it reads and writes, and how often it tells."""
+    """The settings of a configuration that decide its result: no folders, no intervals of logging."""
     kept = {k: v for k, v in config.items() if k in ("seed", "optim", "lora", "distill", "sft")}
     kept |= {f"data.{k}": v for k, v in config["data"].items() if k != "cache_latents"}
     return kept | {f"rgpo.{k}": v for k, v in config["rgpo"].items() if k != "reward_model"}
@@ -220,7 +217,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Prints the table; writes ablation.json, ablation.md and a PNG for each study."""
-    parser = argparse.ArgumentParser(prog="python -m training ablate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m training ablate", description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, default=Path("runs/shapes"), help="what run_small.sh made")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="STUDY", help=f"of: {', '.join(STUDIES)}")
@@ -280,8 +277,6 @@ def _run_all(runs: Sequence[tuple[str, Arm, int]], options: argparse.Namespace) 
 
 
 def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    from .plots import plot_study
-
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -293,9 +288,8 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         "not_run": _not_run(results),
         "results": {s: [{k: v for k, v in r.items() if k != "run"} for r in rows] for s, rows in results.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ablation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (options.out / "ablation.md").write_text(table(results), encoding="utf-8")
+    save_json(options.out / "ablation.json", record)
+    save_text(options.out / "ablation.md", table(results))
     for study in results:
         plot_study(study, results[study], options.out)
 
@@ -312,12 +306,8 @@ def _not_run(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _processor() -> str:
-    """The CPU's name where the system tells it."""
+    """The name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

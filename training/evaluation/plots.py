@@ -1,11 +1,12 @@
-"""Pictures of runs: curves from metrics.jsonl, results as dots with their range.
+"""Figures: curves of runs, results of ablation studies, accuracy of a model after each stage.
 
-`python -m training plot RUN [RUN …] --out FILE.png` shows what runs have logged, a run a row.
+python -m training plot RUN [RUN …] --out FILE.png              what runs have logged
+python -m training plot --study ablation.json --out FOLDER      a picture for each study of a record
+python -m training plot --stages evaluation.json --out FILE.png  a packed model's accuracy by stage
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError, MissingExtraError
+
+from ..outputs import check_target
 
 CURVES = {
     "pretrain": (("loss/flow", "flow loss"),),
@@ -23,11 +27,36 @@ CURVES = {
 }
 LOGARITHMIC = ("flow loss", "image KL, per token", "text KL")
 EVALUATED = {"pretrain": "captions/image", "sft": "riddles/image", "rgpo": "riddles/image"}
-COLUMNS = ("text", "image", "direct", "caption")
+COLUMNS = {
+    "text": "answer of the thought",
+    "image": "image, with thinking",
+    "direct": "image, without thinking",
+    "caption": "image of a plain caption",
+}
+PANELS = {  # title: columns (a pattern of their names), and whether their scale is logarithmic
+    "Loss terms": (r"loss/(?!policy).*", True),
+    "Rewards": (r"reward/(?!.*_std|zero).*", False),
+    "Spread within groups": (r"reward/(group_std|zero_std_groups)", False),
+    "Policy": (r"policy/(entropy|clip_fraction)|completion/(truncated|distinct)", False),
+    "Gradient norm": (r"grad_norm", True),
+}
+WORDS = {
+    "loss/flow": "flow loss", "loss/distill": "feature KL", "loss/text": "text loss", "loss/read": "reply loss",
+    "loss/kl_image": "image KL", "loss/kl_text": "text KL", "grad_norm": "gradient norm",
+    "reward/group_std": "standard deviation", "reward/zero_std_groups": "groups without spread",
+    "policy/clip_fraction": "clipped tokens", "completion/truncated": "truncated completions",
+    "completion/distinct": "distinct completions", "flow": "flow loss", "distill": "feature KL", "text": "text loss",
+    "read": "reply loss", "riddles/image": "riddles: image", "riddles/text": "riddles: answer",
+    "direct/image": "riddles without thinking", "captions/image": "captions", "questions/text": "questions",
+    "edits/image": "edits: image", "edits/text": "edits: answer", "teacher/image": "decoder's own text path",
+}  # fmt: skip
+_WIDTH = 9.5  # inches: the width of a page at the resolution below
+_DPI = 110
+_ACROSS = 3  # panels in a row
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
-    """Columns of a metrics.jsonl; figures that were none are NaN. Raises BadRequestError where there is no log."""
+    """Columns of a metrics.jsonl; figures that were not finite are NaN. Raises BadRequestError without a log."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -37,9 +66,14 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """A running mean over up to `window` values behind each."""
+    """A running mean over up to `window` values: each with those before it."""
     sums = np.cumsum([0.0, *values])
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(values))]
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: letters and digits in lower case, "-" for the rest."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
 def _pyplot() -> Any:
@@ -53,106 +87,223 @@ def _pyplot() -> Any:
     return pyplot
 
 
-PANELS = {  # title: columns (a pattern of their names), and whether their scale is logarithmic
-    "loss terms": (r"loss/(?!policy).*", True),
-    "reward": (r"reward/(?!.*_std|zero).*", False),
-    "spread within groups": (r"reward/(group_std|zero_std_groups)", False),
-    "policy": (r"policy/(entropy|clip_fraction)|completion/(truncated|distinct)", False),
-    "gradient norm": (r"grad_norm", True),
-}
+def _plain_ticks(axes: Any) -> None:
+    """0.01, 0.1, 1 instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if axes.get_yscale() == "log":
+        low, high = axes.get_ylim()
+        decades = np.log10(high / low)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _finish(axes: Any, title: str, logarithmic: bool = False, percent: bool = False) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    if logarithmic:
+        axes.set_yscale("log")
+    if percent:
+        axes.set(ylim=(-3, 103), ylabel="right, %")
+    _plain_ticks(axes)
+    axes.legend(fontsize=8)
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
-    """What each run logged and its evaluations, a row a run, to a PNG. Raises BadRequestError, MissingExtraError."""
+    """What each run logged, with its evaluations, to a PNG. Raises BadRequestError, MissingExtraError."""
     logs = {run: read_metrics(run / "metrics.jsonl") for run in runs}
     pyplot = _pyplot()
-    across = 1 + max(sum(any(re.fullmatch(p, c) for c in log) for p, _ in PANELS.values()) for log in logs.values())
-    figure, grid = pyplot.subplots(
-        len(runs), across, figsize=(3.6 * across, 3.0 * len(runs)), layout="constrained", squeeze=False
-    )
-    for (run, log), row in zip(logs.items(), grid, strict=True):
-        shown = [(title, *rest) for title, rest in PANELS.items() if any(re.fullmatch(rest[0], c) for c in log)]
-        for axes, (title, pattern, logarithmic) in zip(row, shown, strict=False):
-            for column in sorted(c for c in log if re.fullmatch(pattern, c)):
-                window = max(1, len(log["step"]) // 30)
-                axes.plot(log["step"], smooth(log[column], window), lw=1.2, label=column.partition("/")[2] or column)
-            axes.set(title=title, yscale="log" if logarithmic else "linear")
-        held = run / "evaluation.jsonl"
-        if held.exists():
-            figures = read_metrics(held)
-            for column in (c for c in figures if re.fullmatch(r".*/(image|text)", c)):
-                row[-1].plot(figures["step"], 100 * np.array(figures[column]), "o-", lw=1.2, ms=3, label=column)
-            row[-1].set(title="right, exact, %", ylim=(-3, 103))
-        for axes in row:
-            if axes.has_data():
-                axes.set_xlabel("step")
-                axes.legend(fontsize=7)
-            else:
-                axes.set_axis_off()
-        row[0].set_ylabel(run.name)
+    parts = {run: _panels(run, log) for run, log in logs.items()}
+    rows = [-(-len(p) // _ACROSS) for p in parts.values()]
+    figure = pyplot.figure(figsize=(_WIDTH, 2.7 * sum(rows) + 0.3 * len(runs)), layout="constrained")
+    blocks = figure.subfigures(len(runs), 1, height_ratios=rows, squeeze=False)[:, 0]
+    for block, (run, panels), count in zip(blocks, parts.items(), rows, strict=True):
+        block.suptitle(run.name, fontsize=11)
+        for place, (title, steps, lines, logarithmic, percent) in enumerate(panels, 1):
+            axes = block.add_subplot(count, min(_ACROSS, len(panels)), place)
+            for name, values in lines.items():
+                axes.plot(steps, values, "o-" if len(steps) < 30 else "-", lw=1.3, ms=3, label=WORDS.get(name, name))
+            _finish(axes, title, logarithmic, percent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+    figure.savefig(out, dpi=_DPI)
     pyplot.close(figure)
+
+
+Panel = tuple[str, list[float], dict[str, Any], bool, bool]
+"""Title, steps, lines by column name, logarithmic scale, per cent."""
+
+
+def _panels(run: Path, log: dict[str, list[float]]) -> list[Panel]:
+    """The panels that have data."""
+    out: list[Panel] = []
+    window = max(1, len(log["step"]) // 30)
+    for title, (pattern, logarithmic) in PANELS.items():
+        found = sorted(c for c in log if re.fullmatch(pattern, c))
+        if found:
+            lines = {_short(c): smooth(log[c], window) for c in found}
+            out.append((title, log["step"], lines, logarithmic, False))
+    held = run / "evaluation.jsonl"
+    if held.exists():
+        figures = read_metrics(held)
+        right = {c: 100 * np.array(figures[c]) for c in figures if re.fullmatch(r".+/(image|text)", c)}
+        losses: dict[str, Any] = {c: figures[c] for c in ("flow", "distill", "text", "read") if c in figures}
+        if right:
+            out.append(("Held-out accuracy", figures["step"], right, False, True))
+        if losses:
+            out.append(("Validation loss", figures["step"], losses, True, False))
+    return out
+
+
+def _short(column: str) -> str:
+    return WORDS.get(column, column.partition("/")[2] or column)
+
+
+def arm_label(row: dict[str, Any]) -> str:
+    """An arm's name in the words of docs/training.md: the steps of its budget, "linear only" for no layers."""
+    name = re.sub(r"(\S+) budget", f"{row.get('steps')} steps", str(row["arm"]))
+    name = re.sub(r"^0 layers", "linear only", re.sub(r"^1 layers", "1 layer", name))
+    return f"stages {name.replace('+', ' + ')}" if re.fullmatch(r"1(\+\d)*", name) else name
 
 
 def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """A study's curves (every seed a thin line) beside its results, to out/STUDY.png.
+    """A study's curves (mean over seeds, with their range) above its results, to out/STUDY.png.
 
-    rows: results of `run_arm`, whose `run` names the folder of the curves. Raises MissingExtraError without matplotlib.
+    rows: results of `run_arm`, whose `run` names the folder of the curves; without folders only results are shown.
+    Raises MissingExtraError without matplotlib.
     """
     pyplot = _pyplot()
-    from .ablate import slug
-
-    stages = [r["stage"] for r in rows if r.get("stage")]
-    curves = CURVES[stages[0]] if stages else ()
-    width = 4 if len(curves) > 1 else 4.7
-    figure, panels = pyplot.subplots(1, len(curves) + 2, figsize=(width * (len(curves) + 2), 3.8), layout="constrained")
-    *lefts, middle, right = panels
     names = list(dict.fromkeys(r["arm"] for r in rows))
-    colours = [f"C{index}" for index in range(len(names))]
-    evaluated = ""
-    for name, colour in zip(names, colours, strict=False):
-        for index, row in enumerate(r for r in rows if r["arm"] == name):
-            if not row.get("stage"):
-                continue
-            folder, title = Path(row["run"]), name if not index else None
-            if (folder / "metrics.jsonl").exists():
-                metrics = read_metrics(folder / "metrics.jsonl")
-                for panel, (column, _) in zip(lefts, CURVES[row["stage"]], strict=False):
-                    shown = smooth(metrics.get(column, []), max(1, len(metrics["step"]) // 12))
-                    panel.plot(metrics["step"][: len(shown)], shown, color=colour, lw=1, alpha=0.8, label=title)
-            if (folder / "evaluation.jsonl").exists():
-                evaluated = EVALUATED[row["stage"]]
-                figures = read_metrics(folder / "evaluation.jsonl")
-                percent = 100 * np.array(figures[evaluated])
-                middle.plot(figures["step"], percent, "o-", color=colour, lw=1, ms=3, alpha=0.8, label=title)
-    for panel, (_, label) in zip(lefts, curves, strict=True):
-        panel.set(xlabel="step", ylabel=label, yscale="log" if label in LOGARITHMIC else "linear")
-    panels[0].set_title(study)
-    middle.set(xlabel="step", ylabel=f"{evaluated} right, %", ylim=(-3, 103), title="during the run")
-    for place, (name, colour) in enumerate(zip(names, colours, strict=False)):
-        mine = [r for r in rows if r["arm"] == name]
-        for at, column in enumerate(COLUMNS):
-            values = [100 * r[column] for r in mine]
-            x = at + (place - (len(names) - 1) / 2) * 0.8 / max(1, len(names))
-            right.plot([x, x], [min(values), max(values)], color=colour, lw=2)
-            right.plot(x, np.mean(values), "o", color=colour, ms=5, label=name if not at else None)
-    right.set(
-        xticks=range(len(COLUMNS)), xticklabels=COLUMNS, ylim=(-3, 103), ylabel="right, %", title="held out, by seed"
-    )
-    right.grid(axis="y", alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.savefig(out / f"{slug(study)}.png", dpi=110)
+    curves = _curves(rows)
+    columns = ["caption"] if all(r.get("stage") == "pretrain" for r in rows) else list(COLUMNS)
+    heights = [*([2.9 * -(-len(curves) // _ACROSS)] if curves else []), 0.9 + 0.3 * len(names)]
+    figure = pyplot.figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    blocks = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if curves:
+        _draw_curves(blocks[0], curves)
+    panels = blocks[-1].subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        for place, name in enumerate(names):
+            values = [100 * r[column] for r in rows if r["arm"] == name]
+            axes.plot([min(values), max(values)], [place, place], color=f"C{place}", lw=2)
+            axes.plot(np.mean(values), place, "o", color=f"C{place}", ms=6)
+        axes.set_title(
+            f"{study[:1].upper()}{study[1:]}: {COLUMNS[column]}" if len(columns) == 1 else COLUMNS[column], fontsize=10
+        )
+        axes.set(xlabel="right, %: mean and range of seeds" if len(columns) == 1 else "right, %", xlim=(-3, 103))
+        axes.grid(axis="x", alpha=0.25)
+    labels = [arm_label(next(r for r in rows if r["arm"] == n)) for n in names]
+    panels[0].set_yticks(range(len(names)), labels)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{slug(study)}.png", dpi=_DPI)
     pyplot.close(figure)
 
 
+Curves = dict[str, dict[str, list[tuple[list[float], list[float]]]]]
+"""Panel title → arm label → (steps, values) of each seed."""
+
+
+def _curves(rows: Sequence[dict[str, Any]]) -> Curves:
+    found: Curves = {}
+    for row in rows:
+        if not row.get("stage") or not row.get("run"):
+            continue
+        folder, label = Path(row["run"]), arm_label(row)
+        if (folder / "metrics.jsonl").exists():
+            metrics = read_metrics(folder / "metrics.jsonl")
+            window = max(1, len(metrics["step"]) // 12)
+            for column, title in CURVES[row["stage"]]:
+                if column in metrics:
+                    line = (metrics["step"], smooth(metrics[column], window))
+                    found.setdefault(title, {}).setdefault(label, []).append(line)
+        if (folder / "evaluation.jsonl").exists():
+            figures, column = read_metrics(folder / "evaluation.jsonl"), EVALUATED[row["stage"]]
+            line = (figures["step"], [100 * v for v in figures[column]])
+            found.setdefault(WORDS[column], {}).setdefault(label, []).append(line)
+    return found
+
+
+def _draw_curves(block: Any, curves: Curves) -> None:
+    across, order = min(_ACROSS, len(curves)), list(dict.fromkeys(label for arms in curves.values() for label in arms))
+    for place, (title, arms) in enumerate(curves.items(), 1):
+        axes = block.add_subplot(-(-len(curves) // across), across, place)
+        for label, seeds in arms.items():
+            count = min(len(values) for _, values in seeds)
+            steps = seeds[0][0][:count]
+            values = np.array([v[:count] for _, v in seeds])
+            colour = f"C{order.index(label)}"
+            axes.plot(steps, values.mean(0), color=colour, lw=1.4, label=label)
+            axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+        percent = title in WORDS.values() and title not in LOGARITHMIC
+        _finish(axes, title[:1].upper() + title[1:], title in LOGARITHMIC, percent)
+        if place > 1:
+            axes.get_legend().remove()
+
+
+STAGES = {"prior": "stage 0", "pretrain": "stage 1", "sft": "stage 2", "rgpo": "stage 3"}
+SUITES_SHOWN = ("captions/image", "questions/text", "riddles/text", "riddles/image", "direct/image", "edits/image")
+
+
+def plot_stages(records: dict[str, Any], out: Path) -> None:
+    """A packed model's accuracy after each stage, with 95 % intervals, to a PNG.
+
+    records: what `evaluation.json` holds. Raises MissingExtraError without matplotlib.
+    """
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(2, 3, figsize=(_WIDTH, 4.6), layout="constrained", sharex=True, sharey=True)
+    for axes, name in zip(panels.flat, SUITES_SHOWN, strict=True):
+        suite, _, score = name.partition("/")
+        found = [r["scores"][suite][score] for r in records.values()]
+        shares = np.array([100 * f["share"] for f in found])
+        intervals = 100 * np.array([f["interval"] for f in found])
+        axes.errorbar(range(len(found)), shares, np.abs(intervals.T - shares), fmt="o-", ms=5, lw=1.3, capsize=3)
+        for place, (share, (low, high)) in enumerate(zip(shares, intervals, strict=True)):
+            at, offset = (high, 4) if share < 85 else (low, -13)
+            axes.annotate(f"{share:.0f}", (place, at), (0, offset), textcoords="offset points", ha="center", fontsize=9)
+        axes.set_title(WORDS[name][:1].upper() + WORDS[name][1:], fontsize=10)
+        axes.set(ylim=(-5, 108), xlim=(-0.3, len(found) - 0.7), yticks=range(0, 101, 25))
+        axes.set_xticks(range(len(found)), [STAGES.get(s, s) for s in records])
+        axes.grid(alpha=0.25)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("right, %")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=_DPI)
+    pyplot.close(figure)
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found[key] if key else found
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadRequestError(f"{path}: not the record that was expected ({type(error).__name__}: {error})") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises MindOmniError for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training plot")
-    parser.add_argument("run", nargs="+", type=Path, help="a run folder")
-    parser.add_argument("--out", type=Path, required=True, help="a PNG")
+    """The command line. Raises MindOmniError for mistakes that the user can mend."""
+    parser = Parser(prog="python -m training plot", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", nargs="*", type=Path, help="run folders")
+    parser.add_argument("--study", type=Path, metavar="JSON", help="the record of `ablate`: a picture for each study")
+    parser.add_argument("--only", nargs="+", help="studies of --study to draw; default: all")
+    parser.add_argument("--stages", type=Path, metavar="JSON", help="evaluation.json of a packed model")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG; with --study a folder")
     options = parser.parse_args(argv)
+    if sum(map(bool, (options.run, options.study, options.stages))) != 1:
+        raise BadRequestError("expected run folders, --study or --stages: one of the three")
+    if options.study:
+        results = _read(options.study, "results")
+        for study in options.only or results:
+            if study not in results:
+                raise BadRequestError(f"--only {study!r}: expected some of {', '.join(results)}")
+            plot_study(study, results[study], options.out)
+        return 0
     if options.out.suffix != ".png":
         raise BadRequestError(f"--out {options.out}: expected a name that ends in .png")
-    plot_runs(options.run, options.out)
+    check_target(options.out)
+    if options.stages:
+        plot_stages(_read(options.stages, ""), options.out)
+    else:
+        plot_runs(options.run, options.out)
     return 0

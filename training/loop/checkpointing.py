@@ -1,14 +1,13 @@
-"""Training checkpoints: written whole or not at all, the newest N kept, resumed exactly.
+"""Training checkpoints: written whole or not at all, the newest `keep` kept, resumed bit for bit.
 
     run/checkpoints/step-00000500/state.pt   trained weights, optimizer, EMA, step, data position
 
-Every random draw of a step derives from (seed, step), so there is no generator to store; frozen weights come from the
-model the run started from.
+Every random number of a step derives from (seed, step), so no generator is stored. Frozen weights are read from the
+model that the run started from, whose checksum is stored.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -20,18 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mindomni_rt.errors import BadCheckpointError, MindOmniError
+from mindomni_rt.errors import BadCheckpointError
+
+from ..errors import StorageError
+from ..outputs import write_failure
 
 _NAME = re.compile(r"step-(\d{8})")
 
 
-class StorageError(MindOmniError, OSError):
-    """A checkpoint or log that could not be written."""
-
-
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after `step` steps. weights and ema by parameter name; optimizer by name too."""
+    """A run after `step` steps. weights, ema and optimizer by parameter name; fingerprint: what must not change."""
 
     step: int
     weights: dict[str, Tensor]
@@ -41,8 +39,8 @@ class State:
     fingerprint: dict[str, Any]
 
 
-def whole(tensor: Tensor, keep: bool = True) -> Tensor:
-    """A tensor on the CPU, gathered if it is sharded: all processes must call, those that keep it get it."""
+def full_tensor(tensor: Tensor, keep: bool = True) -> Tensor:
+    """A copy on the CPU, gathered if it is sharded: all processes must call; those with `keep` get the values."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu().clone() if keep else torch.empty(0)
 
@@ -58,14 +56,14 @@ def capture(
 ) -> State:
     """The state of a run. Sharded tensors are gathered one at a time; only a process that keeps them holds them all."""
     moments = {
-        name: {k: whole(v, keep) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
+        name: {k: full_tensor(v, keep) if isinstance(v, Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
         for name, p in trained.items()
     }
     return State(
         step,
-        {n: whole(p, keep) for n, p in trained.items()},
+        {n: full_tensor(p, keep) for n, p in trained.items()},
         moments,
-        {n: whole(t, keep) for n, t in ema.items()},
+        {n: full_tensor(t, keep) for n, t in ema.items()},
         data,
         dict(fingerprint),
     )
@@ -120,15 +118,11 @@ def save(folder: Path, state: State, keep: int) -> Path:
             os.fsync(file.fileno())
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
-    except (OSError, RuntimeError) as error:  # torch's writer wraps a failed write in RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save of plain tensors raises RuntimeError for a failed write only
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if isinstance(error, RuntimeError) and not full and "write" not in str(error):
-            raise
-        reason = "the disk is full" if full else str(error).splitlines()[0]
         raise StorageError(
-            f"checkpoint {target} could not be written: {reason}. Earlier checkpoints are whole; free space and run "
-            "the same command again to resume"
+            f"checkpoint {target} could not be written: {write_failure(error)}. Earlier checkpoints are whole; free "
+            "space and run the same command again to resume"
         ) from error
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, config.json with the commit, a progress bar."""
+"""Run logs: metrics, TensorBoard events, configuration, commit, rollouts, and the progress bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,10 @@ import torch
 import mindomni_rt
 
 from ..config import Config
-from .checkpointing import StorageError
+from ..errors import StorageError
+from ..stages.base import Sample
+from .board import Board
+from .rollout_dump import dump_rollouts
 
 
 def commit() -> str:
@@ -37,15 +40,14 @@ def commit() -> str:
 
 
 class Log:
-    """The log of one run, appended to when it resumes at `start`; only the first process of several writes.
+    """The log of one run, appended to when it resumes at step `start`; only the first process of several writes.
 
-    Lines of steps that a kill left behind the resumed checkpoint are dropped, so each step stands there once.
+    Lines of steps after the resumed checkpoint are removed, so that each step has one line.
     """
 
     def __init__(self, config: Config, start: int, writes: bool = True, bar: bool = True) -> None:
         self._writes = writes
         self._bar: Any = None
-        self._board: Any = None
         self.path = Path(config.out) / "metrics.jsonl"
         self._evaluations = self.path.with_name("evaluation.jsonl")
         if not writes:
@@ -71,7 +73,7 @@ class Log:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
-        self._board = _board(Path(config.out) / "tensorboard", start)
+        self._board = Board(Path(config.out) / "tensorboard", start)
         if bar:
             from tqdm import tqdm
 
@@ -80,7 +82,7 @@ class Log:
             )
 
     def write(self, step: int, figures: Mapping[str, float], show: tuple[str, ...] = ()) -> None:
-        """One line of figures for a step; numbers that are none are written as null."""
+        """One line of figures for a step; NaN and infinity are written as null."""
         if not self._writes:
             return
         line = {"step": step, **{k: round(v, 8) if math.isfinite(v) else None for k, v in figures.items()}}
@@ -89,9 +91,7 @@ class Log:
             self._file.flush()
         except OSError as error:
             raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+        self._board.scalars(step, figures)
         if self._bar is not None:
             shown = {n: f"{figures[n]:.4g}" for n in show if n in figures}
             self._bar.set_postfix(shown, refresh=False)
@@ -107,12 +107,16 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise StorageError(f"log {self._evaluations} cannot be written: {error.strerror or error}") from error
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"evaluation/{name}", value, step)
+        self._board.scalars(step, {f"evaluation/{name}": value for name, value in figures.items()})
         if self._bar is not None:
             shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
             self._bar.write(f"step {step}: {shown}", file=sys.stderr)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Rollouts of a step: texts and rewards as JSON lines and in TensorBoard, images as a labelled grid."""
+        if not self._writes:
+            return
+        self._board.rollouts(step, samples, dump_rollouts(self.path.parent / "rollouts", step, samples))
 
     def __enter__(self) -> Log:
         return self
@@ -122,17 +126,16 @@ class Log:
     ) -> None:
         if not self._writes:
             return
-        with contextlib.suppress(OSError):  # each line was flushed, and told of a full disk, when it was written
+        with contextlib.suppress(OSError):  # each line was flushed when it was written, and errors raised there
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
         if self._bar is not None:
             self._bar.close()
 
 
 def _cut(path: Path, start: int) -> None:
-    """Leaves the lines up to step `start`."""
-    if not path.is_file():  # or a device, which has no lines to cut
+    """Removes the lines after step `start`."""
+    if not path.is_file():  # or a device, which has no lines
         return
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -142,30 +145,3 @@ def _cut(path: Path, start: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue  # a half-written last line
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _board(folder: Path, start: int) -> Any:
-    """TensorBoard's writer, or None without the package: the JSON lines hold the same figures."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-
-
-def dump_rollouts(folder: Path, step: int, rows: list[dict[str, Any]], images: list[Any], columns: int) -> None:
-    """Texts with their scores as JSON lines, and the images as one grid, a group a row."""
-    from PIL import Image
-
-    name = folder / f"step-{step:06d}"
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    height, width = images[0].shape[:2]
-    grid = Image.new("RGB", (columns * (width + 2), -(-len(images) // columns) * (height + 2)), "white")
-    for index, image in enumerate(images):
-        grid.paste(Image.fromarray(image), (index % columns * (width + 2), index // columns * (height + 2)))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        name.with_suffix(".jsonl").write_text(text, encoding="utf-8")
-        grid.save(name.with_suffix(".png"))
-    except OSError as error:
-        raise StorageError(f"rollouts {name} cannot be written: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,17 +15,23 @@ from mindomni_rt.checkpoint.layout import resolve
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model
-from mindomni_rt.model.save import save_model
 
 from ..config import Config, DataConfig
+from ..data.record import Stream
+from ..data.records import open_stream
+from ..data.world.scene import SIDE
+from ..errors import BadConfigError
+from ..outputs import save_checkpoint
 from ..stages.adapters import merge_adapters
 from ..stages.base import Draws, Stage
 from ..stages.contexts import Contexts
-from .logs import dump_rollouts
-from .trainer import Stream, Trainer, start_processes, world
+from ..suites import Settings, evaluate
+from .checkpointing import full_tensor
+from .sharding import start_processes, world
+from .trainer import Trainer
 
 if TYPE_CHECKING:
-    from ..stages.rgpo import Experience, Reward
+    from ..stages.rgpo import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -85,21 +91,18 @@ def start(config: Config, bar: bool = True) -> Trainer:
     bf16 = config.wants_bf16(device.type)
     contexts = open_contexts(config.model, device, config.data.image_size, config.data.cache_latents, bf16)
     stage = make_stage(config, contexts)
-    dump = _dumper(config) if config.stage == "rgpo" else None
-    return Trainer(config, stage, make_stream(config), dump, make_evaluation(config), bar)
+    return Trainer(config, stage, make_stream(config), evaluate=make_evaluation(config), bar=bar)
 
 
 def finish(trainer: Trainer) -> Path:
     """The finished model in the published layout under `out/model`: averaged weights, adapters merged."""
-    from .checkpointing import whole
-
     stage, out = trainer.stage, Path(trainer.config.out) / "model"
     trainer.use_average()
     if trainer.processes > 1:
-        state = {n: whole(p, keep=trainer.rank == 0) for n, p in trainer.trained.items()}
+        state = {n: full_tensor(p, keep=trainer.rank == 0) for n, p in trainer.trained.items()}
         if trainer.rank:
             return out
-        # A fresh copy that is not sharded takes the gathered weights; what was frozen is as it was.
+        # The gathered weights go into a fresh copy that is not sharded. Frozen weights have not changed.
         single = replace(trainer.config, device="cpu", precision="fp32")
         bf16 = trainer.config.wants_bf16(stage.contexts.device.type)
         contexts = open_contexts(single.model, torch.device("cpu"), single.data.image_size, bf16=bf16)
@@ -108,30 +111,31 @@ def finish(trainer: Trainer) -> Path:
             for name, parameter in stage.choose_trainable().items():
                 parameter.copy_(state[name])
     merge_adapters(stage.model)
-    save_model(stage.model, out, source=resolve(trainer.config.model))
+    save_checkpoint(stage.model, out, resolve(trainer.config.model))
     return out
 
 
 def make_stream(config: Config) -> Stream:
-    """Records of a configuration. Every process reads the same ones; the loop takes each process's slice."""
-    from ..data import records as data
-
-    return data.open_stream(config.data, config.stage, config.seed)
+    """The records of a configuration. Every process reads all of them; the loop takes the slice of each."""
+    return open_stream(config.data, config.stage, config.seed)
 
 
 def make_evaluation(config: Config) -> Callable[[Stage], dict[str, float]] | None:
-    """What `evaluate_every` asks for: the world's suites, or the loss terms of the validation records."""
+    """The evaluation during a run: suites of the world, or loss terms of the validation records; None without."""
     if not config.evaluate_every:
         return None
     if config.data.source == "world":
+        if config.data.image_size != SIDE:
+            raise BadConfigError(
+                f"evaluate_every = {config.evaluate_every}: the verifier of the synthetic world reads images of {SIDE} "
+                f"pixels; set data.image_size={SIDE}, or evaluate_every=0"
+            )
         return partial(_suites, config)
     held = replace(config.data, paths=config.data.validation, drop=0.0)
     return partial(_validate, config, held)
 
 
 def _suites(config: Config, stage: Stage) -> dict[str, float]:
-    from ..evaluation.evaluate import Settings, evaluate
-
     wanted = {
         "prior": ("teacher", "questions"),
         "pretrain": ("captions",),
@@ -149,18 +153,19 @@ def _suites(config: Config, stage: Stage) -> dict[str, float]:
 @torch.no_grad()
 def _validate(config: Config, held: DataConfig, stage: Stage) -> dict[str, float]:
     """Loss terms of the first evaluate_count records, at noise and times that are the same every time."""
-    from ..data.records import open_stream
-
     stream, batch = open_stream(held, config.stage, 0), config.optim.batch
-    sums: dict[str, float] = {}
-    rounds = max(1, config.evaluate_count // batch)
     rank, processes = world()
     here = batch // processes
-    for index in range(rounds):
-        mine = stream.next_batch(batch)[rank * here : (rank + 1) * here]
+    rounds = max(1, config.evaluate_count // batch)
+    whole = [(stream.next_batch(batch), Draws(0, index, 0, batch, 0, batch)) for index in range(rounds)]
+    stage.begin_step(whole, processes)
+    sums: dict[str, float] = {}
+    for index, (records, _) in enumerate(whole):
+        mine = records[rank * here : (rank + 1) * here]
         terms = stage.terms(stage.prepare(mine, Draws(0, index, 0, batch, rank * here, here)))
         for name, value in {**{n: t.item() for n, t in terms.parts.items()}, **terms.figures}.items():
             sums[name] = sums.get(name, 0.0) + value / rounds
+    stage.begin_step((), processes)
     return sums
 
 
@@ -170,19 +175,3 @@ def make_rewards(config: Config, contexts: Contexts) -> dict[str, Reward]:
 
     device = str(contexts.device)
     return {name: rewards.make(name, model=config.rgpo.reward_model, device=device) for name in config.rgpo.rewards}
-
-
-def _dumper(config: Config) -> Any:
-    every = config.rgpo.dump_every
-
-    def dump(step: int, experience: Experience) -> None:
-        if not every or world()[0] or (step != 1 and step % every):
-            return
-        rows = [
-            {"prompt": r.prompt, "text": r.text, "gt_prompt": r.gt_prompt, "reward": round(t, 4)}
-            for r, t in zip(experience.scored, experience.totals, strict=True)
-        ]
-        images = [r.image for r in experience.scored]
-        dump_rollouts(Path(config.out) / "rollouts", step, rows, images, config.rgpo.group)
-
-    return dump

@@ -7,45 +7,29 @@ block), every process reads the same global batch and keeps its slice.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mindomni_rt.errors import BadCheckpointError, MindOmniError
-from mindomni_rt.model.block import Block
 
 from ..config import Config, OptimConfig
-from ..stages.base import Draws, Stage, Terms
+from ..data.record import Record, Stream
+from ..errors import Interrupted, NonFiniteError
+from ..stages.base import Draws, LossTerms, Sample, Stage
 from . import checkpointing
+from .fingerprint import differences, fingerprint
 from .logs import Log
-
-if TYPE_CHECKING:
-    from ..data.records import Record
+from .sharding import recompute_blocks, shard, world
+from .steps import StepReader
 
 SHOW = ("loss", "reward/total", "grad_norm")
-
-
-class NonFiniteError(MindOmniError, ArithmeticError):
-    """A loss or gradient that is no number. The message names the step, the term and the record."""
-
-
-class Interrupted(MindOmniError):
-    """SIGTERM or Ctrl-C: the state was saved; the same command resumes."""
-
-
-class Stream(Protocol):
-    """Where records come from, with a position that can be stored."""
-
-    def next_batch(self, count: int) -> Sequence[Record]: ...
-    def state_dict(self) -> Any: ...
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -57,50 +41,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     share = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
     return config.lr * (config.final + (1 - config.final) * share)
-
-
-def world() -> tuple[int, int]:
-    """(rank, processes) as torchrun sets them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start_processes(device: torch.device) -> None:
-    """Joins the process group that torchrun describes; nothing on one process."""
-    if world()[1] > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def shard(stage: Stage, bf16: bool) -> None:
-    """Shards a stage over all processes, one unit a block; in bf16 the gradients are still summed in float32."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(stage.contexts.device.type, (world()[1],))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for module in reversed(list(stage.model.modules())):
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-            register_fsdp_forward_method(module, "keys_values")  # the prefix pass calls it
-    # The rest stays gathered between forwards: embeddings and norms are used many times a step.
-    fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-
-def recompute_blocks(stage: Stage) -> None:
-    """Blocks keep only their input for the backward pass and run forward again there."""
-    from torch.utils.checkpoint import checkpoint
-
-    def again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*arguments: Any) -> Tensor:
-            if not torch.is_grad_enabled():
-                return forward(*arguments)
-            out: Tensor = checkpoint(forward, *arguments, use_reentrant=False)
-            return out
-
-        return run
-
-    for module in stage.model.modules():
-        if isinstance(module, Block):
-            module.forward = again(module.forward)  # type: ignore[method-assign]
 
 
 class Trainer:
@@ -115,13 +55,15 @@ class Trainer:
         evaluate: Callable[[Stage], dict[str, float]] | None = None,
         bar: bool = True,
     ) -> None:
-        self.config, self.stage, self.stream, self.on_step, self.bar = config, stage, stream, on_step, bar
+        self.config, self.stage, self.on_step, self.bar = config, stage, on_step, bar
         self.evaluate = evaluate
+        self.stream = StepReader(stream, config.optim.batch * config.optim.accumulate, self._begin)
         self.rank, self.processes = world()
         if config.optim.batch % self.processes:
             raise MindOmniError(f"optim.batch = {config.optim.batch} does not divide over {self.processes} processes")
+        self._fingerprint = fingerprint(config, stage)
         chosen = set(stage.choose_trainable())
-        stage.eval()  # dropout acts in updates only, never in rollouts
+        stage.eval()  # dropout is on in updates only, not in rollouts
         if config.recompute:
             recompute_blocks(stage)
         if self.processes > 1:
@@ -133,7 +75,8 @@ class Trainer:
         )
         self.ema = {n: p.detach().clone() for n, p in self.trained.items()} if o.ema else {}
         self.step = 0
-        self._stop = self._told = False
+        self._samples: list[Sample] = []
+        self._stop = self._stop_everywhere = False
         self.folder = Path(config.out) / "checkpoints"
 
     # Saving
@@ -146,7 +89,7 @@ class Trainer:
             self.optimizer,
             self.ema,
             self.stream.state_dict(),
-            self._fingerprint(),
+            self._fingerprint,
             keep=self.rank == 0,
         )
         if self.rank == 0:
@@ -159,18 +102,21 @@ class Trainer:
         state = checkpointing.latest(self.folder)
         if state is None:
             return False
-        if state.fingerprint != self._fingerprint():
+        changed = differences(state.fingerprint, self._fingerprint)
+        if changed:
             raise BadCheckpointError(
-                f"{self.folder} is of another run ({state.fingerprint}; this one is {self._fingerprint()}): "
+                f"{self.folder} is of another run: {'; '.join(changed)}. Resume with the settings of its config.json, "
+                "or use a new `out`"
+            )
+        if state.step > self.config.optim.steps:
+            raise BadCheckpointError(
+                f"{self.folder} holds step {state.step}, more than optim.steps = {self.config.optim.steps}: "
                 "use a new `out`"
             )
         checkpointing.restore(state, self.trained, self.optimizer, self.ema)
         self.stream.load_state_dict(state.data)
         self.step = state.step
         return True
-
-    def _fingerprint(self) -> dict[str, Any]:
-        return {"stage": self.config.stage, "seed": self.config.seed}
 
     # Training
 
@@ -186,9 +132,11 @@ class Trainer:
                 last = self.step == steps
                 if self.step % self.config.log_every == 0 or last:
                     log.write(self.step, figures, SHOW)
+                if self._samples:
+                    log.samples(self.step, self._samples)
                 if last or (self.config.evaluate_every and self.step % self.config.evaluate_every == 0):
                     self._evaluated(log)
-                stop = self._stop if self.processes == 1 else self._told
+                stop = self._stop if self.processes == 1 else self._stop_everywhere
                 if stop or last or self.step % self.config.save_every == 0:
                     self.save()
                 if stop and not last:
@@ -198,6 +146,18 @@ class Trainer:
         if self.evaluate is not None and self.config.evaluate_every:
             self.stage.eval()
             log.evaluation(self.step, self._mean(self.stage("apply_to", self.evaluate)))
+
+    def _begin(self, records: Sequence[Record]) -> None:
+        """Tells the stage what the step that begins is a mean over: its records in all processes."""
+        o = self.config.optim
+        parts = [
+            (
+                records[part * o.batch : (part + 1) * o.batch],
+                Draws(self.config.seed, self.step, part, o.batch, 0, o.batch),
+            )
+            for part in range(o.accumulate)
+        ]
+        self.stage.begin_step(parts, self.processes)
 
     def _one(self) -> dict[str, float]:
         """One optimizer step (or `updates` of them, over one set of rollouts)."""
@@ -224,6 +184,9 @@ class Trainer:
         if self.on_step is not None:
             self.on_step(self.step + 1, parts[-1][2])
         self.step += 1
+        every = self.config.rgpo.dump_every
+        due = self.rank == 0 and every > 0 and (self.step == 1 or self.step % every == 0)
+        self._samples = self.stage.samples(parts[-1][2]) if due else []
         now = time.perf_counter()
         return {**figures, "lr": rate, "time/prepare": prepared - began, "time/update": now - prepared}
 
@@ -232,7 +195,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         for records, draws, prepared in parts:
-            terms: Terms = self.stage("terms", prepared)
+            terms: LossTerms = self.stage("terms", prepared)
             if not bool(torch.isfinite(terms.total)):
                 raise NonFiniteError(self._diagnose(terms, records, draws))
             (terms.total / o.accumulate).backward()
@@ -255,9 +218,9 @@ class Trainer:
         return {**self._mean(sums), "grad_norm": float(norm)}
 
     def _agree(self, passes: int) -> None:
-        """Stops processes whose records need different forward passes, which would wait for each other for ever.
+        """Raises if the processes need different numbers of forward passes, which would deadlock.
 
-        Spreads a signal that one of them has seen.
+        Shares a signal that one of them has received.
         """
         if self.processes == 1:
             return
@@ -265,15 +228,15 @@ class Trainer:
         everyone = [torch.zeros_like(mine) for _ in range(self.processes)]
         torch.distributed.all_gather(everyone, mine)
         found, stops = zip(*(e.tolist() for e in everyone), strict=True)
-        self._told = any(stops)  # a signal reaches the processes at different moments; they end after the same step
+        self._stop_everywhere = any(stops)  # a signal reaches the processes at different moments
         if len(set(found)) > 1:
             raise MindOmniError(
-                f"step {self.step + 1}: the processes drew different kinds of records (forward passes "
+                f"step {self.step + 1}: the processes read different kinds of records (forward passes "
                 f"{list(found)}); raise optim.batch, or train each kind in a run of its own"
             )
 
     def _mean(self, sums: dict[str, float]) -> dict[str, float]:
-        """The mean over processes, so that every log shows the whole batch."""
+        """The mean over processes."""
         if self.processes == 1:
             return sums
         names = sorted(sums)
@@ -284,8 +247,8 @@ class Trainer:
         torch.distributed.all_gather(moved, values.to(device))
         return dict(zip(names, torch.stack(moved).mean(0).tolist(), strict=True))
 
-    def _diagnose(self, terms: Terms, records: Sequence[Record], draws: Draws) -> str:
-        """Which term, which record: each is run again alone."""
+    def _diagnose(self, terms: LossTerms, records: Sequence[Record], draws: Draws) -> str:
+        """Names the term and the record that are not finite; each record is computed again alone."""
         bad = [n for n, t in terms.parts.items() if not bool(torch.isfinite(t))] or ["their weighted sum"]
         weights = [n for n, p in self.trained.items() if not _finite(p)]
         text = f"step {self.step + 1}: loss term {', '.join(bad)} is not finite"
@@ -323,7 +286,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def use_average(self) -> None:
-        """Puts the EMA weights, if any are kept, into the model: what is exported."""
+        """Copies the averaged weights, if kept, into the model, for the export."""
         with torch.no_grad():
             for name, average in self.ema.items():
                 self.trained[name].copy_(average)

@@ -1,4 +1,4 @@
-"""LoRA through peft: put in place, switched off for a reference, merged back into plain weights."""
+"""LoRA through peft: added, switched off for a reference, merged back into plain weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _layers(module: nn.Module) -> list[tuple[str, Any]]:
     return [(n, m) for n, m in module.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 
 
-def add_adapters(module: nn.Module, config: AdapterConfig, targets: tuple[str, ...], seed: int) -> None:
-    """Adapters on every Linear below `module` whose last name is in targets. The model computes the same as before."""
+def add_adapters(module: nn.Module, config: AdapterConfig, rank: int, targets: tuple[str, ...], seed: int) -> None:
+    """Adapters on every Linear below `module` whose last name is in targets. The output does not change yet."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -29,13 +29,13 @@ def add_adapters(module: nn.Module, config: AdapterConfig, targets: tuple[str, .
     names = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] in wanted]
     if not names:
         raise BadRequestError(
-            f"lora.targets = {list(wanted)}: no Linear of that name; they are {_linear_names(module)}"
+            f"lora.targets = {list(wanted)}: no Linear layer has that name; expected some of {_linear_names(module)}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=int(config.alpha or config.rank),
+            r=rank,
+            lora_alpha=config.alpha or rank,  # type: ignore[arg-type]  # peft only divides it by the rank
             lora_dropout=config.dropout,
             target_modules=names,
             init_lora_weights="gaussian" if config.init == "gaussian" else True,
@@ -62,11 +62,17 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Adds every adapter to its Linear and removes it: the published names again."""
+    """Adds every adapter to its Linear layer and removes it, which restores the published names.
+
+    The sum is computed in float32 and rounded once to the type of the weight.
+    """
     for name, layer in _layers(module):
-        layer.merge()
         parent, _, last = name.rpartition(".")
         owner = module.get_submodule(parent)
-        base = layer.get_base_layer()
-        base.requires_grad_(False)
+        base = layer.get_base_layer().requires_grad_(False)
+        total = base.weight.float()
+        for adapter in layer.active_adapters:
+            factors = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+            total = total + layer.scaling[adapter] * factors
+        base.weight.data = total.to(base.weight.dtype)
         setattr(owner, last, base)

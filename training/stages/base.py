@@ -1,11 +1,15 @@
-"""What a training stage is: which names train, what is drawn for a step, and its loss terms.
+"""The base of a training stage: which parameters train, what is sampled for a step, and the loss terms.
 
 A stage is an nn.Module over the whole model, so that an engine which shards parameters sees every use of them inside
 one forward call: `stage("terms", prepared)`.
+
+A mean over images or tokens is taken over those of the whole step: `begin_step` counts them over all micro-batches and
+processes, and `share` weighs the mean of each micro-batch by its part of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mindomni_rt.model.decoder import DiffusionDecoder
@@ -24,16 +29,16 @@ from .adapters import adapters_off
 from .contexts import Batch, Context, Contexts
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
 
 _MASK = 0x7FFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Every random number of a step: a function of (seed, step, part, name) alone, so resuming needs no RNG state.
+    """Every random number of a micro-batch: a function of (seed, step, part, name), so resuming needs no RNG state.
 
-    count records of the step in all processes together; this process holds [first, first + here).
+    count: records of the micro-batch in all processes together; this process holds [first, first + here).
     """
 
     seed: int
@@ -51,7 +56,7 @@ class Draws:
         return torch.Generator().manual_seed(mixed)
 
     def times(self, name: str = "times") -> Tensor:
-        """Logit-normal times (here,)."""
+        """Logit-normal times (here,) in (0, 1)."""
         return losses.logit_normal(self.count, self.generator(name))[self.first : self.first + self.here]
 
     def noise(self, shape: Sequence[int], name: str = "noise") -> Tensor:
@@ -64,8 +69,8 @@ class Draws:
 
 
 @dataclass
-class Terms:
-    """A scalar to minimise, and what the log shows of it: terms of the loss and other figures."""
+class LossTerms:
+    """A scalar to minimise, its terms before their weights, and other figures for the log."""
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -73,19 +78,48 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Painting:
-    """What the flow loss needs: the conversations, the images' latents, times and noise, captions for the teacher."""
+class Sample:
+    """One rollout for the log. image (H, W, 3) uint8; group: the place of its prompt in the micro-batch."""
+
+    group: int
+    prompt: str
+    text: str
+    gt_prompt: str
+    reward: float
+    image: NDArray[Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data, without the image."""
+        return {k: v for k, v in self.__dict__.items() if k != "image"}
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What the means of a step are taken over: images, tokens that the MLLM learns to write, tokens of replies.
+
+    pieces: micro-batches times processes, whose gradients are averaged.
+    """
+
+    images: int = 0
+    tokens: int = 0
+    replies: int = 0
+    pieces: int = 1
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Input of the flow loss: conversations, latents (B, 4, h, w), times (B,), noise, captions for the teacher."""
 
     batch: Batch
     latents: Tensor
     times: Tensor
     noise: Tensor
     captions: list[str]
-    share: float  # of the step's images
+    share: float  # weight of this batch's mean over images in the step's mean
 
 
 class Stage(nn.Module):
-    """Base of the stages. Subclasses say `pattern` (what trains), `prepare` (no gradient) and `terms`."""
+    """Base of the stages. Subclasses define `pattern` (what trains), `prepare` (without gradient) and `terms`."""
 
     name: ClassVar[str]
 
@@ -93,32 +127,66 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.contexts, self.config = model, contexts, config
         self.updates = 1
+        self.step_counts: StepCounts | None = None
 
     def pattern(self) -> str:
-        """A regular expression that the names of all trained parameters match in full."""
+        """A regular expression: parameters whose whole name matches it are trained."""
         raise NotImplementedError
 
     def prepare(self, records: Sequence[Record], draws: Draws) -> Any:
-        """Everything of a step that takes no gradient."""
+        """The part of a micro-batch that needs no gradient."""
         raise NotImplementedError
 
-    def terms(self, prepared: Any) -> Terms:
-        """The loss of what `prepare` made."""
+    def terms(self, prepared: Any) -> LossTerms:
+        """The loss of what `prepare` returned."""
         raise NotImplementedError
+
+    def count(self, records: Sequence[Record], draws: Draws) -> StepCounts:
+        """What the loss terms of a micro-batch are means over; `records` are all that `draws` covers."""
+        return StepCounts(images=sum(r.output_image is not None for r in records))
+
+    def begin_step(self, parts: Sequence[tuple[Sequence[Record], Draws]], processes: int) -> None:
+        """Counts images and tokens of a step over the micro-batches of all processes.
+
+        Without it (`parts` empty) each call of `prepare` is a step of its own.
+        """
+        each = [self.count(records, draws) for records, draws in parts]
+        self.step_counts = (
+            StepCounts(
+                images=sum(c.images for c in each),
+                tokens=sum(c.tokens for c in each),
+                replies=sum(c.replies for c in each),
+                pieces=len(parts) * processes,
+            )
+            if parts
+            else None
+        )
+
+    def share(self, kind: str, count: int, own: StepCounts) -> float:
+        """The weight of a mean over `count` images or tokens, so that the mean over all pieces is the step's mean.
+
+        kind: a field of StepCounts. own: the counts of this call's records, for a call outside of a step.
+        """
+        counts = self.step_counts or own
+        return counts.pieces * count / max(1, getattr(counts, kind))
 
     def passes(self, prepared: Any) -> int:
-        """How many forward passes `terms` makes of what `prepare` made: the same in all processes, or none may run."""
+        """Forward passes that `terms` makes of what `prepare` made. All processes must make the same number."""
         return len(prepared) if isinstance(prepared, list) else 1
 
     def forward(self, action: str, *arguments: Any) -> Any:
         return getattr(self, action)(*arguments)
 
+    def samples(self, prepared: Any) -> list[Sample]:
+        """Sampled texts and images of a step, for the log; none in stages that sample nothing."""
+        return []
+
     def apply_to(self, function: Callable[[Stage], Any]) -> Any:
-        """A function of this stage, run inside its forward: there, sharded weights can be used."""
+        """Calls a function of this stage inside `forward`, where sharded weights are gathered."""
         return function(self)
 
     def choose_trainable(self) -> dict[str, nn.Parameter]:
-        """Freezes everything but what `pattern` names; returns it by name. Trained weights are float32."""
+        """Freezes all parameters but those of `pattern`, which become float32; returns these by name."""
         pattern = re.compile(self.pattern())
         for name, parameter in self.model.named_parameters():
             trains = pattern.fullmatch(name) is not None
@@ -134,43 +202,51 @@ class Stage(nn.Module):
         device = self.contexts.device.type
         return torch.autocast(device, dtype=torch.bfloat16) if self.config.wants_bf16(device) else nullcontext()
 
-    # Shared by the stages that paint
+    # Shared by the stages with a flow loss
 
     @staticmethod
     def add(parts: dict[str, Tensor], name: str, value: Tensor, share: float = 1.0) -> None:
         """Adds a share of a term."""
         parts[name] = parts[name] + share * value if name in parts else share * value
 
-    def paintings(
+    def dropped(self, records: Sequence[Record], draws: Draws) -> list[str]:
+        """For each record the text that replaces its conversation (`data.drop`), or "" where it is kept."""
+        prompts = self.config.data.drop_prompts
+        hit = (draws.uniform("drop") < self.config.data.drop).tolist()
+        return [
+            prompts[(draws.step + draws.first + i) % len(prompts)] if hit[i] and r.output_image is not None else ""
+            for i, r in enumerate(records)
+        ]
+
+    def image_batches(
         self, records: Sequence[Record], draws: Draws, make: Callable[[Record, str], Context]
-    ) -> list[Painting]:
-        """What the records that have an image need, those with a reference image's latents apart from those without.
+    ) -> list[ImageBatch]:
+        """Batches of the records that have an image: one with latents of a reference image, one without.
 
         `make(record, dropped)` builds the conversation; dropped is the text that stands for "no condition", or "".
-        Apart, because a reference adds so many tokens that padding the others to their length would cost most.
+        A reference adds many tokens, so padding the others to its length would dominate the cost.
         """
         rows = [i for i, r in enumerate(records) if r.output_image is not None]
         if not rows:
             return []
-        prompts = self.config.data.drop_prompts
-        hit = draws.uniform("drop") < self.config.data.drop
-        dropped = {i: prompts[(draws.step + draws.first + i) % len(prompts)] if bool(hit[i]) else "" for i in rows}
+        dropped = self.dropped(records, draws)
+        own = StepCounts(images=len(rows))
         made = {i: make(records[i], dropped[i]) for i in rows}
         latents = dict(zip(rows, self.contexts.latents.targets([records[i].output_image for i in rows]), strict=True))
         times, noise = draws.times(), draws.noise(tuple(latents[rows[0]].shape))
         device = self.contexts.device
-        # Several processes must make the same calls of a sharded model: there, all stay together.
+        # Several processes must make the same calls of a sharded model, so there is one batch then.
         groups = [rows]
         if draws.here == draws.count:
             groups = [[i for i in rows if (made[i].latents is None) == alone] for alone in (True, False)]
         return [
-            Painting(
+            ImageBatch(
                 self.contexts.batch([made[i] for i in group]),
                 torch.stack([latents[i] for i in group]),
                 times[group].to(device),
                 noise[group].to(device),
                 [dropped[i] or records[i].gt_prompt or records[i].instruction for i in group],
-                len(group) / len(rows),
+                self.share("images", len(group), own),
             )
             for group in groups
             if group
@@ -178,40 +254,55 @@ class Stage(nn.Module):
 
     def flow(
         self,
-        painting: Painting,
+        images: ImageBatch,
         condition: Tensor,
         lengths: Sequence[int],
         spans: Sequence[Sequence[tuple[int, int]]],
         features: list[Tensor] | None = None,
     ) -> Tensor:
         """The flow loss of a condition."""
-        x, target = losses.noisy_latents(painting.latents, painting.noise, painting.times)
-        velocity = self.model.decoder(condition, x, painting.times, lengths, spans, features)
+        x, target = losses.noisy_latents(images.latents, images.noise, images.times)
+        velocity = self.model.decoder(condition, x, images.times, lengths, spans, features)
         return losses.flow_loss(velocity, target)
 
     @torch.no_grad()
-    def teacher_features(self, painting: Painting, teacher: DiffusionDecoder | None = None) -> list[Tensor]:
+    def teacher_features(self, images: ImageBatch, teacher: DiffusionDecoder | None = None) -> list[Tensor]:
         """Feature maps of the frozen decoder fed with its own text path, at the same noise and times.
 
         teacher: a frozen copy where the decoder itself trains; adapters on it are switched off.
         """
-        latents = [c.latents for c in painting.batch.contexts]
+        latents = [c.latents for c in images.batch.contexts]
         decoder = teacher or self.model.decoder
         features: list[Tensor] = []
         with adapters_off(decoder):
-            condition, lengths, spans = self.contexts.text_condition(painting.captions, latents, decoder)
-            x, _ = losses.noisy_latents(painting.latents, painting.noise, painting.times)
-            decoder(condition, x, painting.times, lengths, spans, features)
+            condition, lengths, spans = self.contexts.text_condition(images.captions, latents, decoder)
+            x, _ = losses.noisy_latents(images.latents, images.noise, images.times)
+            decoder(condition, x, images.times, lengths, spans, features)
         return features
 
 
-def digest(module: nn.Module, names: Sequence[str] | None = None) -> dict[str, int]:
-    """A number for each tensor that changes when any bit of it does (for checking that frozen means frozen)."""
-    out = {}
-    wanted = None if names is None else set(names)
-    for name, tensor in module.state_dict().items():
-        if wanted is None or name in wanted:
-            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).to(torch.int64)
-            place = torch.arange(1, raw.numel() + 1)
-            out[name] = int(((raw + 1) * (place * 2654435761 & 0xFFFFFFFF)).sum())
-    return out
+_CHUNK = 2**22  # numbers summed at a time
+
+
+def digest(module: nn.Module) -> dict[str, int]:
+    """A checksum of each tensor, by name: 64 bits that change when any bit of the tensor does."""
+    return {name: _checksum(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _checksum(tensor: Tensor) -> int:
+    raw = tensor.detach().contiguous().reshape(-1)
+    words = raw.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[raw.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
+    weights = torch.arange(min(len(words), _CHUNK), device=raw.device) * 2654435762 + 1  # odd: no bit is lost
+    for chunk in words.split(_CHUNK):
+        total = total * 6364136223846793005 + ((chunk.to(torch.int64) + 1) * weights[: len(chunk)]).sum()
+    return int(total)
+
+
+def base_digest(model: MindOmniModel) -> dict[str, str]:
+    """A checksum of each part of a model as it was loaded, adapters left out: "vision", "language", …"""
+    parts: dict[str, str] = {}
+    for part, module in model.named_children():
+        sums = {n.replace(".base_layer.", "."): s for n, s in digest(module).items() if ".lora_" not in n}
+        parts[part] = hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
+    return parts

@@ -1,6 +1,6 @@
 """Records → token ids → MLLM states → condition, in batches: the same conversations that the pipeline builds.
 
-Axes: B batch, L tokens, C hidden, N image tokens. Rows are padded on the right, which causal attention never sees.
+Axes: B batch, L tokens, C hidden, N image tokens. Rows are padded on the right, where causal attention does not look.
 
 A thought ends with `</answer>` and holds no end-of-text token: the pipeline's condition stops there too, because the
 state of the last sampled token is never computed.
@@ -33,7 +33,7 @@ from ..data.latents import LatentCache
 from .losses import IGNORE
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
 
 Ints = NDArray[np.int64]
 MAX_IMAGE_TOKENS = 1369
@@ -41,7 +41,7 @@ PICTURES = 256  # prepared reference images held in memory
 
 
 def thought_text(think: str, answer: str) -> str:
-    """What the model is to write: the two tagged parts, as the system prompt asks for them."""
+    """The text that the model is to write: thought and answer in their tags, as the system prompt asks."""
     return f"<think> {think.strip()} </think><answer> {answer.strip()} </answer>"
 
 
@@ -99,7 +99,7 @@ class Batch:
 
 
 class Contexts:
-    """Builds conversations for a model. Its chat, sizes and token ids decide everything."""
+    """Builds conversations for a model, with its chat template, sizes and token ids."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Contexts:
         thought: str = "",
         edit_features: str | None = None,
     ) -> Context:
-        """The conversation that asks for an image, with what the model wrote (`thought`) behind it."""
+        """The conversation that asks for an image, followed by the text that the model wrote (`thought`)."""
         if len(images) > 1:
             raise BadRequestError(f"{len(images)} reference images: the model takes one")
         image = images[0] if images else None
@@ -148,7 +148,7 @@ class Contexts:
         return Context(context.token_ids, context.positions, context.prompt, context.patches, latents, start)
 
     def reference(self, images: Sequence[Any], edit_features: str | None = None) -> Context:
-        """No conversation: only the latents of a reference image, for the decoder's own text path."""
+        """Only the latents of a reference image, without a conversation, for the decoder's own text path."""
         wanted = images and (edit_features or self.config.edit_features) == "vit+vae"
         latents = self.latents.reference(images[0]) if wanted else None
         return Context(np.array([self.eos]), np.zeros((3, 1), np.int64), 1, latents=latents)
@@ -179,6 +179,14 @@ class Contexts:
                 self._pictures.pop(next(iter(self._pictures)))
         return self._pictures[key]
 
+    def label_count(self, record: Record) -> int:
+        """Tokens of a record that the MLLM learns to write: reply, or thought and answer, with the end of text."""
+        if record.reply:
+            return len(self._encode(record.reply)) + 1
+        text = written_text(record)
+        ids = self._encode(text) if text else ()
+        return len(ids) + (ids[-1] != self.eos) if ids else 0
+
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self.chat.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -199,9 +207,16 @@ class Contexts:
         return Batch(contexts, torch.from_numpy(ids).to(self.device), cos, sin, lengths, self.eos)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Token embeddings (B, L, C), image tokens through the vision tower."""
+        """Token embeddings (B, L, C), image tokens of the prompt through the vision tower."""
         images = [c.patches for c in batch.contexts if c.patches is not None]
-        return self.model.language.embed(batch.token_ids, self.vision(images) if images else None)
+        x = self.model.language.embed(batch.token_ids)
+        if not images:
+            return x
+        # An image token that the model wrote is a token like others, as in the pipeline.
+        prompts = torch.tensor([c.prompt for c in batch.contexts], device=self.device)
+        given = torch.arange(x.shape[1], device=self.device) < prompts[:, None]
+        places = given & (batch.token_ids == self.config.language.image_token_id)
+        return x.masked_scatter(places.unsqueeze(-1), self.vision(images).to(x.dtype))
 
     def vision(self, images: Sequence[ImagePatches]) -> Tensor:
         """(tokens of all images, C). A tower without layers of full attention takes images of one size together."""
@@ -292,18 +307,24 @@ class Contexts:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths, spans
 
 
+def written_text(record: Record) -> str:
+    """The thought and answer of a record as the model is to write them; "" without a thought.
+
+    A record without an answer is a broken thought, and its text is kept as it stands.
+    """
+    if not record.think_content:
+        return ""
+    return thought_text(record.think_content, record.answer) if record.answer else f"<think> {record.think_content}"
+
+
 def context_of(contexts: Contexts, record: Record, *, think: bool, thought: bool) -> Context:
     """A record's conversation: a picture question with its reply, or a request to paint with or without its thought."""
     if record.reply:
         return contexts.understand(record.instruction, record.input_images, record.reply)
-    written = ""
-    if thought and record.think_content:  # without an answer it is text as it stands, a broken thought among others
-        whole = bool(record.answer)
-        written = thought_text(record.think_content, record.answer) if whole else f"<think> {record.think_content}"
     return contexts.paint(
         record.instruction,
         think=think,
         images=record.input_images,
-        thought=written,
+        thought=written_text(record) if thought else "",
         edit_features=record.edit_features or None,
     )

@@ -74,6 +74,13 @@ def per_token_coefficient(published: float, image_size: int) -> float:
     return published * (image_size // 16) ** 2
 
 
+def without_token(logits: Tensor, token_id: int) -> Tensor:
+    """Logits (…, V) in which one token has probability 0: an image placeholder in text would want an image."""
+    index = torch.tensor([token_id], device=logits.device)
+    # Not the lowest number or -inf: entropy multiplies a probability of 0 by its logarithm.
+    return logits.index_fill(-1, index, -1e9)
+
+
 def token_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log p of the given tokens: logits (B, S, V), token_ids (B, S) -> (B, S) float32 (float64 stays)."""
     logits = logits.float() if logits.dtype != torch.float64 else logits

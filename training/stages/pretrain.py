@@ -1,4 +1,4 @@
-"""Stage 1: the connector learns to speak the decoder's language. MLLM, decoder and VAE stay frozen.
+"""Stage 1: the connector learns to map MLLM states to the decoder's input. MLLM, decoder and VAE are frozen.
 
 Loss: rectified flow + weight · feature KL to the same frozen decoder fed with its own text path, over all layers.
 """
@@ -13,46 +13,46 @@ import torch
 from mindomni_rt.errors import BadRequestError
 
 from . import losses
-from .base import Draws, Painting, Stage, Terms
+from .base import Draws, ImageBatch, LossTerms, Stage
 from .contexts import Context
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
 
 
 class Pretrain(Stage):
-    """Captions and reference images in, flow loss and distillation out."""
+    """Flow loss and distillation on captions and reference images."""
 
     name: ClassVar[str] = "pretrain"
 
     def pattern(self) -> str:
         return r"connector\..*"
 
-    def prepare(self, records: Sequence[Record], draws: Draws) -> list[Painting]:
+    def prepare(self, records: Sequence[Record], draws: Draws) -> list[ImageBatch]:
         def make(record: Record, dropped: str) -> Context:
             if dropped:
                 return self.contexts.paint(dropped, think=False)
             images, features = record.input_images, record.edit_features or None
             return self.contexts.paint(record.instruction, think=False, images=images, edit_features=features)
 
-        paintings = self.paintings(records, draws, make)
-        if not paintings:
+        image_batches = self.image_batches(records, draws, make)
+        if not image_batches:
             raise BadRequestError("stage pretrain: no record of this batch has an output_image")
-        return paintings
+        return image_batches
 
-    def terms(self, prepared: list[Painting]) -> Terms:
+    def terms(self, prepared: list[ImageBatch]) -> LossTerms:
         weight = self.config.distill.weight
         parts: dict[str, torch.Tensor] = {}
         with self.autocast():
-            for painting in prepared:
+            for images in prepared:
                 with torch.no_grad():
-                    states = self.contexts.states(painting.batch)
-                condition, spans = self.contexts.condition(painting.batch, states)
+                    states = self.contexts.states(images.batch)
+                condition, spans = self.contexts.condition(images.batch, states)
                 features: list[torch.Tensor] | None = [] if weight else None
-                flow = self.flow(painting, condition, painting.batch.lengths, spans, features)
-                self.add(parts, "flow", flow, painting.share)
+                flow = self.flow(images, condition, images.batch.lengths, spans, features)
+                self.add(parts, "flow", flow, images.share)
                 if features is not None:
-                    distance = losses.feature_kl(self.teacher_features(painting), features)
-                    self.add(parts, "distill", distance, painting.share)
+                    distance = losses.feature_kl(self.teacher_features(images), features)
+                    self.add(parts, "distill", distance, images.share)
         total = parts["flow"] + weight * parts["distill"] if weight else parts["flow"]
-        return Terms(total, parts)
+        return LossTerms(total, parts)

@@ -1,4 +1,4 @@
-"""Stage 0, ours: what the published models bring along and a model from scratch does not have.
+"""Stage 0 (ours), for a model from scratch: what the published model takes from pretrained weights.
 
 `paint` trains the decoder on captions through its own text embedding (OmniGen's text-to-image and reference-image
 prior: the teacher of stage 1). `text` trains the MLLM to write thoughts and answer questions about pictures
@@ -8,7 +8,7 @@ prior: the teacher of stage 1). `text` trains the MLLM to write thoughts and ans
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,19 +16,20 @@ import torch
 from mindomni_rt.errors import BadRequestError
 
 from . import losses
-from .base import Draws, Painting, Stage, Terms
+from .base import Draws, ImageBatch, LossTerms, Stage, StepCounts
 from .contexts import Batch, Context, context_of
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
 
 
 @dataclass(frozen=True)
-class Schooling:
-    """A step: what the decoder paints from its own text, and what the MLLM writes."""
+class PriorBatch:
+    """One micro-batch: images for the decoder's own text path, and the texts that the MLLM learns to write."""
 
-    paintings: list[Painting]
+    image_batches: list[ImageBatch]
     writing: Batch | None
+    writing_share: float = 1.0
 
 
 class Prior(Stage):
@@ -40,38 +41,47 @@ class Prior(Stage):
         paint, text = r"decoder\..*", r"language\..*|vision\..*"
         return {"both": f"{paint}|{text}", "paint": paint, "text": text}[self.config.prior.rounds]
 
-    def prepare(self, records: Sequence[Record], draws: Draws) -> Schooling:
+    def count(self, records: Sequence[Record], draws: Draws) -> StepCounts:
+        written = sum(self.contexts.label_count(r) for r in records)
+        return replace(super().count(records, draws), tokens=written)
+
+    def prepare(self, records: Sequence[Record], draws: Draws) -> PriorBatch:
         rounds = self.config.prior.rounds
-        paintings: list[Painting] = []
-        writing = None
+        image_batches: list[ImageBatch] = []
+        writing, share = None, 1.0
         if rounds != "text":
 
             def make(record: Record, dropped: str) -> Context:
                 images = () if dropped else record.input_images
                 return self.contexts.reference(images, record.edit_features or None)
 
-            paintings = self.paintings(records, draws, make)
+            image_batches = self.image_batches(records, draws, make)
         if rounds != "paint":
+            own = self.count(records, draws)
             written = [
                 context_of(self.contexts, r, think=True, thought=True) for r in records if r.reply or r.think_content
             ]
             writing = self.contexts.batch(written) if written else None
-        if not paintings and writing is None:
-            raise BadRequestError(f"stage prior: nothing to learn from this batch with prior.rounds = {rounds!r}")
-        return Schooling(paintings, writing)
+            share = self.share("tokens", own.tokens, own)
+        if not image_batches and writing is None:
+            raise BadRequestError(
+                f"stage prior: no record of this batch has something to train on with prior.rounds = {rounds!r}"
+            )
+        return PriorBatch(image_batches, writing, share)
 
-    def passes(self, prepared: Schooling) -> int:
-        return 2 * len(prepared.paintings) + (prepared.writing is not None)
+    def passes(self, prepared: PriorBatch) -> int:
+        return 2 * len(prepared.image_batches) + (prepared.writing is not None)
 
-    def terms(self, prepared: Schooling) -> Terms:
+    def terms(self, prepared: PriorBatch) -> LossTerms:
         weights = {"flow": self.config.prior.paint, "text": self.config.prior.text}
         parts: dict[str, torch.Tensor] = {}
         with self.autocast():
-            for painting in prepared.paintings:
-                latents = [c.latents for c in painting.batch.contexts]
-                condition, lengths, spans = self.contexts.text_condition(painting.captions, latents)
-                self.add(parts, "flow", self.flow(painting, condition, lengths, spans), painting.share)
+            for images in prepared.image_batches:
+                latents = [c.latents for c in images.batch.contexts]
+                condition, lengths, spans = self.contexts.text_condition(images.captions, latents)
+                self.add(parts, "flow", self.flow(images, condition, lengths, spans), images.share)
             if prepared.writing is not None:
                 logits = self.model.language.logits(self.contexts.states(prepared.writing))
-                parts["text"] = losses.text_loss(logits, prepared.writing.labels())
-        return Terms(sum((weights[n] * p for n, p in parts.items()), torch.zeros(())), parts)
+                loss = losses.text_loss(logits, prepared.writing.labels())
+                self.add(parts, "text", loss, prepared.writing_share)
+        return LossTerms(sum((weights[n] * p for n, p in parts.items()), torch.zeros(())), parts)

@@ -1,9 +1,11 @@
-"""Rewards of stage 3: small functions in a registry. A user's own is named `module:function` in the configuration."""
+"""Rewards of stage 3: functions by name. A user's own is named `module:function` in `rgpo.rewards`."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from mindomni_rt.errors import BadRequestError, MissingExtraError
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One sampled thought and what it painted. image (H, W, 3): uint8, or floats in [0, 1]."""
+    """One sampled text and the image generated from it. image (H, W, 3): uint8, or floats in [0, 1]."""
 
     prompt: str
     text: str
@@ -30,12 +32,12 @@ Reward = Callable[[Sequence[Rollout]], NDArray[Any]]
 """Rollouts to one number each (B,)."""
 Maker = Callable[[str, str], Reward]
 _REGISTRY: dict[str, Maker] = {}
+_SMALL = "`python -m training.data.world FOLDER --only reward` trains the small one, into FOLDER/reward"
 _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 
 
 def reward(name: str) -> Callable[[Maker], Maker]:
-    """Registers a maker of rewards: it gets rgpo.reward_model (a folder, hub id or empty) and a
-    device, and returns the function."""
+    """Registers a maker of a reward: it takes rgpo.reward_model (a folder, hub id or empty) and a device."""
 
     def register(make: Maker) -> Maker:
         assert name not in _REGISTRY, name
@@ -55,12 +57,18 @@ def _format(model: str, device: str) -> Reward:
 def _consistency(model: str, device: str) -> Reward:
     """Cosine of image and gt_prompt under CLIP, cut off at 0: the world's own small one, or transformers'."""
     if not model:
-        raise BadRequestError("reward 'consistency' needs rgpo.reward_model: a CLIP folder or hub id")
+        raise BadRequestError(f"reward 'consistency' needs rgpo.reward_model: a CLIP folder or hub id. {_SMALL}")
     if (Path(model) / "world_clip.safetensors").exists():
         from ..data.world.clip import load_clip
 
         small = load_clip(Path(model)).to(device)
         return lambda rollouts: small.similarity(np.stack([r.image for r in rollouts]), [r.gt_prompt for r in rollouts])
+    owner, _, name = model.rpartition("/")
+    hub_id = (
+        bool(name) and owner.count("/") == 0 and not owner.startswith((".", "~")) and not Path(owner or "-").is_dir()
+    )
+    if not hub_id and not Path(model).is_dir():
+        raise BadRequestError(f"rgpo.reward_model = {model!r}: no such folder. {_SMALL}")
     return _transformers_clip(model, device)
 
 
@@ -76,7 +84,8 @@ def _transformers_clip(model: str, device: str) -> Reward:
         clip = transformers.CLIPModel.from_pretrained(model).eval()
         processor = transformers.CLIPProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise BadRequestError(f"rgpo.reward_model = {model!r}: not a CLIP model ({error})") from error
+        reason = str(error).splitlines()[0]
+        raise BadRequestError(f"rgpo.reward_model = {model!r}: no CLIP model ({reason}). {_SMALL}") from error
     clip.to(device)
 
     @torch.no_grad()
@@ -93,21 +102,39 @@ def _transformers_clip(model: str, device: str) -> Reward:
 
 
 def make(name: str, model: str = "", device: str = "cpu") -> Reward:
-    """A reward by name, ready to score; `package.module:function` is a user's own. Raises BadRequestError."""
+    """A reward by name, ready to score; `module:function` is a user's own, also from the current folder.
+
+    Raises BadRequestError for a name that is not known, or a module that does not import.
+    """
     if name in _REGISTRY:
         return _checked(name, _REGISTRY[name](model, device))
     module, colon, function = name.partition(":")
     if not colon:
         raise BadRequestError(f"reward {name!r}: expected one of {', '.join(_REGISTRY)}, or module:function")
+    found = getattr(_imported(name, module), function, None)
+    if not callable(found):
+        what = "has no attribute" if found is None else "holds no function"
+        raise BadRequestError(f"reward {name!r}: module {module!r} {what} {function!r}")
+    return _checked(name, found)
+
+
+def _imported(name: str, module: str) -> Any:
+    """A user's module. The current folder is searched too, also by an installed command."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
     try:
-        return _checked(name, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as error:
-        raise BadRequestError(f"reward {name!r}: {error}") from error
+        return importlib.import_module(module)
+    except Exception as error:  # user code may raise anything
+        raise BadRequestError(f"reward {name!r}: {_told(error)}") from error
 
 
 def _checked(name: str, function: Reward) -> Reward:
     def score(rollouts: Sequence[Rollout]) -> NDArray[Any]:
-        values = np.asarray(function(rollouts), np.float32)
+        try:
+            values = np.asarray(function(rollouts), np.float32)
+        except Exception as error:  # user code may raise anything
+            raise BadRequestError(f"reward {name!r} raised {_told(error)}") from error
         if values.shape != (len(rollouts),) or not np.isfinite(values).all():
             raise BadRequestError(
                 f"reward {name!r} returned {values.shape} for {len(rollouts)} rollouts; expected one finite number each"
@@ -115,3 +142,13 @@ def _checked(name: str, function: Reward) -> Reward:
         return values
 
     return score
+
+
+def _told(error: Exception) -> str:
+    """An error in one line: its type, message, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError):
+        where = f" ({error.filename}:{error.lineno})"
+    text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    return f"{type(error).__name__}: {text}{where}"

@@ -1,12 +1,13 @@
-"""Stage 3: the MLLM learns to reason by what its thoughts paint. Connector, decoder and VAE stay frozen.
+"""Stage 3: reinforcement learning of the MLLM. Connector, decoder and VAE are frozen.
 
-For each prompt G thoughts are sampled and painted, scored, and compared within their group. The loss is
+For each prompt, G thoughts are sampled, an image is generated from each, and rewards are compared within the group.
+The loss is
 
     clipped objective + beta_text · D_T + beta_image · D_I
 
 with D_T an estimate of the KL of tokens (k3) and D_I the feature KL between the frozen decoder under the policy's
 condition and under the reference's, both on pure noise at a random time of the sampler's grid. The reference is the
-model with its adapters off (a frozen copy without adapters). The image itself only gives the reward: no gradient flows
+model with its adapters off (a frozen copy without adapters). The image only decides the reward: no gradient flows
 through the sampler.
 """
 
@@ -32,11 +33,11 @@ from mindomni_rt.sampling.schedule import timesteps
 from ..config import Config
 from . import losses, rollouts
 from .adapters import adapters_off, add_adapters
-from .base import Draws, Stage, Terms
+from .base import Draws, LossTerms, Sample, Stage
 from .contexts import Batch, Context, Contexts
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
     from .rewards import Rollout
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,7 +46,7 @@ Reward = Callable[[Sequence["Rollout"]], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Replay:
-    """Plain captions whose condition D_I also holds still (ours), with their noise and times."""
+    """Plain captions that enter D_I too (ours), with their noise and times."""
 
     batch: Batch
     noise: Tensor
@@ -53,15 +54,15 @@ class Replay:
 
 
 @dataclass
-class Experience:
-    """A step's rollouts: distinct conversations, which rollout is which, what was written, its reference, D_I's noise.
+class RolloutBatch:
+    """Rollouts of a micro-batch: conversations without repetition, labels, advantages, and the reference's values.
 
     Axes: U distinct conversations, B rollouts, L tokens.
     """
 
     batch: Batch  # of U
     rows: list[int]  # (B,): each rollout's conversation
-    mask: Tensor  # (B, L): True at the place whose next token the policy chose
+    mask: Tensor  # (B, L): True where the policy chose the next token
     labels: Tensor  # (B, L)
     advantages: Tensor  # (B,)
     reference_log_probs: Tensor  # (B, L)
@@ -76,7 +77,7 @@ class Experience:
 
 
 class Rgpo(Stage):
-    """Reasoning generation policy optimisation."""
+    """Reasoning generation policy optimization."""
 
     name: ClassVar[str] = "rgpo"
 
@@ -87,7 +88,7 @@ class Rgpo(Stage):
         self.updates = config.rgpo.updates
         self.rewards = dict(rewards or {})
         if config.lora.rank:
-            add_adapters(model.language.layers, config.lora, LORA_TARGETS, config.seed)
+            add_adapters(model.language.layers, config.lora, config.lora.rank, LORA_TARGETS, config.seed)
         full = copy.deepcopy(model.language).requires_grad_(False) if not config.lora.rank else None
         self.__dict__["reference"] = full  # outside the module tree: no state of ours
 
@@ -97,7 +98,7 @@ class Rgpo(Stage):
     # Rollouts
 
     @torch.no_grad()
-    def prepare(self, records: Sequence[Record], draws: Draws) -> Experience:
+    def prepare(self, records: Sequence[Record], draws: Draws) -> RolloutBatch:
         settings = self.config.rgpo
         began = time.perf_counter()
         repeated = [r for r in records for _ in range(settings.group)]
@@ -113,12 +114,14 @@ class Rgpo(Stage):
                 settings.max_new_tokens,
                 settings.temperature,
                 draws.generator(f"text{draws.first}"),
+                repetition_penalty=1.0,  # tokens are sampled from the distribution that the loss differentiates
+                forbidden=self.contexts.config.language.image_token_id,
             )
-            # The state of the last token is never computed: as in the pipeline, the condition stops before it.
+            # As in the pipeline, the condition ends before the last token, whose state is never computed.
             full = [c.extended(w.token_ids[:-1]) for c, w in zip(prompts, written, strict=True)]
             distinct, rows = _distinct(full, written)
             batch = self.contexts.batch(distinct)
-            # From one noise, equal conversations give equal images.
+            # Equal conversations give equal images from the same noise.
             unpainted, which = (distinct, rows) if settings.same_noise else (full, list(range(len(full))))
             images = self._paint(unpainted, draws)[which]
         painted = time.perf_counter()
@@ -147,7 +150,7 @@ class Rgpo(Stage):
             "time/reward": rewarded - painted,
             "time/reference": time.perf_counter() - rewarded,
         }
-        return Experience(
+        return RolloutBatch(
             batch, rows, mask, labels, advantages.to(self.contexts.device), log_probs, noise, times, maps, replay,
             figures=figures, scored=scored, totals=totals.tolist(),
         )  # fmt: skip
@@ -172,7 +175,7 @@ class Rgpo(Stage):
         return rollouts.decode(self.contexts, latents)
 
     def _rollouts(
-        self, records: Sequence[Record], written: Sequence[rollouts.Written], images: NDArray[np.uint8]
+        self, records: Sequence[Record], written: Sequence[rollouts.Completion], images: NDArray[np.uint8]
     ) -> list[Rollout]:
         from .rewards import Rollout
 
@@ -192,7 +195,7 @@ class Rgpo(Stage):
         settings = self.config.rgpo
         total = torch.zeros(len(scored))
         figures: dict[str, float] = {}
-        for name, weight in zip(settings.rewards, settings.weights, strict=True):
+        for name, weight in settings.weighted():
             values = torch.from_numpy(np.asarray(self.rewards[name](scored), np.float32))
             figures[f"reward/{name}"] = values.mean().item()
             figures[f"reward/{name}_std"] = values.std().item()
@@ -216,12 +219,18 @@ class Rgpo(Stage):
             mask[row, places] = True
         return labels, mask
 
+    def samples(self, prepared: RolloutBatch) -> list[Sample]:
+        return [
+            Sample(i // self.config.rgpo.group, r.prompt, r.text, r.gt_prompt, round(total, 4), r.image)
+            for i, (r, total) in enumerate(zip(prepared.scored, prepared.totals, strict=True))
+        ]
+
     # The loss
 
-    def passes(self, prepared: Experience) -> int:
+    def passes(self, prepared: RolloutBatch) -> int:
         return 1 + (prepared.replay is not None)
 
-    def terms(self, prepared: Experience) -> Terms:
+    def terms(self, prepared: RolloutBatch) -> LossTerms:
         settings, batch = self.config.rgpo, prepared.batch
         with self.autocast():
             states = self.contexts.states(batch)
@@ -240,7 +249,7 @@ class Rgpo(Stage):
             parts = {"policy": policy.loss, "kl_text": losses.sequence_mean(tokens, prepared.mask)}
             total = parts["policy"] + settings.beta_text * parts["kl_text"]
             weighs = torch.is_grad_enabled() and settings.beta_image > 0
-            with torch.set_grad_enabled(weighs):  # of no weight, it is measured all the same
+            with torch.set_grad_enabled(weighs):  # logged at weight 0 too
                 parts["kl_image"] = self._image_term(prepared, states)
             if settings.beta_image:
                 total = total + settings.beta_image * parts["kl_image"]
@@ -250,9 +259,9 @@ class Rgpo(Stage):
             "policy/clip_fraction": policy.clip_fraction.item(),
             "policy/entropy": entropy,
         }
-        return Terms(total, parts, figures)
+        return LossTerms(total, parts, figures)
 
-    def _image_term(self, prepared: Experience, states: Tensor) -> Tensor:
+    def _image_term(self, prepared: RolloutBatch, states: Tensor) -> Tensor:
         maps = self._maps(prepared.batch, states, prepared.noise, prepared.times, prepared.rows)
         maps += self._replayed(prepared.replay)
         if self.config.rgpo.image_term == "features":
@@ -261,7 +270,7 @@ class Rgpo(Stage):
         return torch.stack([losses.flow_loss(a, b) for a, b in pairs]).mean()
 
     def _maps(self, batch: Batch, states: Tensor, noise: Tensor, times: Tensor, rows: Sequence[int]) -> list[Tensor]:
-        """What D_I compares, for each of rows: feature maps of all layers, or the velocity, on pure noise."""
+        """What D_I compares, for each of `rows`: feature maps of all layers, or the velocity, on pure noise."""
         condition, spans = self.contexts.condition(batch, states)
         features: list[Tensor] = []
         velocity = self.model.decoder(condition, noise, times, batch.lengths, spans, features)
@@ -270,7 +279,10 @@ class Rgpo(Stage):
 
     def _log_probs(self, states: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """log p of the chosen tokens (B, L), zero elsewhere, and the mean entropy where they were chosen."""
-        logits = self.model.language.logits(states[mask]) / self.config.rgpo.temperature
+        logits = losses.without_token(
+            self.model.language.logits(states[mask]), self.contexts.config.language.image_token_id
+        )
+        logits = logits / self.config.rgpo.temperature
         chosen = losses.token_log_probs(logits, labels[mask])
         spread = losses.entropy(logits.detach()).mean().item()
         out = torch.zeros(mask.shape, dtype=chosen.dtype, device=chosen.device)
@@ -280,7 +292,7 @@ class Rgpo(Stage):
         reference: LanguageModel | None = self.__dict__["reference"]
         return adapters_off(self.model.language) if reference is None else _swapped(self.model, reference)
 
-    # Ours: captions whose condition must not move either
+    # Ours: captions in the image KL
 
     def _replay(self, records: Sequence[Record], noise: Tensor, times: Tensor) -> Replay | None:
         captions = [r.gt_prompt for r in records if r.gt_prompt][: self.config.rgpo.replay]
@@ -296,11 +308,11 @@ class Rgpo(Stage):
         return self._maps(replay.batch, states, replay.noise, replay.times, range(count))
 
 
-def _distinct(contexts: Sequence[Context], written: Sequence[rollouts.Written]) -> tuple[list[Context], list[int]]:
-    """Conversations without repetition, and for each given one its place among them.
+def _distinct(contexts: Sequence[Context], written: Sequence[rollouts.Completion]) -> tuple[list[Context], list[int]]:
+    """Conversations without repetition, and for each given one its index among them.
 
-    A sure policy writes the same thought many times; each is computed once. The last token counts although no
-    conversation holds it: it has a probability of its own.
+    A confident policy samples the same thought many times; it is computed once. The last token counts although it is
+    in no conversation, because it has a probability of its own.
     """
     keys = [(c.token_ids.tobytes(), w.token_ids[-1], id(c.patches)) for c, w in zip(contexts, written, strict=True)]
     place = {key: row for row, key in enumerate(dict.fromkeys(keys))}

@@ -25,12 +25,13 @@ from mindomni_rt.model.decoder import DiffusionDecoder, PrefixKV, Span
 from mindomni_rt.sampling.denoise import run_steps
 from mindomni_rt.sampling.schedule import plan_steps, timesteps
 
+from . import losses
 from .contexts import Context, Contexts
 
 
 @dataclass(frozen=True)
-class Written:
-    """Token ids of one reply, the end token included if it came; cut says that it did not."""
+class Completion:
+    """Token ids of one completion, the end token included if it came. cut: the limit came first."""
 
     token_ids: list[int]
     cut: bool
@@ -43,10 +44,12 @@ def write(
     max_new_tokens: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> list[Written]:
-    """Continues every conversation. temperature 0 is greedy; above it the generator (on the CPU) samples tokens.
+    repetition_penalty: float | None = None,
+    forbidden: int | None = None,
+) -> list[Completion]:
+    """Continues every conversation. temperature 0 is greedy; above it tokens are sampled with the generator (CPU).
 
-    Raises nothing of its own; rows that reach the end wait for the others.
+    repetition_penalty: None is the checkpoint's own, as in the pipeline. forbidden: a token that is never chosen.
     """
     model, config, device = contexts.model.language, contexts.config.language, contexts.device
     lengths = [len(c.token_ids) for c in prompts]
@@ -67,13 +70,21 @@ def write(
     mask = mask | torch.eye(longest, dtype=torch.bool, device=device)  # padding sees itself: no softmax is empty
     ends = torch.tensor(contexts.config.generation.eos_token_ids, device=device)
     done = torch.zeros(count, dtype=torch.bool, device=device)
+    penalty = contexts.config.generation.repetition_penalty if repetition_penalty is None else repetition_penalty
+    seen = torch.zeros(count, config.vocab_size, dtype=torch.bool, device=device)
+    for row, context in enumerate(prompts):
+        seen[row, torch.from_numpy(context.token_ids).to(device)] = True
     chosen: list[Tensor] = []
     start = 0
     tables = _tables(contexts, places)
     for index in range(max_new_tokens):
         x = model.layers(x, *tables, _over_cache(cache, start, mask))
         start += x.shape[1]
-        token = _choose(model.logits(x[:, -1]).float(), temperature, generator)
+        logits = _penalised(model.logits(x[:, -1]).float(), seen, penalty)
+        if forbidden is not None:
+            logits = losses.without_token(logits, forbidden)
+        token = _choose(logits, temperature, generator)
+        seen.scatter_(1, token[:, None], True)
         chosen.append(torch.where(done, ends[0], token))
         done = done | torch.isin(token, ends)
         if _everywhere(done) or index + 1 == max_new_tokens:
@@ -85,7 +96,7 @@ def write(
     out = []
     for row, finished in zip(rows, done.tolist(), strict=True):
         end = next((i for i, t in enumerate(row) if t in contexts.config.generation.eos_token_ids), len(row) - 1)
-        out.append(Written(row[: end + 1], not finished))
+        out.append(Completion(row[: end + 1], not finished))
     return out
 
 
@@ -112,6 +123,13 @@ def _tables(contexts: Contexts, places: NDArray[np.int64]) -> tuple[Tensor, Tens
     made = rope_tables(stack.rope, stack.head_dim, places.reshape(3, -1), length)
     cos, sin = (torch.from_numpy(t).view(count, length, -1).to(contexts.device) for t in made)
     return cos, sin
+
+
+def _penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) after the repetition penalty on tokens seen (B, V), as `sampling.choose_token` applies it."""
+    if penalty == 1:
+        return logits
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -1,50 +1,56 @@
-"""Stage 2: connector and decoder learn to paint from thoughts: the fine description is the thinking, the coarse one the
-answer. The MLLM is frozen and there is no loss on text, as published, unless `sft.text` asks for it.
+"""Stage 2: connector and decoder learn to generate images from thoughts (fine description) and answers (coarse one).
 
-Records without a thought are painted without thinking: what keeps thinking off a fair baseline.
+The MLLM is frozen and text has no loss, as published, unless `sft.text` is above 0. Records without a thought are
+trained without thinking, so that the mode without thinking stays a fair baseline.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from ..config import Config
+from ..config import SFT_RANK, Config
 from . import losses
 from .adapters import add_adapters
-from .base import Draws, Painting, Stage, Terms
+from .base import Draws, ImageBatch, LossTerms, Stage, StepCounts
 from .contexts import Batch, Context, Contexts, context_of
 
 if TYPE_CHECKING:
-    from ..data.records import Record
+    from ..data.record import Record
 
 LORA_TARGETS = ("qkv_proj", "o_proj")  # of the decoder, as released
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A step: what is painted, and what is read (picture questions; only with a text loss)."""
+class SftBatch:
+    """One micro-batch: images, and picture questions (only with a text loss).
 
-    paintings: list[Painting]
+    token_shares: for each of image_batches, the weight of its mean over tokens in the step's mean.
+    """
+
+    image_batches: list[ImageBatch]
+    token_shares: list[float]
     reading: Batch | None
+    reading_share: float
 
 
 class Sft(Stage):
-    """Flow loss, distillation if its weight says so (ours: 0 as published), cross-entropy if its weight says so."""
+    """Flow loss, and distillation (ours) and cross-entropy at their weights, both 0 as published."""
 
     name: ClassVar[str] = "sft"
 
     def __init__(self, model: MindOmniModel, contexts: Contexts, config: Config) -> None:
         super().__init__(model, contexts, config)
         if config.sft.decoder == "lora":
-            add_adapters(model.decoder.llm.layers, config.lora, LORA_TARGETS, config.seed)
-        # A decoder that trains in full cannot be its own frozen teacher. Outside the module tree: no state of ours.
+            rank = SFT_RANK if config.lora.rank is None else config.lora.rank
+            add_adapters(model.decoder.llm.layers, config.lora, rank, LORA_TARGETS, config.seed)
+        # A decoder that trains in full needs a frozen copy as teacher. Outside the module tree: not part of the state.
         copied = config.sft.decoder == "full" and config.distill.weight > 0
         self.__dict__["teacher"] = copy.deepcopy(model.decoder).requires_grad_(False) if copied else None
 
@@ -57,41 +63,59 @@ class Sft(Stage):
         text = r"|language\..*" if self.config.sft.text else ""
         return rf"connector\..*{decoder}{text}"
 
-    def prepare(self, records: Sequence[Record], draws: Draws) -> Lesson:
+    def count(self, records: Sequence[Record], draws: Draws) -> StepCounts:
+        if not self.config.sft.text:
+            return super().count(records, draws)
+        kept = [r for r, d in zip(records, self.dropped(records, draws), strict=True) if not d]
+        return replace(
+            super().count(records, draws),
+            tokens=sum(self.contexts.label_count(r) for r in kept if r.output_image is not None),
+            replies=sum(self.contexts.label_count(r) for r in records if r.reply),
+        )
+
+    def prepare(self, records: Sequence[Record], draws: Draws) -> SftBatch:
         def make(record: Record, dropped: str) -> Context:
             if dropped:
                 return self.contexts.paint(dropped, think=False)
             return context_of(self.contexts, record, think=bool(record.think_content), thought=True)
 
+        own = self.count(records, draws)
+        batches = self.image_batches(records, draws, make)
+        shares = [self.share("tokens", int((b.batch.labels() != losses.IGNORE).sum()), own) for b in batches]
         read = [r for r in records if r.reply] if self.config.sft.text else []
         reading = [context_of(self.contexts, r, think=False, thought=False) for r in read]
-        return Lesson(self.paintings(records, draws, make), self.contexts.batch(reading) if reading else None)
+        return SftBatch(
+            batches,
+            shares,
+            self.contexts.batch(reading) if reading else None,
+            self.share("replies", own.replies, own),
+        )
 
-    def passes(self, prepared: Lesson) -> int:
-        return 2 * len(prepared.paintings) + (prepared.reading is not None)
+    def passes(self, prepared: SftBatch) -> int:
+        return 2 * len(prepared.image_batches) + (prepared.reading is not None)
 
-    def terms(self, prepared: Lesson) -> Terms:
+    def terms(self, prepared: SftBatch) -> LossTerms:
         parts: dict[str, torch.Tensor] = {}
         with self.autocast():
-            for painting in prepared.paintings:
-                self._paint(painting, parts)
+            for images, share in zip(prepared.image_batches, prepared.token_shares, strict=True):
+                self._image_terms(images, share, parts)
             if prepared.reading is not None:
                 logits = self.model.language.logits(self.contexts.states(prepared.reading))
-                parts["read"] = losses.text_loss(logits, prepared.reading.labels())
+                self.add(parts, "read", losses.text_loss(logits, prepared.reading.labels()), prepared.reading_share)
         text = self.config.sft.text
         weights = {"flow": 1.0, "distill": self.config.distill.weight, "text": text, "read": text}
-        return Terms(sum((weights[n] * p for n, p in parts.items()), torch.zeros(())), parts)
+        return LossTerms(sum((weights[n] * p for n, p in parts.items()), torch.zeros(())), parts)
 
-    def _paint(self, painting: Painting, parts: dict[str, torch.Tensor]) -> None:
+    def _image_terms(self, images: ImageBatch, token_share: float, parts: dict[str, torch.Tensor]) -> None:
         text = self.config.sft.text > 0
         with torch.set_grad_enabled(text):
-            states = self.contexts.states(painting.batch)
-        condition, spans = self.contexts.condition(painting.batch, states.detach())
+            states = self.contexts.states(images.batch)
+        condition, spans = self.contexts.condition(images.batch, states.detach())
         features: list[torch.Tensor] | None = [] if self.config.distill.weight else None
-        self.add(parts, "flow", self.flow(painting, condition, painting.batch.lengths, spans, features), painting.share)
+        self.add(parts, "flow", self.flow(images, condition, images.batch.lengths, spans, features), images.share)
         if features is not None:
-            distance = losses.feature_kl(self.teacher_features(painting, self.__dict__["teacher"]), features)
-            self.add(parts, "distill", distance, painting.share)
+            distance = losses.feature_kl(self.teacher_features(images, self.__dict__["teacher"]), features)
+            self.add(parts, "distill", distance, images.share)
         if text:
-            loss = losses.text_loss(self.model.language.logits(states), painting.batch.labels())
-            self.add(parts, "text", loss, painting.share)
+            loss = losses.text_loss(self.model.language.logits(states), images.batch.labels())
+            self.add(parts, "text", loss, token_share)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from mindomni_rt.commands import Parser, front_door
+
 from .clip import retrieval, save_clip, train_clip
 from .vae import check_vae, save_vae, train_vae
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.data.world", description=__doc__)
+def main() -> int:
+    """Trains both models; prints what they reach."""
+    parser = Parser(prog="python -m training.data.world", description=__doc__)
     parser.add_argument("folder", type=Path, help="gets vae/ and reward/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--only", choices=("vae", "reward"), help="make one of the two")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -25,13 +29,16 @@ def main() -> None:
         shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
         print(f"autoencoder step {step}: {shown} ({time.perf_counter() - began:.0f} s)", flush=True)
 
-    vae = train_vae(options.seed, options.vae_steps, report=tell)
-    save_vae(vae, options.folder / "vae")
-    print(f"autoencoder: the verifier reads {check_vae(vae)} of its pictures", flush=True)
-    clip = train_clip(options.seed)
-    save_clip(clip, options.folder / "reward")
-    print(f"reward model: retrieval {retrieval(clip):.3f} of 96 ({time.perf_counter() - began:.0f} s)")
+    if options.only != "reward":
+        vae = train_vae(options.seed, options.vae_steps, report=tell)
+        save_vae(vae, options.folder / "vae")
+        print(f"autoencoder: the verifier reads {check_vae(vae)} of its pictures", flush=True)
+    if options.only != "vae":
+        clip = train_clip(options.seed)
+        save_clip(clip, options.folder / "reward")
+        print(f"reward model: retrieval {retrieval(clip):.3f} of 96 ({time.perf_counter() - began:.0f} s)")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(front_door(main))

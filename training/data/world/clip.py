@@ -1,7 +1,7 @@
 """A small CLIP for the consistency reward: pictures and short captions to one space. Trained on rendered pairs alone.
 
-It is no verifier: it judges how alike a picture and a caption look to it, and can be fooled. That is what lets reward
-hacking show, as reward that rises while the exact verifier does not.
+It is no verifier: its similarity can be fooled. Reward hacking shows as a reward that rises while the accuracy of the
+exact verifier does not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mindomni_rt.errors import BadCheckpointError
 
+from ...outputs import save_tensors
 from .scene import BRIGHTNESS, all_scenes, render
 from .text import caption
 
@@ -95,11 +96,8 @@ def retrieval(model: WorldClip) -> float:
 
 
 def save_clip(model: WorldClip, folder: Path) -> None:
-    """Writes folder/world_clip.safetensors."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, str(folder / "world_clip.safetensors"))
+    """Writes folder/world_clip.safetensors. Raises StorageError."""
+    save_tensors(folder / "world_clip.safetensors", model.state_dict())
 
 
 def load_clip(folder: Path) -> WorldClip:

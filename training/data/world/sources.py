@@ -9,11 +9,11 @@ import numpy as np
 
 from mindomni_rt.errors import BadRequestError
 
-from ..records import Record
+from ..record import Record
 from .scene import BRIGHTNESS, Scene, all_scenes, render
 from .text import caption, description, edit, question, riddle, slip
 
-# Of stage 0's thoughts: how many go systematically wrong, and how many lack a tag. Stage 3 is to mend both.
+# Shares of stage 0's thoughts that are systematically wrong, and that lack a tag. Stage 3 corrects both.
 _WRONG, _MALFORMED = 0.6, 0.12
 MIXTURES: dict[str, dict[str, float]] = {
     "prior": {
@@ -101,7 +101,7 @@ def _riddle(kind: str, scene: Scene, draw: np.random.Generator, common: dict[str
     if draw.uniform() < _WRONG:
         thought, meant = slip(thought)
         answer = caption(meant)
-    if draw.uniform() < _MALFORMED:  # the closing tag of the thought is forgotten
+    if draw.uniform() < _MALFORMED:  # without the closing tag of the thought
         return Record(instruction=task.instruction, think_content=f"{thought} <answer> {answer} </answer>", **common)
     return Record(instruction=task.instruction, think_content=thought, answer=answer, **common)
 

@@ -15,6 +15,7 @@ from mindomni_rt.checkpoint.config import VAEConfig
 from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.vae import AutoencoderKL
 
+from ...outputs import save_tensors
 from .scene import BRIGHTNESS, CELL, all_scenes, render, verify
 
 CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0)
@@ -90,12 +91,9 @@ def check_vae(model: AutoencoderKL, seed: int = 1, rounds: int = 2) -> dict[str,
 
 
 def save_vae(model: AutoencoderKL, folder: Path) -> None:
-    """Writes folder/world_vae.safetensors; its scaling factor travels in the file's metadata."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {n: t.contiguous() for n, t in model.state_dict().items()}
-    save_file(state, str(folder / "world_vae.safetensors"), {"scaling_factor": str(model.config.scaling_factor)})
+    """Writes folder/world_vae.safetensors, with the scaling factor in the file's metadata. Raises StorageError."""
+    metadata = {"scaling_factor": str(model.config.scaling_factor)}
+    save_tensors(folder / "world_vae.safetensors", model.state_dict(), metadata)
 
 
 def load_vae(folder: Path) -> AutoencoderKL:
