@@ -132,8 +132,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "WxH" in pixels → (width, height)."""
-    parts = text.lower().split("x")
+    """ "WxH" in pixels, or one number for a square → (width, height)."""
+    parts = text.lower().split("x") if "x" in text.lower() else [text, text]
     if len(parts) != 2 or not all(p.isdecimal() for p in parts):
         raise BadRequestError(f"size {text!r}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
     return int(parts[0]), int(parts[1])

@@ -77,7 +77,7 @@ CHECKS = [
 @pytest.mark.parametrize(("size", "work"), CHECKS, ids=["image", "large", "long"])
 def test_peak_within_a_tenth_of_the_measured_one(size, work):
     pytest.importorskip("torch")
-    from mindomni_rt.benchmarks.counts.peaks import measure
+    from peaks import measure
 
     config, precision = scaled(size), Precision.uniform("float32")
     measured = measure(config, work)
@@ -92,5 +92,5 @@ def test_peak_within_a_tenth_of_the_measured_one(size, work):
 def test_importing_the_planner_needs_no_torch():
     import subprocess
 
-    code = "import sys, mindomni_rt.planner; sys.exit('torch' in sys.modules)"
+    code = "import sys, mindomni_rt.memory.planner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,6 +11,7 @@ import torch
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.layout import open_checkpoint
 from ...errors import UnsupportedDeviceError
+from ...memory import planner
 from ...memory.footprint import Precision
 from ...memory.layers import Workload
 from ...memory.planner import LADDER, gigabytes, parse_bytes, plan
@@ -19,7 +20,7 @@ from ...model.mindomni import load_model
 from .backend import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
-RESERVE = 600 << 20  # of a CUDA context and the libraries' workspaces; to be measured on each device
+RESERVE = planner.RESERVE[False]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
