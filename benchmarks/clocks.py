@@ -7,9 +7,11 @@ pinned clocks.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,11 +44,27 @@ def output(command: Sequence[str], timeout: float = 20) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def query(fields: str) -> list[str]:
-    """Fields of the first GPU by nvidia-smi; empty without one or where it does not know a field."""
+def physical(device: str) -> str:
+    """What NVML and nvidia-smi call "cuda:N", which count all GPUs where CUDA counts those it may see.
+
+    The UUID that torch tells, else the entry of CUDA_VISIBLE_DEVICES (an index or a UUID), else N.
+    """
+    index = int(device.partition(":")[2] or 0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+        if uuid is not None:
+            return f"GPU-{str(uuid).removeprefix('GPU-')}"
+    seen = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return seen[index] if index < len(seen) else str(index)
+
+
+def query(fields: str, device: str = "cuda:0") -> list[str]:
+    """Fields of a GPU by nvidia-smi; empty without one or where it does not know a field."""
     if not shutil.which("nvidia-smi"):
         return []
-    lines = output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]).splitlines()
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", physical(device)]
+    lines = output(command).splitlines()
     found = [part.strip() for part in lines[0].split(",")] if lines else []
     return found if len(found) == fields.count(",") + 1 else []
 
@@ -72,10 +90,10 @@ def pinned_clocks() -> str:
     return ", ".join([state, *(f"{unit} {frequency}" for unit, frequency in now.items())])
 
 
-def throttling() -> str:
+def throttling(device: str = "cuda:0") -> str:
     """Why a GPU's clocks are below their most, in words; "none" where nothing holds them."""
     for name in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the second: older drivers
-        if found := query(name):
+        if found := query(name, device):
             try:
                 bits = int(found[0], 16)
             except ValueError:
@@ -95,12 +113,13 @@ def over_current(root: Path = _HWMON) -> str:
     return ", ".join(found) or NONE
 
 
-def clock_state(root: Path = _HWMON) -> dict[str, str]:
-    """Clocks, temperature and throttling now; empty on a machine without an NVIDIA GPU."""
-    found: dict[str, str] = {}
-    if gpu := query("clocks.sm,clocks.mem,temperature.gpu"):
+def clock_state(device: str = "cuda:0", root: Path = _HWMON) -> dict[str, str]:
+    """Clocks, temperature and throttling now; empty on a machine without an NVIDIA GPU. device: another than a CUDA
+    one stands for the first GPU."""
+    device, found = device if device.startswith("cuda") else "cuda:0", dict[str, str]()
+    if gpu := query("clocks.sm,clocks.mem,temperature.gpu", device):
         names = ("SM clock", "memory clock", "temperature")
-        found |= dict(zip(names, gpu, strict=True)) | {"throttling": throttling()}
+        found |= dict(zip(names, gpu, strict=True)) | {"throttling": throttling(device)}
     if shutil.which("nvpmodel"):  # a Jetson
         found |= {"jetson_clocks": pinned_clocks(), "over-current events": over_current(root)}
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,9 @@ def change(metric: str, a: Sequence[float], b: Sequence[float], seed: int = 0) -
 def compare(a: Result, b: Result) -> list[Change]:
     """Changes of every metric that both have. Raises BadRequestError if they measured different requests."""
     if a.workload != b.workload:
-        raise BadRequestError(f"{a.path} and {b.path} measured different requests: {a.workload} and {b.workload}")
+        first, second = asdict(a.workload), asdict(b.workload)
+        differ = ", ".join(f"{k} {first[k]} and {second[k]}" for k in first if first[k] != second[k])
+        raise BadRequestError(f"{a.path} and {b.path} measured different requests: {differ}")
     shared = [m for m in a.metrics if m in b.metrics and min(a.samples(m)) > 0]
     if not shared:
         raise BadRequestError(f"{a.path} and {b.path} have no metric in common")

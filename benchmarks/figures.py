@@ -1,7 +1,9 @@
-"""What every plot of this package shares: colours, a headless figure, an atomic save."""
+"""What every plot of this package shares: colours, a headless figure, plain ticks, an atomic save."""
 
 from __future__ import annotations
 
+import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,23 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def log_axis(axes: Any) -> None:
+    """A logarithmic x axis with plain numbers at 1, 2, 4, 6 and 10 times a power of ten: 40, 60, 100, not 4×10¹.
+
+    Over more than two decades 4 and 6 are left out, so that labels do not run into each other.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")  # before the limits are asked for
+    low, high = axes.get_xlim()
+    wide = low > 0 and math.log10(high / low) > 2
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 2, 4, 6)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    import io
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())

@@ -1,10 +1,8 @@
-"""Result files: written whole or not at all, read with a clear error, and what each must hold."""
+"""Result files: written whole or not at all, read with a clear error."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,11 @@ from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.files import replace_file
 from mindomni_rt.memory.layers import Workload
 
-FORMAT = 1
+from .schema import FORMAT, problems
+
 FOLDER = Path(__file__).with_name("results")
 
 
@@ -32,26 +32,26 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 file.write(data)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, lambda temporary: _fill(temporary, data))
     except OSError as error:
         raise WriteError(
             f"{path} could not be written: {error.strerror or error}; free space or choose --out"
         ) from error
 
 
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def write_json(path: Path, data: Any) -> None:
     """JSON with an indent of one, at path, atomically."""
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_out(path: Path | None) -> None:
+    """Raises BadRequestError unless --out, where it is given, ends in .json."""
+    if path and path.suffix != ".json":
+        raise BadRequestError(f"--out {path}: expected a name that ends in .json")
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +62,18 @@ def read_json(path: Path) -> Any:
         raise BadRequestError(f"no file at {path}") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadRequestError(f"{path} is not readable JSON: {error}") from error
+
+
+def read_checked(path: Path, kind: str) -> dict[str, Any]:
+    """A result of a kind, or BadRequestError that names the file and what is wrong with it."""
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        raise BadRequestError(f"{path}: not a {kind} result (expected kind {kind!r})")
+    if data.get("format") != FORMAT:
+        raise BadRequestError(f"{path}: result format {data.get('format')}; this version reads {FORMAT}")
+    if found := problems(data):
+        raise BadRequestError(f"{path}: {'; '.join(found[:12])}")
+    return data
 
 
 @dataclass(frozen=True)
@@ -103,20 +115,12 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """A latency result, or BadRequestError that says what it lacks."""
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("kind") != "latency":
-        raise BadRequestError(f"{path}: not a latency result (expected kind 'latency')")
-    if data.get("format") != FORMAT:
-        raise BadRequestError(f"{path}: result format {data.get('format')}; this version reads {FORMAT}")
-    lacking = sorted({"machine", "model", "workload", "runs"} - set(data))
-    if lacking or not data["runs"]:
-        raise BadRequestError(f"{path}: lacks {', '.join(lacking) or 'runs'}")
-    return Result(path, data)
+    """A latency result, or BadRequestError that says what is wrong with it."""
+    return Result(path, read_checked(path, "latency"))
 
 
 def all_results(folder: Path = FOLDER) -> Iterator[Result]:
-    """Latency results of a folder, oldest name first; other kinds are passed over."""
+    """Latency results of a folder, oldest name first; other kinds are passed over, and so is a missing folder."""
     for path in sorted(folder.glob("*.json")):
         data = read_json(path)
         if isinstance(data, dict) and data.get("kind") == "latency":

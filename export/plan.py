@@ -12,13 +12,10 @@ from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.errors import OutOfMemoryError
 from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.layers import PART_OF, STAGES, Workload
-from mindomni_rt.memory.planner import Plan, gigabytes, parse_bytes
+from mindomni_rt.memory.planner import RESERVE, Plan, gigabytes, parse_bytes
 from mindomni_rt.memory.planner import plan as fit
 
 from .targets import ARCHITECTURES, DEVICES, QUANTIZED, Choice, Device, Target, choose
-
-# Not ours to use: CUDA's context and the desktop on a card of its own, the system on memory that the CPU shares.
-_RESERVE = {False: 700 * 10**6, True: 2000 * 10**6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ def plan_build(
     work = Workload(height=size, width=size)
     stored = Precision.of_stages(choice.stages, choice.dtype)
     limit = device.memory if budget is None else parse_bytes(budget)
-    reserve = _RESERVE[device.shared] + _cache_beyond(config, work, size)
+    reserve = RESERVE[device.shared] + _cache_beyond(config, work, size)
     try:
         memory = fit(config, work, precision=stored, budget=limit, reserve=reserve)
     except OutOfMemoryError as error:

@@ -112,8 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "WxH" in pixels → (width, height)."""
-    parts = text.lower().split("x")
+    """ "WxH" in pixels, or one number for a square → (width, height)."""
+    parts = text.lower().split("x") if "x" in text.lower() else [text, text]
     if len(parts) != 2 or not all(p.isdecimal() and len(p) < 7 for p in parts):
         raise BadRequestError(f"size {shown(text)}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
     return int(parts[0]), int(parts[1])

@@ -1,9 +1,9 @@
-"""`python -m benchmarks counts`: what a fixed request costs, in numbers that no clock and no busy machine can change.
+"""`python -m benchmarks counts`: what a fixed request costs, in numbers that do not depend on the machine's speed.
 
 Stage by stage through the torch backend on the CPU: floating-point operations, operators dispatched, bytes allocated
 and the most of them alive. Token ids, image and noise are fixed, nothing ends a text early, and weights change no
 shape: the counts follow from the code and the configuration. Beside them the nodes and weights of a bundle's graphs.
-`compare` holds two such results together: the gate of CI (tests/benchmarks/test_counts.py).
+`compare` compares two such results: the gate of CI (tests/benchmarks/test_counts.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import MissingExtraError
+from mindomni_rt.memory.layers import Workload
 
-from ..latency.command import versions
-from ..machine import commit
-from ..results import FOLDER, FORMAT, write_json
+from ..machine import commit, versions
+from ..results import FOLDER, check_out, write_json
+from ..schema import FORMAT
+from ..stages import Stages
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "fixtures" / "parity"
@@ -31,7 +34,8 @@ BUNDLE = ROOT / "assets" / "shapes-world-bundle"
 BASELINE = FOLDER / "counts-baseline.json"
 REQUEST: dict[str, Any] = {"patches": [8, 8], "prompt": 20, "negative": 6, "new_tokens": 5, "side": 96, "steps": 3}
 """Patches of the reference image, tokens of both prompts, tokens written, pixels a side, steps."""
-Frame = Callable[[], AbstractContextManager[Any]]
+UNITS = {"vision": 1, "language.prefill": 1, "language.decode": 4, "connector": 2, "prefix": 2, "denoiser": 3, "vae": 1}
+"""Of each stage's work in it: tokens, branches, steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Counts and reports."""
-    if options.out and options.out.suffix != ".json":
-        raise BadRequestError(f"--out {options.out}: expected a name that ends in .json")
+    check_out(options.out)
     data = measure(options.model, options.bundle)
     sys.stdout.write(report(data))
     if options.out:
@@ -64,14 +67,12 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
 
     backend = load_torch(model, "cpu", "float32")
     assert isinstance(backend, TorchBackend)
-    for _ in stages(backend, counting):  # what is made once, on first use, is not part of a request
-        pass
-    found: dict[str, dict[str, int]] = {}
-    for name, units, counter in stages(backend, counting_flops):
-        found[name] = {"units": units, "flops": int(counter.get_total_flops())}
+    count(backend, counting)  # what is made once, on first use, is not part of a request
+    flops, found = count(backend, counting_flops), dict[str, dict[str, int]]()
     operators: dict[str, dict[str, int]] = {}
-    for name, _, counter in stages(backend, counting):
+    for name, counter in count(backend, counting).items():
         operators[name] = dict(sorted(counter.by_name.items()))
+        found[name] = {"units": UNITS[name], "flops": int(flops[name].get_total_flops())}
         found[name] |= {"operators": counter.operators, "bytes": counter.bytes, "peak_bytes": counter.peak}
     return {
         "kind": "counts",
@@ -89,62 +90,28 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
     }
 
 
-def stages(backend: Any, frame: Frame) -> Iterator[tuple[str, int, Any]]:
-    """The fixed request: (stage, units of its work, what `frame` gave around it)."""
-    from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
-    from mindomni_rt.inputs.images import ImagePatches
-    from mindomni_rt.sampling.decode import generate_tokens
-    from mindomni_rt.sampling.denoise import denoise
-    from mindomni_rt.sampling.schedule import timesteps
+def count(backend: Any, probe: Callable[[], AbstractContextManager[Any]]) -> dict[str, Any]:
+    """The fixed request: what `probe` gave around each stage."""
+    found: dict[str, Any] = {}
 
-    config, sizes = backend.config, REQUEST
-    rows, columns = sizes["patches"]
-    side, steps, new = sizes["side"], sizes["steps"], sizes["new_tokens"]
+    @contextmanager
+    def frame(name: str) -> Iterator[None]:
+        if name not in UNITS:  # the negative prompt, whose hidden states are kept across requests
+            yield
+            return
+        with probe() as found[name]:
+            yield
 
-    def language(tokens: Any, wanted: int) -> Any:
-        return backend.language(
-            LanguageRequest(
-                token_ids=np.zeros(tokens, np.int64),
-                positions=np.tile(np.arange(tokens), (3, 1)),
-                next_position=tokens,
-                max_new_tokens=wanted,
-            )
-        )
-
-    patches = ImagePatches(np.zeros((rows * columns, config.vision.patch_dim), np.float32), (1, rows, columns))
-    with frame() as counter:
-        backend.vision(patches)
-    yield "vision", 1, counter
-    with frame() as counter:
-        thought = language(sizes["prompt"], new)
-        tokens = generate_tokens(thought)
-        next(tokens)
-    yield "language.prefill", 1, counter
-    with frame() as counter:
-        for _ in range(new - 1):
-            next(tokens)
-    yield "language.decode", new - 1, counter
-    hidden = [thought.hidden(new), language(sizes["negative"], 0).hidden()]
-    with frame() as counter:
-        conditions = [backend.connector(h) for h in hidden]
-    yield "connector", 2, counter
-    times = timesteps(steps)
-    with frame() as counter:
-        prefixes = [backend.prefix(c, times[:-1], (side // 16) ** 2) for c in conditions]
-    yield "prefix", 2, counter
-    request = DenoiseRequest(
-        latents=np.zeros((1, config.decoder.latent_channels, side // 8, side // 8), np.float32),
-        times=times,
-        guided=prefixes[0],
-        unguided=prefixes[1],
-        guidance_scale=3.0,
-    )
-    with frame() as counter:
-        latents = [state.latents for state in denoise(backend, request)][-1]
-    yield "denoiser", steps, counter
-    with frame() as counter:
-        backend.vae(latents)
-    yield "vae", 1, counter
+    sizes = {**REQUEST, "patches": (0, 0)}
+    side = sizes.pop("side")
+    work = Workload(
+        prompt_tokens=sizes["prompt"], negative_tokens=sizes["negative"], new_tokens=sizes["new_tokens"],
+        height=side, width=side, steps=sizes["steps"],
+    )  # fmt: skip
+    rows, columns = REQUEST["patches"]
+    Stages(backend, replace(work, patches=(rows, columns))).look(frame)
+    Stages(backend, work).run(frame)
+    return found
 
 
 def count_graphs(bundle: Path) -> dict[str, dict[str, int]]:

@@ -1,9 +1,16 @@
-"""The kernels of `gpu_suite`: each is checked against float64 first, and timed only if it is right."""
+"""Every kernel at the model's shapes, as data: what it computes, its exact result, its rivals, its launches.
+
+Each case is made, checked against float64 and timed by itself: one that a device cannot compile or that is wrong is
+recorded and marked, and the others run. `sweep` times the launches of a case, to fill the launch tables.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mindomni_rt.backends.fast.attention import Segments, candidates
-from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.checkpoint.config import ModelConfig, StackConfig
 from mindomni_rt.kernels.decode_attention import decode_attention
 from mindomni_rt.kernels.gemv import gemv
 from mindomni_rt.kernels.int4_linear import int4_linear, quantize_int4
 from mindomni_rt.kernels.int8_attention import int8_attention
+from mindomni_rt.kernels.launch import SHARED_LIMIT, Launch
 from mindomni_rt.kernels.linear8 import linear8, linear8_library, quantize_weight
 from mindomni_rt.kernels.norm_gemv import norm_gemv
 from mindomni_rt.kernels.norms import add_norm
@@ -25,300 +33,373 @@ from mindomni_rt.kernels.segment_attention import segment_attention, segment_att
 from mindomni_rt.kernels.swiglu import swiglu
 from mindomni_rt.kernels.triton_compat import REFUSALS
 
-from .measure import Meter, Run, relative_error
+from ..measure import Meter, Run, described, judged, relative_error
+
+Output = Any
+"""A tensor, or a tuple of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel at one shape. check() -> relative error; variants[ours] is timed beside the others.
+    """One kernel at one shape.
 
-    flops or bytes say what its ceiling is: matrix products (`peak` names which) or copies.
+    exact() -> the right output; variants: what computes it, "ours" first; baseline: the variant that rounds as ours
+    does, by whose distance ours is judged beside the bound. some: the part of an output that is compared (`exact` gives
+    that part alone). fresh: called before an output is compared, for kernels that work in place. flops or bytes say
+    what its ceiling is: matrix products (`peak` names which) or copies. launches: choices for `launched` to sweep.
     """
 
-    name: str
-    check: Callable[[], float]
+    exact: Callable[[], Output]
     bound: float
-    variants: Mapping[str, Run]
+    variants: Mapping[str, Callable[[], Output]]
+    baseline: str = ""
+    some: Callable[[Output], Output] = lambda output: output
+    fresh: Callable[[], Any] = lambda: None
     flops: float = 0.0
     bytes: float = 0.0
     peak: str = "matmul"
     note: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    launched: Callable[[Launch], Tensor] | None = None
+    launches: Sequence[Launch] = ()
+
+    def error(self, variant: str) -> float:
+        """Relative error, the largest of several outputs."""
+        self.fresh()
+        found, exact = self.some(self.variants[variant]()), self.exact()
+        both = zip(found, exact, strict=True) if isinstance(exact, tuple) else [(found, exact)]
+        errors = [relative_error(a, b) for a, b in both]
+        return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes that the kernels are measured at."""
+    """Shapes and types that the kernels are measured at. lengths: of both branches' conditions."""
 
+    config: ModelConfig
     tokens: int
-    lengths: tuple[int, int]
+    lengths: tuple[int, ...]
     cache: int
     dtype: torch.dtype
     tolerance: float
+    device: torch.device
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
+
+    def draw(self, *shape: int) -> Tensor:
+        """Normal numbers."""
+        return torch.randn(*shape, device=self.device, generator=self._generator).to(self.dtype)
+
+    @property
+    def decoder(self) -> StackConfig:
+        return self.config.decoder.stack
+
+    @property
+    def gate_up(self) -> tuple[Tensor, Tensor]:
+        """One row and the weight of the language model's gate_up."""
+        stack = self.config.language.stack
+        return self.draw(1, stack.hidden_size), self.draw(2 * stack.intermediate_size, stack.hidden_size)
 
 
-def run_case(case: Case, meter: Meter, ceilings: Mapping[str, float | None]) -> dict[str, Any]:
-    """Error, then times of every variant. A failed check stops the timing."""
+def run_case(name: str, make: Callable[[], Case], meter: Meter, ceilings: Mapping[str, float | None]) -> dict[str, Any]:
+    """Errors, then times of every variant. Times are recorded even where the result is wrong: `right` says so."""
+    found: dict[str, Any] = {"name": name, "right": False}
     try:
-        error = case.check()
-    except REFUSALS as failure:
-        return {"name": case.name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
-    found: dict[str, Any] = {"name": case.name, "error": error, "bound": case.bound, "right": error <= case.bound}
-    if not found["right"]:
-        return {**found, "note": "wrong: not timed"}
+        case = make()
+        baseline = case.error(case.baseline) if case.baseline else None
+        exact_type = case.bound < 1e-4  # float32: rounding of another order, no ratio
+        found |= judged(case.error("ours"), case.bound, None if exact_type else baseline) | {"note": case.note}
+    except Exception as failure:  # noqa: BLE001  # a compiler may raise anything; the other kernels must still run
+        return {**found, "failed": described(failure)}
     times: dict[str, float | str] = {}
-    for name, run in case.variants.items():
+    for variant, run in case.variants.items():
         try:
-            times[name] = meter.kernel(run)
-        except REFUSALS as failure:
-            times[name] = f"does not run: {str(failure).splitlines()[0][:120]}"
-    found["seconds"] = times
+            times[variant] = meter.kernel(run)
+        except Exception as failure:  # noqa: BLE001
+            times[variant] = f"does not run: {described(failure)[:120]}"
     ours = times.get("ours")
     if isinstance(ours, float):
-        if case.flops:
-            found["tflops"] = case.flops / ours / 1e12
-            peak = ceilings.get(case.peak)
-            found["of_matmul"] = found["tflops"] / peak if peak else None
-        if case.bytes:
-            found["gbps"] = case.bytes / ours / 1e9
-            copy = ceilings.get("copy")
-            found["of_copy"] = found["gbps"] / copy if copy else None
-    return {**found, "note": case.note}
+        for kind, work, peak, unit in (("matmul", case.flops, case.peak, 1e12), ("copy", case.bytes, "copy", 1e9)):
+            if work:
+                rate, ceiling = work / ours / unit, ceilings.get(peak)
+                found[{"matmul": "tflops", "copy": "gbps"}[kind]] = rate
+                found[f"of_{kind}"] = rate / ceiling if ceiling else None
+    return {**found, "seconds": times}
 
 
-def cases(config: ModelConfig, sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Every kernel at the decoder's and the language model's shapes."""
-    generator = torch.Generator(device).manual_seed(0)
+def sweep(sizes: Sizes, meter: Meter, most: int | None = None) -> dict[str, Any]:
+    """The ten fastest launches of each kernel in seconds, and how many did not run. most: launches of each to try."""
+    found: dict[str, Any] = {}
+    for name, make in CASES.items():
+        try:
+            case = make(sizes)
+        except Exception as failure:  # noqa: BLE001  # as in run_case
+            found[name] = {"failed": described(failure)}
+            continue
+        times: list[tuple[float, dict[str, int]]] = []
+        refused = 0
+        if case.launched is None:
+            continue
+        for launch in case.launches[:most]:
+            if meter.left() < 5:
+                break
+            try:
+                times.append((meter.kernel(partial(case.launched, launch)), vars(launch)))
+            except REFUSALS:
+                refused += 1
+        times.sort(key=lambda pair: pair[0])
+        found[name] = {"best": [{"seconds": s, **launch} for s, launch in times[:10]], "refused": refused}
+    return {**found, "shared_limits": dict(SHARED_LIMIT)}
 
-    def draw(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator).to(dtype)
 
-    yield from _attention(config, sizes, device, draw)
-    yield _decode(config, sizes, device, draw)
-    yield from _fusions(config, sizes, device, draw)
-    yield from _products(config, sizes, draw)
-    yield from _one_row(config, sizes, draw)
+def _space(
+    rows: Sequence[int], columns: Sequence[int], warps: Sequence[int], stages: Sequence[int]
+) -> tuple[Launch, ...]:
+    choices = product(rows, columns, warps, stages)
+    return tuple(Launch(block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in choices)
 
 
-def _attention(config: ModelConfig, sizes: Sizes, device: torch.device, draw: Callable[..., Tensor]) -> Iterator[Case]:
-    stack = config.decoder.stack
-    heads, d, n, longest = stack.num_heads, stack.head_dim, sizes.tokens, max(sizes.lengths)
-    q, k, v = (draw(2, heads, n, d) for _ in range(3))
-    keys, values, tk, tv = draw(2, heads, longest, d), draw(2, heads, longest, d), draw(2, heads, d), draw(2, heads, d)
+def _attention(sizes: Sizes, pv: str | None = None) -> Case:
+    """pv None: `segment_attention`; else `int8_attention` with its second product in that type."""
+    stack, n, device = sizes.decoder, sizes.tokens, sizes.device
+    heads, d, longest = stack.num_heads, stack.head_dim, max(sizes.lengths)
+    q, k, v = (sizes.draw(2, heads, n, d) for _ in range(3))
+    keys, values = (sizes.draw(2, heads, longest, d) for _ in range(2))
+    tk, tv = (sizes.draw(2, heads, d) for _ in range(2))
     lengths = torch.tensor(sizes.lengths, dtype=torch.int32, device=device)
     segments = Segments(keys, values, tk, tv, lengths, sizes.lengths)
     few, rows = slice(0, min(2, heads)), slice(0, min(256, n))
 
     def exact() -> Tensor:
-        pick = [t[:, few].double() for t in (keys, values, tk, tv, k, v)]
+        wide = [t[:, few].double() for t in (keys, values, tk, tv, k, v)]
         return segment_attention_torch(
-            q[:, few, rows].double(), (pick[0], pick[1]), (pick[2], pick[3]), (pick[4], pick[5]), lengths
+            q[:, few, rows].double(), (wide[0], wide[1]), (wide[2], wide[3]), (wide[4], wide[5]), lengths
         )
 
-    def error(found: Tensor) -> float:
-        return relative_error(found[:, few, rows], exact())
+    def segment(launch: Launch | None = None) -> Tensor:
+        return segment_attention(q, (keys, values), (tk, tv), (k, v), lengths, launch=launch)
 
-    def ours() -> Tensor:
-        return segment_attention(q, (keys, values), (tk, tv), (k, v), lengths)
-
-    flops = 4.0 * heads * n * d * sum(n + 1 + length for length in sizes.lengths)
-    tried = {
-        name: (lambda run=run: run(q, k, v, segments))
-        for name, run in candidates(device, d).items()
-        if name != "segment"
-    }
-    yield Case(
-        name="segment_attention",
-        check=lambda: error(ours()),
-        bound=sizes.tolerance,
-        variants={"ours": ours, **tried},
-        flops=flops,
+    tried = {name: partial(run, q, k, v, segments) for name, run in candidates(device, d).items() if name != "segment"}
+    common: dict[str, Any] = dict(
+        exact=exact,
+        some=lambda output: output[:, few, rows],
+        flops=4.0 * heads * n * d * sum(n + 1 + length for length in sizes.lengths),
     )
-    for pv in ("fp8", "16bit"):
+    if pv is None:
+        launches = _space((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        return Case(
+            bound=sizes.tolerance, variants={"ours": segment, **tried}, baseline="sdpa",
+            launched=segment, launches=launches, **common,
+        )  # fmt: skip
+    return Case(
+        bound=0.06 if pv == "fp8" else 0.03,
+        variants={
+            "ours": lambda: int8_attention(q, (keys, values), (tk, tv), (k, v), lengths, pv),
+            "segment_attention": segment,
+            "sdpa": tried["sdpa"],
+        },
+        note="packing included",
+        **common,
+    )
 
-        def eight(pv: str = pv) -> Tensor:
-            return int8_attention(q, (keys, values), (tk, tv), (k, v), lengths, pv)
 
-        yield Case(
-            name=f"int8_attention_{pv}",
-            check=lambda eight=eight: error(eight()),  # type: ignore[misc]
-            bound=0.06 if pv == "fp8" else 0.03,
-            variants={"ours": eight, "segment_attention": ours, "sdpa": tried["sdpa"]},
-            flops=flops,
-            note="packing included",
-        )
+def _decode_attention(sizes: Sizes) -> Case:
+    stack, used = sizes.config.language.stack, sizes.cache - 7
+    q = sizes.draw(1, stack.num_heads, 1, stack.head_dim)
+    keys, values = (sizes.draw(1, stack.num_kv_heads, sizes.cache, stack.head_dim) for _ in range(2))
+    length = torch.tensor([used], dtype=torch.int32, device=sizes.device)
 
-
-def _decode(config: ModelConfig, sizes: Sizes, device: torch.device, draw: Callable[..., Tensor]) -> Case:
-    stack, used = config.language.stack, sizes.cache - 7
-    q = draw(1, stack.num_heads, 1, stack.head_dim)
-    keys, values = (draw(1, stack.num_kv_heads, sizes.cache, stack.head_dim) for _ in range(2))
-    length = torch.tensor([used], dtype=torch.int32, device=device)
-
-    def check() -> float:
-        k, v = (t[:, :, :used].double() for t in (keys, values))
-        exact = F.scaled_dot_product_attention(q.double(), k, v, enable_gqa=True)
-        return relative_error(decode_attention(q, keys, values, length), exact)
-
-    def library() -> Tensor:
-        return F.scaled_dot_product_attention(q, keys[:, :, :used], values[:, :, :used], enable_gqa=True)
+    def library(wide: torch.dtype = sizes.dtype) -> Tensor:
+        k, v = (t[:, :, :used].to(wide) for t in (keys, values))
+        return F.scaled_dot_product_attention(q.to(wide), k, v, enable_gqa=True)
 
     return Case(
-        name="decode_attention",
-        check=check,
+        exact=lambda: library(torch.float64),
         bound=sizes.tolerance,
         variants={"ours": lambda: decode_attention(q, keys, values, length), "sdpa": library},
+        baseline="sdpa",
         bytes=2.0 * stack.num_kv_heads * used * stack.head_dim * keys.element_size(),
         note=f"{used} tokens: latency, not bandwidth",
     )
 
 
-def _fusions(config: ModelConfig, sizes: Sizes, device: torch.device, draw: Callable[..., Tensor]) -> Iterator[Case]:
-    stack, rows = config.decoder.stack, 2 * sizes.tokens
-    hidden, inner, heads, d = stack.hidden_size, stack.intermediate_size, stack.num_heads, stack.head_dim
-    x, residual, weight = draw(rows, hidden), draw(rows, hidden), draw(hidden)
-    size = x.element_size()
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMS norm in the type of x."""
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
-    def plain_norm() -> Tensor:
-        return F.rms_norm(x + residual, (hidden,), weight, 1e-5)
 
-    def check_norm() -> float:
-        y, total = add_norm(x, weight, 1e-5, residual)
-        wide = total.double()
-        exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-        return max(relative_error(y, exact), relative_error(total, x.double() + residual.double()))  # type: ignore[arg-type]
+def _add_norm(sizes: Sizes) -> Case:
+    rows, hidden = 2 * sizes.tokens, sizes.decoder.hidden_size
+    x, residual, weight = sizes.draw(rows, hidden), sizes.draw(rows, hidden), sizes.draw(hidden)
 
-    yield Case(
-        name="add_norm",
-        check=check_norm,
+    def exact() -> Output:
+        total = x.double() + residual.double()
+        return _norm(total, weight.double(), 1e-5), total
+
+    def plain() -> Output:
+        total = x + residual
+        return F.rms_norm(total, (hidden,), weight, 1e-5), total
+
+    return Case(
+        exact=exact,
         bound=sizes.tolerance,
-        variants={"ours": lambda: add_norm(x, weight, 1e-5, residual), "plain": plain_norm},
-        bytes=4.0 * rows * hidden * size,
+        variants={"ours": lambda: add_norm(x, weight, 1e-5, residual), "plain": plain},
+        baseline="plain",
+        bytes=4.0 * rows * hidden * x.element_size(),
     )
-    gate_up = draw(rows, 2 * inner)
 
-    def check_gate() -> float:
-        gate, up = gate_up.double().chunk(2, -1)
-        return relative_error(swiglu(gate_up), F.silu(gate) * up)  # type: ignore[arg-type]
 
-    yield Case(
-        name="swiglu",
-        check=check_gate,
+def _swiglu(sizes: Sizes) -> Case:
+    rows, inner = 2 * sizes.tokens, sizes.decoder.intermediate_size
+    both = sizes.draw(rows, 2 * inner)
+
+    def plain(x: Tensor = both) -> Tensor:
+        return F.silu(x[:, :inner]) * x[:, inner:]
+
+    return Case(
+        exact=lambda: plain(both.double()),
         bound=sizes.tolerance,
-        variants={
-            "ours": lambda: swiglu(gate_up),
-            "plain": lambda: F.silu(gate_up[:, :inner]) * gate_up[:, inner:],
-        },
-        bytes=3.0 * rows * inner * size,
+        variants={"ours": lambda: swiglu(both), "plain": plain},
+        baseline="plain",
+        bytes=3.0 * rows * inner * both.element_size(),
     )
-    angle = torch.rand(2, sizes.tokens, d // 2, device=device)
+
+
+def _rope(sizes: Sizes) -> Case:
+    heads, d = sizes.decoder.num_heads, sizes.decoder.head_dim
+    angle = torch.rand(2, sizes.tokens, d // 2, device=sizes.device)
     cos, sin = angle.cos(), angle.sin()
-    qkv = draw(2, sizes.tokens, 3 * heads * d)
+    qkv = sizes.draw(2, sizes.tokens, 3 * heads * d)
+    work = qkv.clone()
 
-    def check_rope() -> float:
-        q, k, _ = rope(qkv.clone(), cos, sin, heads, heads)
-        errors = []
-        for found, given in zip((q, k), split_heads(qkv.double(), heads, heads)[:2], strict=True):
+    def exact() -> Output:
+        turned = []
+        for given in split_heads(qkv.double(), heads, heads)[:2]:
             z = torch.complex(given[..., : d // 2], given[..., d // 2 :])
             z = z * torch.complex(cos.double(), sin.double()).unsqueeze(1)
-            errors.append(relative_error(found, torch.cat([z.real, z.imag], -1)))
-        return max(errors)
+            turned.append(torch.cat([z.real, z.imag], -1))
+        return tuple(turned)
 
-    work = qkv.clone()
-    yield Case(
-        name="rope",
-        check=check_rope,
+    return Case(
+        exact=exact,
         bound=sizes.tolerance,
         variants={
             "ours": lambda: rope(work, cos, sin, heads, heads),
             "plain": lambda: rope(qkv, cos, sin, heads, heads, impl="torch"),
         },
-        bytes=4.0 * rows * heads * d * size,
+        baseline="plain",
+        some=lambda output: output[:2],
+        fresh=lambda: work.copy_(qkv),
+        bytes=4.0 * 2 * sizes.tokens * heads * d * qkv.element_size(),
     )
 
 
-def _products(config: ModelConfig, sizes: Sizes, draw: Callable[..., Tensor]) -> Iterator[Case]:
-    stack, rows = config.decoder.stack, sizes.tokens
+def _linear8(kind: str, sizes: Sizes) -> Case:
+    stack, rows = sizes.decoder, sizes.tokens
     n, k = 2 * stack.intermediate_size, stack.hidden_size
-    x, weight = draw(rows, k), draw(n, k)
+    x, weight = sizes.draw(rows, k), sizes.draw(n, k)
     some = slice(0, min(rows, 512))
-    for kind in ("int8", "fp8"):
-        a, w = quantize_rows(x, kind), quantize_weight(weight, kind)
+    a, w = quantize_rows(x, kind), quantize_weight(weight, kind)
 
-        def check(a: Any = a, w: Any = w) -> float:
-            exact = a.dequantize(torch.float32)[some].double() @ w.dequantize().double().T
-            return relative_error(linear8(a, w, sizes.dtype)[some], exact)
+    def ours(launch: Launch | None = None, impl: str = "auto") -> Tensor:
+        return linear8(a, w, sizes.dtype, impl=impl, launch=launch)
 
-        variants: dict[str, Run] = {
-            "ours": lambda a=a, w=w: linear8(a, w, sizes.dtype),  # type: ignore[misc]
-            "with quantizing": lambda w=w, kind=kind: linear8(quantize_rows(x, kind), w, sizes.dtype),  # type: ignore[misc]
-            "16 bits": lambda: F.linear(x, weight),
-        }
-        if x.is_cuda:
-            variants["triton"] = lambda a=a, w=w: linear8(a, w, sizes.dtype, impl="triton")  # type: ignore[misc]
-            variants["library"] = lambda a=a, w=w: linear8(a, w, sizes.dtype, impl="library")  # type: ignore[misc]
-            if kind == "fp8":
-                variants["library, short sums"] = lambda a=a, w=w: linear8_library(a, w, sizes.dtype, fast=True)  # type: ignore[misc]
-        yield Case(
-            name=f"linear8_{kind}",
-            check=check,
-            bound=sizes.tolerance,
-            variants=variants,
-            flops=2.0 * rows * n * k,
-            peak=kind,
-            note="gate_up of the decoder, one branch",
-        )
+    variants: dict[str, Run] = {
+        "ours": ours,
+        "with quantizing": lambda: linear8(quantize_rows(x, kind), w, sizes.dtype),
+        "16 bits": lambda: F.linear(x, weight),
+    }
+    if x.is_cuda:
+        variants |= {"triton": partial(ours, impl="triton"), "library": partial(ours, impl="library")}
+        if kind == "fp8":
+            variants["library, short sums"] = lambda: linear8_library(a, w, sizes.dtype, fast=True)
+    return Case(
+        exact=lambda: a.dequantize(torch.float32)[some].double() @ w.dequantize().double().T,
+        bound=sizes.tolerance,
+        variants=variants,
+        some=lambda output: output[some],
+        flops=2.0 * rows * n * k,
+        peak=kind,
+        note="gate_up of the decoder, one branch",
+        launched=ours if kind == "int8" else None,
+        launches=_space((64, 128), (64, 128, 256), (4, 8), (2, 3, 4)),
+    )
 
 
-def _one_row(config: ModelConfig, sizes: Sizes, draw: Callable[..., Tensor]) -> Iterator[Case]:
-    stack = config.language.stack
-    n, k = 2 * stack.intermediate_size, stack.hidden_size
-    x, weight = draw(1, k), draw(n, k)
-    exact = x.double() @ weight.double().T
-    yield Case(
-        name="gemv",
-        check=lambda: relative_error(gemv(x, weight), exact),
+def _gemv(sizes: Sizes) -> Case:
+    x, weight = sizes.gate_up
+    return Case(
+        exact=lambda: x.double() @ weight.double().T,
         bound=sizes.tolerance,
         variants={"ours": lambda: gemv(x, weight), "library": lambda: F.linear(x, weight)},
+        baseline="library",
         bytes=float(weight.numel() * weight.element_size()),
         note="gate_up of the language model",
+        launched=lambda launch: gemv(x, weight, launch=launch),
+        launches=_space((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8), (2, 4)),
     )
+
+
+def _gemv_int8(sizes: Sizes) -> Case:
+    x, weight = sizes.gate_up
     eight = quantize_weight(weight, "int8")
-    yield Case(
-        name="gemv_int8",
-        check=lambda: relative_error(gemv(x, eight), x.double() @ eight.dequantize().double().T),
+    return Case(
+        exact=lambda: x.double() @ eight.dequantize().double().T,
         bound=sizes.tolerance,
         variants={"ours": lambda: gemv(x, eight), "16 bits": lambda: F.linear(x, weight)},
         bytes=float(weight.numel()),
     )
-    r, norm = draw(1, k), draw(k)
 
-    def check_gate() -> float:
-        total = (x + r).double()
-        normed = total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+
+def _norm_gemv(sizes: Sizes) -> Case:
+    x, weight = sizes.gate_up
+    r, norm = sizes.draw(*x.shape), sizes.draw(x.shape[1])
+
+    def exact() -> Tensor:
+        normed = _norm((x + r).double(), norm.double(), 1e-6)
         first, second = (normed @ weight.double().T).chunk(2, -1)
-        return relative_error(norm_gemv(x, weight, norm, 1e-6, r, gate=True)[0], F.silu(first) * second)
+        return F.silu(first) * second
 
-    yield Case(
-        name="norm_gemv_gate",
-        check=check_gate,
+    def apart() -> Output:
+        return (swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),)  # type: ignore[arg-type]
+
+    return Case(
+        exact=exact,
         bound=sizes.tolerance,
-        variants={
-            "ours": lambda: norm_gemv(x, weight, norm, 1e-6, r, gate=True),
-            "apart": lambda: swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),  # type: ignore[arg-type]
-        },
+        variants={"ours": lambda: norm_gemv(x, weight, norm, 1e-6, r, gate=True), "apart": apart},
+        baseline="apart",
+        some=lambda output: output[0],
         bytes=float(weight.numel() * weight.element_size()),
     )
-    four, several = quantize_int4(weight), draw(5, k)
-    wide = four.dequantize().double()
-    for name, rows in (("int4_gemv", x), ("int4_product_5_rows", several)):
-        yield Case(
-            name=name,
-            check=lambda rows=rows: relative_error(int4_linear(rows, four), rows.double() @ wide.T),  # type: ignore[misc]
-            bound=sizes.tolerance,
-            variants={
-                "ours": lambda rows=rows: int4_linear(rows, four),  # type: ignore[misc]
-                "16 bits": lambda rows=rows: F.linear(rows, weight),  # type: ignore[misc]
-            },
-            bytes=float(four.packed.numel() + 2 * four.scale.numel() * four.scale.element_size()),
-        )
+
+
+def _int4(rows: int, sizes: Sizes) -> Case:
+    _, weight = sizes.gate_up
+    x, four = sizes.draw(rows, weight.shape[1]), quantize_int4(weight)
+    return Case(
+        exact=lambda: x.double() @ four.dequantize().double().T,
+        bound=sizes.tolerance,
+        variants={"ours": lambda: int4_linear(x, four), "16 bits": lambda: F.linear(x, weight)},
+        bytes=float(four.packed.numel() + 2 * four.scale.numel() * four.scale.element_size()),
+        launched=(lambda launch: int4_linear(x, four, launch=launch)) if rows == 1 else None,
+        launches=_space((4, 8, 16), (4, 8, 16), (2, 4, 8), (2, 4)),
+    )
+
+
+CASES: dict[str, Callable[[Sizes], Case]] = {
+    "segment_attention": _attention,
+    "int8_attention_fp8": partial(_attention, pv="fp8"),
+    "int8_attention_16bit": partial(_attention, pv="16bit"),
+    "decode_attention": _decode_attention,
+    "add_norm": _add_norm,
+    "swiglu": _swiglu,
+    "rope": _rope,
+    "linear8_int8": partial(_linear8, "int8"),
+    "linear8_fp8": partial(_linear8, "fp8"),
+    "gemv": _gemv,
+    "gemv_int8": _gemv_int8,
+    "norm_gemv_gate": _norm_gemv,
+    "int4_gemv": partial(_int4, 1),
+    "int4_product_5_rows": partial(_int4, 5),
+}

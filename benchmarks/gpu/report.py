@@ -1,202 +1,180 @@
-"""The Markdown table of a `gpu_suite` run: what was measured, beside its ceiling, its baseline and its target."""
+"""The Markdown table of a GPU run: what was measured, beside its ceiling, its baseline and its target."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
-from .measure import joined, ratio
+from ..measure import pick, table
 
 # Of an H200 at full size (bf16 ceilings there about 790 TFLOP/s and 4.3 TB/s); other machines have none.
 TARGETS = {
-    "step 1024": ("guided 1024² step, bf16", 0.118, "s"),
+    "step": ("guided 1024² step, bf16", 0.118, "s"),
     "step fp8": ("guided 1024² step, fp8 products", 0.075, "s"),
     "token": ("token, bf16", 0.0037, "s"),
     "token int4": ("int4 against bf16 decoding", 2.5, "times"),
     "request": ("whole 1024² image, 300 thinking tokens, bf16", 8.0, "s"),
     "faster": ("whole request against eager baselines", 4.0, "times"),
 }
+Sections = Mapping[str, Any]
 
 
-def _get(data: Mapping[str, Any], *path: str) -> Any:
-    found: Any = data
-    for key in path:
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = found[key]
-    return found
-
-
-def _text(value: Any, unit: str = "", digits: int = 3) -> str:
+def _text(value: Any, unit: str = "", scale: float = 1) -> str:
     if value is None:
         return "–"
-    if isinstance(value, float):
-        return f"{value:.{digits}g}{unit}"
-    return f"{value}{unit}"
+    return f"{scale * value:.3g}{unit}" if isinstance(value, (int, float)) else f"{value}"
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    """value / base where both are known."""
+    return value / base if value and base else None
+
+
+def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a heading and a table; none where there are no rows."""
+    return [f"## {title}", "", *table(head, rows), ""] if rows else []
+
+
+def _gb(count: Any) -> str:
+    return f"{count / 1e9:.2f} GB" if count else "–"
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """The whole report."""
+    """The whole report; of a part that did not run, nothing or dashes."""
     machine, sections = data["machine"], data["sections"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     lines = [
         f"# Speed, preset {data['preset']}: {machine['gpu'] or machine.get('cpu')}",
         "",
-        f"{data['date']}, commit {machine['commit']}, {versions}, {data['wall_s']} s in all. Random weights.",
+        f"{data['date']}, commit {data.get('commit')}, {versions}, {data['wall_s']} s in all. Random weights.",
         "",
         *_ceilings(sections),
-        *_kernels(sections),
+        *_correctness(sections),
         *_stages(sections),
+        *_kernels(sections),
         *_budgets(sections),
         *_targets(data),
     ]
-    trouble = [f"- {k}: {v.get('failed') or v.get('skipped')}" for k, v in sections.items() if _trouble(v)]
-    if trouble:
-        lines += ["## Not measured", "", *trouble, ""]
-    return "\n".join(lines)
+    trouble = [
+        f"- {name}: {section.get('failed') or section.get('skipped') or section.get('missing')}"
+        for name, section in sections.items()
+        if isinstance(section, Mapping) and {"failed", "skipped", "missing"} & set(section)
+    ]
+    return "\n".join([*lines, *(["## Not measured", "", *trouble, ""] if trouble else [])])
 
 
-def _trouble(section: Any) -> bool:
-    return isinstance(section, Mapping) and ("failed" in section or "skipped" in section)
-
-
-def _ceilings(sections: Mapping[str, Any]) -> Iterator[str]:
+def _ceilings(sections: Sections) -> Iterator[str]:
+    units = {"matmul": "TFLOP/s", "fp8": "TFLOP/s", "int8": "TOP/s", "copy": "GB/s"}
     found = sections.get("ceilings") or {}
-    yield "Ceilings of this run: " + ", ".join(
-        f"{name} {_text(found.get(key))} {unit}"
-        for name, key, unit in (
-            ("matrix product", "matmul", "TFLOP/s"),
-            ("fp8", "fp8", "TFLOP/s"),
-            ("int8", "int8", "TOP/s"),
-            ("copy", "copy", "GB/s"),
-        )
-    )
+    yield "Ceilings of this run: " + ", ".join(f"{k} {_text(found.get(k))} {unit}" for k, unit in units.items())
     yield ""
 
 
-def _kernels(sections: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Kernels"
-    yield ""
-    yield joined(["kernel", "error (bound)", "ours ms", "of its ceiling", "others ms", "note"])
-    yield joined(["---"] * 6)
-    for case in _get(sections, "kernels", "cases") or ():
-        if "failed" in case:
-            yield joined([case["name"], case["failed"], "–", "–", "–", ""])
-            continue
-        times = case.get("seconds", {})
-        ours = times.get("ours")
-        share = case.get("of_matmul") or case.get("of_copy")
-        others = ", ".join(
-            f"{k} {1e3 * v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in times.items() if k != "ours"
-        )
-        yield joined(
-            [
-                case["name"],
-                f"{case['error']:.1e} ({case['bound']:.0e})",
-                _text(1e3 * ours if isinstance(ours, float) else ours),
-                f"{share:.0%}" if share else "–",
-                others or "–",
-                case.get("note", ""),
-            ]
-        )
-    yield ""
+def _ms(seconds: Any) -> str:
+    return _text(seconds, " ms", 1e3)
 
 
-def _stages(sections: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Stages"
-    yield ""
-    yield joined(["what", "ours", "eager baseline", "times faster", "error to eager"])
-    yield joined(["---"] * 5)
+def _yes(right: Any) -> str:
+    return "yes" if right else "NO"
+
+
+def _correctness(sections: Sections) -> Iterator[str]:
+    """Everything that was judged by its distance from float32."""
+    found = [(name, s) for name, s in sections.items() if isinstance(s, Mapping) and {"right", "agrees"} & set(s)]
+    keys = ("error", "baseline_error", "bound")
+    rows = [[name, *(_text(s.get(k)) for k in keys), _yes(s.get("right", s.get("agrees")))] for name, s in found]
+    yield from _section("Distance from float32", ["what", "ours", "baseline", "bound", "right"], rows)
+
+
+def _stages(sections: Sections) -> Iterator[str]:
     sides = [name.removeprefix("ours ") for name in sections if name.startswith("ours ")]
-    for side in sides:
-        ours, eager = _get(sections, f"ours {side}", "step_s"), _get(sections, f"eager {side}", "step_s")
-        error = _get(sections, f"ours {side}", "error_to_eager")
-        yield joined([f"guided step {side}²", *_pair(ours, eager), _text(error)])
-    for kind in ("fp8", "int8"):
-        found = sections.get(f"decoder={kind}") or {}
-        eager = _get(sections, f"eager {sides[0]}", "step_s") if sides else None
-        row = [f"guided step {sides[0] if sides else ''}², {kind}", *_pair(found.get("step_s"), eager)]
-        yield joined([*row, _text(found.get("error_to_eager"))])
-    theirs = _get(sections, "transformers", "eager", "token_s")
-    for name, key in (
-        ("token", "decoding"),
-        ("token, int8 weights", "language=int8,head=int8"),
-        ("token, int4 weights", "language=int4,head=int8"),
-    ):
-        yield joined([name, *_pair(_get(sections, key, "token_s"), theirs), "–"])
-    static = _get(sections, "transformers", "static_compiled", "token_s")
-    yield joined(["token, transformers static and compiled", *_pair(None, static), "–"])
-    step = _get(sections, "diffusers", "step_s")
-    yield joined(["guided step, diffusers' OmniGen", *_pair(None, step), "–"])
-    total = _get(sections, "request", "total_s")
-    yield joined(["whole request", *_pair(total, eager_request(sections)), "–"])
-    yield ""
-    stages = _get(sections, "request", "stages_s")
-    if stages:
+    first = sides[0] if sides else ""
+    eager, theirs = pick(sections, f"eager {first}", "step_s"), their_token(sections)
+    rows = [(f"guided step {s}²", f"ours {s}", "step_s", pick(sections, f"eager {s}", "step_s")) for s in sides]
+    rows += [(f"guided step {first}², {kind}", f"decoder={kind}", "step_s", eager) for kind in ("fp8", "int8")]
+    rows += [
+        ("token", "decoding", "token_s", theirs),
+        ("token, int8 weights", "language=int8,head=int8", "token_s", theirs),
+        ("token, int4 weights", "language=int4,head=int8", "token_s", theirs),
+        ("whole request", "request", "total_s", eager_request(sections)),
+    ]
+    timed = [(name, pick(sections, section, key), other) for name, section, key, other in rows]
+    head = ["what", "ours", "eager baseline", "times faster"]
+    yield from _section("Stages", head, [[n, _ms(a), _ms(b), _text(_ratio(b, a))] for n, a, b in timed])
+    pairs = [
+        [f"{section}: {name}", _ms(median(p["ours_s"])), _ms(median(p["theirs_s"])), _text(p["ratio"])]
+        for section in ("transformers", "diffusers")
+        for name, p in (pick(sections, section, "pairs") or {}).items()
+    ]
+    yield from _section("Peers, A B A B", ["work", "ours", "peer", "times faster"], pairs)
+    if stages := pick(sections, "request", "stages_s"):
+        found = sections["request"]
         yield "Whole request: " + ", ".join(f"{k} {v:.3g} s" for k, v in stages.items()) + "."
-        peak, weights = _get(sections, "request", "peak_bytes"), _get(sections, "request", "weight_bytes")
-        planned = _get(sections, "request", "planned_bytes")
-        yield f"Peak memory {peak / 1e9:.2f} GB; weights {weights / 1e9:.2f} GB; planned {planned / 1e9:.2f} GB."
+        yield (
+            f"Peak memory {_gb(found['peak_bytes'])} allocated, {_gb(found['reserved_bytes'])} reserved; "
+            f"planned {_gb(found['planned_bytes'])}, of which weights {_gb(found['weight_bytes'])}."
+        )
         yield ""
 
 
-def _budgets(sections: Mapping[str, Any]) -> Iterator[str]:
-    found = {name.removeprefix("budget "): s for name, s in sections.items() if name.startswith("budget ")}
-    measured = {name: s for name, s in found.items() if "total_s" in s}
-    if not measured:
-        return
-    yield "## Budgets"
-    yield ""
-    yield joined(["budget", "peak", "under it", "whole request", "kept as", "stays loaded"])
-    yield joined(["---"] * 6)
-    for name, section in measured.items():
-        peak = f"{section['peak_bytes'] / 1e9:.2f} GB"
-        under = "yes" if section["under"] else "NO"
-        stays = ", ".join(section["resident"]) or "nothing"
-        yield joined([name, peak, under, f"{section['total_s']:.3g} s", section["precision"], stays])
-    yield ""
+def _kernels(sections: Sections) -> Iterator[str]:
+    rows = []
+    for case in pick(sections, "kernels", "cases") or ():
+        times = {k: _text(v, scale=1e3) for k, v in case.get("seconds", {}).items()}
+        share = case.get("of_matmul") or case.get("of_copy")
+        error = [_text(case.get(key)) for key in ("error", "bound", "baseline_error")]
+        others = ", ".join(f"{k} {v}" for k, v in times.items() if k != "ours")
+        figures = [times.get("ours", "–"), f"{share:.0%}" if share else "–", others or "–", case.get("note", "")]
+        told = case.get("failed") or f"{error[0]} ({error[1]}; {error[2]})"
+        rows.append([case["name"], told, _yes(case["right"]), *figures])
+    head = ["kernel", "error (bound; baseline)", "right", "ours ms", "of its ceiling", "others ms", "note"]
+    yield from _section("Kernels", head, rows)
 
 
-def _pair(ours: float | None, theirs: float | None) -> list[str]:
-    faster = ratio(theirs, ours)
-    return [
-        _text(1e3 * ours if ours else None, " ms"),
-        _text(1e3 * theirs if theirs else None, " ms"),
-        _text(faster, "", 3),
-    ]
+def _budgets(sections: Sections) -> Iterator[str]:
+    rows = [
+        [name.removeprefix("budget "), _gb(s["peak_bytes"]), _gb(s["reserved_bytes"]), _yes(s["under"]),
+         _text(s["total_s"], " s"), s["precision"], ", ".join(s["resident"]) or "nothing"]
+        for name, s in sections.items() if name.startswith("budget ") and "total_s" in s
+    ]  # fmt: skip
+    head = ["budget", "peak allocated", "reserved", "under it", "whole request", "kept as", "stays loaded"]
+    yield from _section("Budgets", head, rows)
 
 
-def eager_request(sections: Mapping[str, Any]) -> float | None:
+def their_token(sections: Sections) -> float | None:
+    """Seconds of a token of eager transformers."""
+    found = pick(sections, "transformers", "pairs", "decoded token", "theirs_s")
+    return median(found) if found else None
+
+
+def eager_request(sections: Sections) -> float | None:
     """The request as the baselines would run it: their step and their token instead of ours, our other stages."""
-    side = _get(sections, "request", "side")
-    step, ours = _get(sections, f"eager {side}", "step_s"), _get(sections, f"ours {side}", "step_s")
-    token, mine = _get(sections, "transformers", "eager", "token_s"), _get(sections, "decoding", "token_s")
-    stages = _get(sections, "request", "stages_s")
-    if not (step and ours and token and mine and stages):
+    side, theirs = pick(sections, "request", "side"), their_token(sections)
+    step, ours = pick(sections, f"eager {side}", "step_s"), pick(sections, f"ours {side}", "step_s")
+    mine, stages = pick(sections, "decoding", "token_s"), pick(sections, "request", "stages_s")
+    if not (step and ours and theirs and mine and stages):
         return None
     rest = sum(v for k, v in stages.items() if k not in ("language", "denoiser"))
-    return float(rest + stages["denoiser"] * step / ours + stages["language"] * token / mine)
+    return float(rest + stages["denoiser"] * step / ours + stages["language"] * theirs / mine)
 
 
 def _targets(data: Mapping[str, Any]) -> Iterator[str]:
-    sections, gpu = data["sections"], str(data["machine"]["gpu"])
-    measured_here = data["preset"] == "full" and "H200" in gpu
+    sections, here = data["sections"], data["preset"] == "full" and "H200" in str(data["machine"]["gpu"])
+    token, total = pick(sections, "decoding", "token_s"), pick(sections, "request", "total_s")
     found = {
-        "step 1024": _get(sections, "ours 1024", "step_s"),
-        "step fp8": _get(sections, "decoder=fp8", "step_s"),
-        "token": _get(sections, "decoding", "token_s"),
-        "token int4": ratio(
-            _get(sections, "decoding", "token_s"), _get(sections, "language=int4,head=int8", "token_s")
-        ),
-        "request": _get(sections, "request", "total_s"),
-        "faster": ratio(eager_request(sections), _get(sections, "request", "total_s")),
+        "step": pick(sections, "ours 1024", "step_s"),
+        "step fp8": pick(sections, "decoder=fp8", "step_s"),
+        "token": token,
+        "token int4": _ratio(token, pick(sections, "language=int4,head=int8", "token_s")),
+        "request": total,
+        "faster": _ratio(eager_request(sections), total),
     }
-    yield "## Targets (H200, full size)"
-    yield ""
-    yield joined(["target", "wanted", "measured"])
-    yield joined(["---"] * 3)
+    rows = []
     for key, (name, wanted, unit) in TARGETS.items():
-        sign = "≥" if unit == "times" else "≤"
-        value = found[key] if measured_here else None
-        yield joined([name, f"{sign} {wanted} {unit}", _text(value, f" {unit}") if value else "not yet measured"])
-    yield ""
+        value, more = found[key] if here else None, unit == "times"
+        met = value is not None and (value >= wanted if more else value <= wanted)
+        missed = "" if met or value is None else f", missed by {abs(value / wanted - 1):.0%}"
+        text = f"{value:.3g} {unit}{missed}" if value is not None else "not yet measured"
+        rows.append([name, f"{'≥' if more else '≤'} {wanted} {unit}", text])
+    yield from _section("Targets (H200, full size)", ["target", "wanted", "measured"], rows)

@@ -1,12 +1,13 @@
-"""Everything about speed in one command, on one machine, in one run.
+"""`python -m benchmarks gpu`: what is right and how fast it is, in one command, on one machine, in one run.
 
-    python -m benchmarks gpu                                  # one GPU, full size, random weights, < 9 minutes
+    python -m benchmarks gpu --minutes 9                      # one GPU, full size, random weights
+    python -m benchmarks gpu --only step,tokens               # some parts
     python -m benchmarks gpu --device cpu --preset toy        # the same code at toy size, to see that it runs
 
-Kernels are checked against float64 before they are timed. Baselines run on the same weights and shapes in the same
-process: the eager, masked, concatenating formulation (ours), transformers' Qwen2.5-VL, diffusers' OmniGen transformer
-where they are installed. Ratios are to the matrix-product and copy speeds measured in this run. One JSON and one
-Markdown table go to `benchmarks/results/`.
+Parts run in order of value, each with a time limit; what does not fit into the minutes is left out, a part that fails
+is recorded, and the result is written after each part. Outputs are judged by their distance from a float32 reference:
+no farther than 1.2 times the baseline's, and within a bound. A time is recorded in any case. Baselines run on the same
+weights and shapes in the same process; ratios are to the matrix-product and copy speeds measured in this run.
 """
 
 from __future__ import annotations
@@ -17,278 +18,413 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from mindomni_rt.backends.fast.load import RESERVE, choose
-from mindomni_rt.memory.footprint import Precision
+from mindomni_rt.backends.torch.backend import TorchBackend
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.memory.footprint import COMPUTE, Precision, weight_bytes
+from mindomni_rt.memory.layers import parameters
 from mindomni_rt.memory.planner import gigabytes, plan
 from mindomni_rt.memory.precision import parse_precision
 
-from ..results import FOLDER, FORMAT, write_atomic, write_json
+from ..machine import commit, describe_machine, versions
+from ..measure import Meter, Record, ceilings, judged, relative_error
+from ..peers.baselines import EagerDecoder
+from ..peers.command import PEERS, cuda_or_cpu, record
+from ..peers.pairs import BOUNDS, run_group
+from ..peers.torch import decoder_group, language_group
+from ..results import FOLDER, write_atomic, write_json
 from ..scaled import scaled
-from .baselines import language_generate, omnigen_inputs, omnigen_step, omnigen_transformer, transformers_language
-from .kernels import Sizes, cases, run_case
-from .measure import Meter, Record, ceilings, machine, relative_error
+from ..schema import FORMAT
+from ..stages import Preset, Stages, make_backend, mean_velocity, noise, random_conditions, random_model
+from .kernels import CASES, Sizes, run_case, sweep
 from .report import markdown
-from .stages import (
-    Preset,
-    decode_bytes,
-    eager_steps,
-    language_request,
-    make_backend,
-    noise,
-    our_decoding,
-    our_steps,
-    random_model,
-    whole_request,
-)
-from .sweep import sweep
 
 logger = logging.getLogger(__name__)
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}
+EIGHT_BIT = 0.15
+"""Bound of the decoder's velocities with 8-bit products, whose rounding of weights and rows is part of the method."""
 LOSSY: dict[str, dict[str, Any]] = {
     "guidance in [0, 0.6)": {"guidance_interval": (0.0, 0.6)},
     "step cache 0.1": {"step_cache": 0.1},
+}
+PRECISIONS = ("decoder=fp8", "decoder=int8", "language=int8,head=int8", "language=int4,head=int8")
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": dict(dtype="bfloat16", sides=(1024, 512), steps=50, prompt=100, new=300, negative=100),
+    "toy": dict(dtype="float32", sides=(96, 64), steps=4, prompt=9, new=8, negative=5),
 }
 
 
 def presets(name: str) -> Preset:
     """ "full": the published model, 1024² and 512². "toy": four layers, for a CPU."""
-    if name == "full":
-        return Preset(
-            config=scaled("published"), dtype="bfloat16", sides=(1024, 512), steps=50, prompt=100, new=300, negative=100
-        )
-    return Preset(config=scaled("tiny"), dtype="float32", sides=(96, 64), steps=4, prompt=9, new=8, negative=5)
+    return Preset(config=scaled("published" if name == "full" else "tiny"), **PRESETS[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the run: seconds that it needs at full size at least, seconds after which it is stopped."""
+
+    needs: float
+    limit: float
+    sections: Callable[[Suite], Iterator[tuple[str, Callable[[], Any]]]]
 
 
 class Suite:
-    """One run: sections in order of worth, each recorded, none able to take the others down."""
+    """One run on one device. Models are made when a section needs them and let go afterwards."""
 
-    def __init__(self, preset: Preset, device: torch.device, minutes: float, swept: bool = False) -> None:
-        self.preset, self.device = preset, device
-        cuda = device.type == "cuda"
-        self.meter = Meter(device, runs=10 if cuda else 2, deadline=time.perf_counter() + 60 * minutes)
-        self.record = Record()
-        self.cuda = cuda
-        self._eager: dict[int, torch.Tensor] = {}
-        self._swept = swept
+    def __init__(self, preset: Preset, device: torch.device, minutes: float, store: Callable[[], None]) -> None:
+        self.preset, self.device, self.cuda = preset, device, device.type == "cuda"
+        self.meter = Meter(device, runs=10 if self.cuda else 2, deadline=time.perf_counter() + 60 * minutes)
+        self.record = Record(store=store)
+        self._exact: dict[int, torch.Tensor] = {}
+        self._backend: Any = None
 
-    def run(self) -> dict[str, Any]:
-        """All sections."""
-        section, meter = self.record.section, self.meter
-        size, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
-        found = section(meter, "ceilings", 5, lambda: ceilings(meter, size, copied, self.preset.torch_dtype)) or {}
-        section(meter, "kernels", 30, lambda: self._kernels(found))
-        if self._swept:
-            section(
-                meter, "sweep", 60, lambda: sweep(self.preset.config, self._sizes(), meter, None if self.cuda else 1)
-            )
-            return self.record.data
-        self._on_one_model()
-        self._clean()
-        for name in ("decoder=fp8", "decoder=int8", "language=int8,head=int8", "language=int4,head=int8"):
-            section(meter, name, 30, partial(self._precision, name))
-            self._clean()
-        for budget in self._budgets():
-            section(meter, f"budget {gigabytes(budget)}", 40, partial(self._budget, budget))
-            self._clean()
-        section(meter, "diffusers", 30, self._diffusers)
-        self._clean()
-        return self.record.data
+    def run(self, parts: list[str]) -> None:
+        """All sections of the parts, in order."""
+        for part in parts:
+            for name, run in PARTS[part].sections(self):
+                if not name.startswith(_ON_ONE_BACKEND):
+                    self.clean()  # it makes a model of its own
+                # On a CPU the sizes are toys and the limits, made for a GPU, do not apply.
+                needs, limit = (PARTS[part].needs, PARTS[part].limit) if self.cuda else (0, float("inf"))
+                found = self.record.section(self.meter, name, needs, run, limit)
+                logger.info("%s: %s", name, found)
+                if isinstance(found, dict) and "failed" in found:
+                    self.clean()
 
-    def _on_one_model(self) -> None:
-        """Baselines first: the fast path takes the weights out of the modules that they run."""
-        section, meter, sides = self.record.section, self.meter, self.preset.sides
-        model = random_model(self.preset, self.device)
-        for side in sides:
-            section(meter, f"eager {side}", 20, partial(self._eager_steps, model, side))
-        section(meter, "transformers", 60, partial(self._transformers, model))
-        exact = make_backend(model, str(self.device), self._exact())
-        for side in sides:
-            section(meter, f"ours {side}", 20, partial(self._ours, exact, side))
-        section(meter, "decoding", 20, partial(self._decoding, exact))
-        section(meter, "request", 20, partial(self._requests, exact))
-
-    def _exact(self) -> Precision:
-        vae = "bfloat16" if self.preset.dtype == "bfloat16" else "float32"
-        return parse_precision(f"vae={vae}", self.preset.dtype)
-
-    def _clean(self) -> None:
+    def clean(self) -> None:
+        """Gives back what a section held."""
+        self._backend = None
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def _kernels(self, found: dict[str, Any]) -> dict[str, Any]:
-        with torch.inference_mode():
-            done = []
-            for case in cases(self.preset.config, self._sizes(), self.device):
-                done.append(run_case(case, self.meter, found))
-                logger.info("%s", done[-1])
-        return {"cases": done}
+    def backend(self) -> Any:
+        """The fast path, unquantized; the same one until `clean`."""
+        if self._backend is None:
+            vae = "bfloat16" if self.preset.dtype == "bfloat16" else "float32"
+            precision = parse_precision(f"vae={vae}", self.preset.dtype)
+            self._backend = make_backend(self.model(), str(self.device), precision)
+        return self._backend
 
-    def _sizes(self) -> Sizes:
-        tokens = (self.preset.sides[0] // 16) ** 2
-        cache = 512 if self.cuda else 64
-        return Sizes(tokens, self.preset.lengths, cache, self.preset.torch_dtype, self._tolerance())
+    def model(self) -> Any:
+        """Random weights, the same in every section."""
+        return random_model(self.preset.config, self.preset.torch_dtype, self.device)
 
-    def _tolerance(self) -> float:
-        return TOLERANCE[self.preset.dtype]
+    def stages(self, side: int | None = None, backend: Any = None) -> Stages:
+        return Stages(backend or self.backend(), self.preset.work(side))
 
-    def _eager_steps(self, model: Any, side: int) -> dict[str, Any]:
-        found = eager_steps(self.preset, model, self.meter, side)
-        self._eager[side] = found.pop("velocities")
-        return found
-
-    def _ours(self, backend: Any, side: int) -> dict[str, Any]:
-        found = our_steps(self.preset, backend, self.meter, side, self._eager.get(side))
-        bound = max(self._tolerance(), 1e-4)
-        if found.get("error_to_eager", 0.0) > bound:
-            return {"failed": f"velocities are {found['error_to_eager']:.1e} from the eager ones; bound {bound:.0e}"}
-        return found
-
-    def _transformers(self, model: Any) -> dict[str, Any]:
-        theirs = transformers_language(model.language)
-        new = min(self.preset.new, 64)
-        ids = torch.from_numpy(language_request(self.preset, new).token_ids).to(self.device)[None]
-        found: dict[str, Any] = {"new_tokens": new}
-        for name, static in (("eager", False), ("static_compiled", True)):
-            if static and not self.cuda:
-                continue  # compiling takes longer than the toy run
-            if static and self.meter.left() < 240:
-                found[name] = {"skipped": "out of time"}
-                continue
-            language_generate(theirs, ids, new, static)
-            short = self.meter.once(partial(language_generate, theirs, ids, 4, static))[0]
-            whole, tokens = self.meter.once(partial(language_generate, theirs, ids, new, static))
-            token = (whole - short) / (new - 4)
-            found[name] = {"token_s": token, "tokens": tokens[0, ids.shape[1] :][:16].tolist()}
-        return found
-
-    def _decoding(self, backend: Any) -> dict[str, Any]:
-        found = our_decoding(self.preset, backend, self.meter)
-        theirs = self.record.data.get("transformers", {}).get("eager", {}).get("tokens")
-        if theirs is not None:
-            pairs = zip(found["tokens"], theirs, strict=False)
-            # In 16 bits random weights part ways at the first near tie; in float32 they must not.
-            found["tokens_as_transformers"] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return {**found, "weight_bytes": decode_bytes(backend)}
-
-    def _requests(self, backend: Any) -> dict[str, Any]:
-        side = self.preset.sides[0]
-        whole_request(self.preset, backend, self.meter, side)
-        base = whole_request(self.preset, backend, self.meter, side)
-        exact = base.pop("latents")
-        lossy = {}
-        for name, options in LOSSY.items():
-            found = whole_request(self.preset, backend, self.meter, side, **options)
-            distance = relative_error(found.pop("latents"), exact)
-            lossy[name] = {"denoiser_s": found["stages_s"]["denoiser"], "latent_distance": distance}
-        weights = sum(t.numel() * t.element_size() for t in _tensors(backend))
+    def conditions(self, side: int | None = None) -> list[torch.Tensor]:
         work = self.preset.work(side)
-        planned = plan(self.preset.config, work, precision=backend.options.precision).peak
+        return random_conditions(self.preset.config, work, self.preset.torch_dtype, self.device)
+
+    def ceilings(self) -> dict[str, Any]:
+        size, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
+        return ceilings(self.meter, size, copied, self.preset.torch_dtype)
+
+    # Correctness: first velocities and hidden states, ours and a plain 16-bit run's, against float32.
+
+    def eager(self, side: int) -> dict[str, Any]:
+        """The released code's formulation: its float32 velocity is the reference, its 16-bit run the baseline."""
+        decoder, meter = self.model().decoder, self.meter
+        start = torch.from_numpy(noise(self.preset.config, self.preset.work(side))).to(self.device)
+        conditions, rows = self.conditions(side), side // 16
+        decoder.float()
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = EagerDecoder(decoder, [c.float() for c in conditions], rows, rows).step(start, 0.0)
+            self._exact[side] = mean_velocity(exact)
+        decoder.to(self.preset.torch_dtype)
+        with torch.inference_mode():
+            plain = EagerDecoder(decoder, conditions, rows, rows)
+            error = relative_error(mean_velocity(plain.step(start, 0.0)), self._exact[side])
+            meter.restart()
+            seconds = median(meter.once(lambda: plain.step(start, 0.0))[0] for _ in range(3))
+        return {"error": error, "step_s": seconds, **meter.peak()}
+
+    def distance(self, side: int, backend: Any = None) -> float:
+        """Of our first velocity from the float32 one. Raises KeyError where part correctness did not run."""
+        stages = self.stages(side, backend)
+        ours = stages.first_velocity(stages.prefixes(self.conditions(side))).float()
+        return relative_error(ours, self._exact[side])
+
+    def plain_hidden(self) -> dict[str, Any]:
+        """Hidden states of the prompt by the reference modules: in float32 the reference, in 16 bits the baseline."""
+        model = self.model()
+        model.language.float()
+        self._exact[0] = self.stages(backend=TorchBackend(model)).hidden().float().clone()
+        model.language.to(self.preset.torch_dtype)
+        return {"error": relative_error(self.stages(backend=TorchBackend(model)).hidden(), self._exact[0])}
+
+    def velocity(self, side: int) -> dict[str, Any]:
+        """Our first velocity, judged."""
+        return self._judged(self.distance(side), f"eager {side}")
+
+    def hidden(self) -> dict[str, Any]:
+        """Our hidden states of the prompt, judged."""
+        return self._judged(relative_error(self.stages().hidden(), self._exact[0]), "plain hidden states")
+
+    def _judged(self, error: float, baseline: str) -> dict[str, Any]:
+        """In float32 by the bound alone: what is left there is another order of sums."""
+        if self.preset.dtype == "float32":
+            return judged(error, 1e-5)
+        return judged(error, BOUNDS[self.preset.dtype], self.record.data[baseline]["error"])
+
+    # Times.
+
+    def step(self, side: int, backend: Any = None) -> dict[str, Any]:
+        """Seconds of the prefix pass and of one guided step, each waited for."""
+        stages, meter, count = self.stages(side, backend), self.meter, self.meter.runs
+        conditions = self.conditions(side)
+        prefixes = stages.prefixes(conditions)
+        seconds, prefixes = meter.once(lambda: stages.prefixes(conditions))
+        meter.restart()
+        stages.first_velocity(prefixes)  # tunes and captures
+        laps = [lap for lap, _ in islice(meter.laps(stages.steps(prefixes)), count + 1)]
+        times = laps[1:] or laps  # the first fills the buffers
+        return {"prefixes_s": seconds, "step_s": median(times), "step_runs_s": times, **meter.peak()}
+
+    def tokens(self, backend: Any = None) -> dict[str, Any]:
+        """Seconds up to the first token and of each one after it."""
+        stages, meter, new = self.stages(backend=backend), self.meter, self.preset.new
+        stages.write()  # compiles, tunes, captures
+        meter.restart()
+        first, rest, text = list[float](), list[float](), list[int]()
+        for _ in range(3):
+            laps: list[float] = []
+            meter.wait()
+            began = time.perf_counter()
+            text = stages.write(mark=lambda laps=laps: laps.append(time.perf_counter()))  # type: ignore[misc]
+            meter.wait()
+            first.append(laps[0] - began)
+            rest.append((time.perf_counter() - laps[0]) / (new - 1))
+        peaks = meter.peak()
+        precision = stages.backend.options.precision
+        table = parameters(self.preset.config)["language"].embedding * COMPUTE[precision.compute]
+        read = weight_bytes(self.preset.config, precision)["language"] - table  # of the embedding, one row is read
+        return {
+            "first_token_s": median(first), "token_s": median(rest), "weight_bytes": read, **peaks, "tokens": text[:16]
+        }  # fmt: skip
+
+    def request(self, backend: Any = None, **lossy: Any) -> dict[str, Any]:
+        """Prompt to pixels by stage, the second of two runs; the peak is that of both."""
+        stages, meter = self.stages(backend=backend), self.meter
+        side, pixels = self.preset.sides[0], None
+        meter.restart()
+        for _ in range(2):
+            meter.spent = {}
+            latents, pixels = stages.run(meter.stage, **lossy)
+        assert pixels is not None and np.isfinite(pixels).all() and pixels.shape == (1, side, side, 3)
+        spent = dict(meter.spent)
+        return {"stages_s": spent, "total_s": sum(spent.values()), **meter.peak(), "latents": latents.float()}
+
+    def requests(self) -> dict[str, Any]:
+        """A whole request beside the plan for it, then with each lossy option."""
+        base, lossy = self.request(), {}
+        exact = base.pop("latents").clone()
+        for name, options in LOSSY.items():
+            found = self.request(**options)
+            distance = relative_error(found["latents"], exact)
+            lossy[name] = {"denoiser_s": found["stages_s"]["denoiser"], "latent_distance": distance}
+        precision = self.backend().options.precision
+        planned = plan(self.preset.config, self.preset.work(), precision=precision)
         return {
             **base,
-            "side": side,
-            "weight_bytes": weights,
-            "planned_bytes": planned,
+            "side": self.preset.sides[0],
+            "weight_bytes": sum(weight_bytes(self.preset.config, precision).values()),
+            "planned_bytes": planned.peak,
             "lossy (random weights)": lossy,
         }
 
-    def _precision(self, name: str) -> dict[str, Any]:
-        model = random_model(self.preset, self.device)
-        backend = make_backend(model, str(self.device), parse_precision(name, self.preset.dtype))
-        side = self.preset.sides[0]
-        if name.startswith("decoder"):
-            return our_steps(self.preset, backend, self.meter, side, self._eager.get(side))
-        return self._decoding(backend)
+    def precision(self, name: str) -> dict[str, Any]:
+        """Times, and of the decoder the distance from float32: ours, and the plain implementation's as the baseline."""
 
-    def _budgets(self) -> list[int]:
+        def make(impl: str) -> Any:
+            precision = parse_precision(name, self.preset.dtype)
+            return make_backend(self.model(), str(self.device), precision, impl=impl)
+
+        backend = make("auto")
+        if not name.startswith("decoder"):
+            return self.tokens(backend)
+        found = self.record.data[name] = self.step(self.preset.sides[0], backend)  # kept if what follows fails
+        if not self._exact:
+            return found
+        side = self.preset.sides[-1]  # the smallest: the plain implementation is slow
+        ours = self.distance(side, backend)
+        del backend
+        self.clean()
+        return found | judged(ours, EIGHT_BIT, self.distance(side, make("torch")))
+
+    def budgets(self) -> list[int]:
         """Bytes of cards that people own; at toy size, too little for everything to stay."""
         if self.cuda:
             return [size * 10**9 for size in (8, 12, 16, 24)]
-        work = self.preset.work(self.preset.sides[0])
-        return [int(0.7 * plan(self.preset.config, work, precision=Precision.uniform(self.preset.dtype)).peak)]
+        peak = plan(self.preset.config, self.preset.work(), precision=Precision.uniform(self.preset.dtype)).peak
+        return [int(0.7 * peak)]
 
-    def _budget(self, budget: int) -> dict[str, Any]:
+    def budget(self, budget: int) -> dict[str, Any]:
         """A whole request within a budget, twice: parts come and go, and the peak must stay below."""
-        preset, side = self.preset, self.preset.sides[0]
-        device = str(self.device)
-        precision, resident = choose(preset.config, preset.dtype, None, budget, device, preset.work(side))
-        backend = make_backend(random_model(preset, self.device), device, precision, resident)
-        self._clean()
-        whole_request(preset, backend, self.meter, side)
-        found = whole_request(preset, backend, self.meter, side)
+        config, device = self.preset.config, str(self.device)
+        precision, resident = choose(config, self.preset.dtype, None, budget, device, self.preset.work())
+        backend = make_backend(self.model(), device, precision, resident)
+        gc.collect()
+        found = self.request(backend)
         del found["latents"]
         room = budget - (RESERVE if self.cuda else 0)
-        loads = backend.residency.loads
-        return {**found, "precision": str(precision), "resident": resident, "loads": loads, "room_bytes": room,
-                "under": found["peak_bytes"] <= room}  # fmt: skip
+        return {**found, "precision": str(precision), "resident": resident, "loads": backend.residency.loads,
+                "room_bytes": room, "under": found["peak_bytes"] <= room}  # fmt: skip
 
-    def _diffusers(self) -> dict[str, Any]:
-        with self.device:
-            theirs = omnigen_transformer(self.preset.config.decoder, sum(self.preset.lengths) + 1)
-        theirs = theirs.to(self.preset.torch_dtype).eval()
-        side = self.preset.sides[0]
-        latents = torch.from_numpy(noise(side)).to(self.device, self.preset.torch_dtype)
-        inputs = omnigen_inputs(self.preset.lengths, (side // 16) ** 2, self.device)
-        omnigen_step(theirs, latents, 0.5, inputs)
-        times = sorted(self.meter.once(lambda: omnigen_step(theirs, latents, 0.5, inputs))[0] for _ in range(3))
-        return {"step_s": times[1], "note": "random weights of its own; recomputes the prefix in every step"}
+    def baseline(self, name: str) -> dict[str, Any]:
+        """A peer of `benchmarks peers` on the same weights; fewer tokens and steps, for it recomputes much."""
+        preset = replace(self.preset, new=min(self.preset.new, 64), steps=min(self.preset.steps, 4))
+        make = {"language": language_group, "decoder": decoder_group}[name]
+
+        def run() -> dict[str, Any]:
+            group = make(preset, self.model(), self.device)
+            return run_group(group, self.meter, 3 if self.cuda else 1, 1)
+
+        return record(PEERS[name], run)
+
+    def sizes(self) -> Sizes:
+        preset, work = self.preset, self.preset.work()
+        return Sizes(preset.config, work.image_tokens, work.branches, 512 if self.cuda else 64,
+                     preset.torch_dtype, TOLERANCE[preset.dtype], self.device)  # fmt: skip
+
+    def kernels(self) -> dict[str, Any]:
+        """All of them, as far as the time goes; the list is stored as it grows."""
+        done: list[dict[str, Any]] = []
+        self.record.data["kernels"] = {"cases": done}
+        limits, sizes = self.record.data.get("ceilings") or {}, self.sizes()
+        with torch.inference_mode():
+            for name, make in CASES.items():
+                done.append(run_case(name, partial(make, sizes), self.meter, limits))
+                self.record.store()
+                if self.meter.left() < 2:
+                    break
+        return {"cases": done}
 
 
-def _tensors(backend: Any) -> list[torch.Tensor]:
-    modules = (backend.model, backend.language_stack, backend.decoder_stack)
-    found = {t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_meta}
-    return list(found.values())
+def _each(prefix: str, names: Any, run: Callable[[Any], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield from ((f"{prefix}{name}", partial(run, name)) for name in names)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command of the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="speed on one GPU")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", choices=("full", "toy"), default="full")
-    parser.add_argument("--minutes", type=float, default=8.7, help="sections that would end later are left out")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON and the table")
-    parser.add_argument("--sweep", action="store_true", help="kernels and every tile of their launch tables, no stages")
-    options = parser.parse_args(arguments)
+def _correctness(suite: Suite) -> Iterator[tuple[str, Callable[[], Any]]]:
+    sides = suite.preset.sides
+    yield from _each("eager ", sides, suite.eager)
+    yield "plain hidden states", suite.plain_hidden
+    yield from _each("velocity ", sides, suite.velocity)
+    yield "hidden states", suite.hidden
+
+
+def _budgets(suite: Suite) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield from ((f"budget {gigabytes(b)}", partial(suite.budget, b)) for b in suite.budgets())
+
+
+def _sweep(suite: Suite) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "sweep", lambda: sweep(suite.sizes(), suite.meter, None if suite.cuda else 1)
+
+
+_ON_ONE_BACKEND = ("velocity ", "hidden states", "ours ", "decoding", "request")
+PARTS = {  # in order of value
+    "ceilings": Part(needs=5, limit=30, sections=lambda s: iter([("ceilings", s.ceilings)])),
+    "correctness": Part(needs=15, limit=90, sections=_correctness),
+    "step": Part(needs=15, limit=60, sections=lambda s: _each("ours ", s.preset.sides, s.step)),
+    "tokens": Part(needs=15, limit=60, sections=lambda s: iter([("decoding", s.tokens)])),
+    "request": Part(needs=25, limit=90, sections=lambda s: iter([("request", s.requests)])),
+    "precisions": Part(needs=20, limit=60, sections=lambda s: _each("", PRECISIONS, s.precision)),
+    "baselines": Part(
+        needs=25,
+        limit=90,
+        sections=lambda s: ((PEERS[name], partial(s.baseline, name)) for name in ("language", "decoder")),
+    ),
+    "kernels": Part(needs=20, limit=90, sections=lambda s: iter([("kernels", s.kernels)])),
+    "budgets": Part(needs=30, limit=60, sections=_budgets),
+    "sweep": Part(needs=20, limit=600, sections=_sweep),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="full", help="sizes of the model and the requests")
+    parser.add_argument("--minutes", type=float, default=9, help="parts that would end later are left out")
+    parser.add_argument("--only", metavar="PARTS", help=f"some of {', '.join(PARTS)}; default: all but sweep")
+    parser.add_argument("--out", type=Path, help="folder; default at full size on a GPU: benchmarks/results")
+
+
+def _parts(only: str | None) -> list[str]:
+    """Names in order of value. Raises BadRequestError for one that is none."""
+    asked = [name.strip() for name in only.split(",")] if only else [name for name in PARTS if name != "sweep"]
+    if unknown := [name for name in asked if name not in PARTS]:
+        raise BadRequestError(f"--only {unknown[0]!r}: expected some of {', '.join(PARTS)}, joined by commas")
+    return [name for name in PARTS if name in asked]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports: 1 where something failed or is not right."""
+    parts, device = _parts(options.only), cuda_or_cpu(options.device)
+    if not options.minutes > 0:
+        raise BadRequestError(f"--minutes {options.minutes:g}: expected more than 0")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("error: this PyTorch finds no CUDA device; try --device cpu --preset toy\n")
-        return 2
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    preset = presets(options.preset)
-    suite = Suite(preset, device, options.minutes, options.sweep)
-    began = time.perf_counter()
-    sections = suite.run()
-    now = datetime.datetime.now(datetime.UTC)
-    data = {
+    preset, began, now = presets(options.preset), time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    kept = device.type == "cuda" and options.preset == "full"
+    folder = options.out or ((FOLDER if FOLDER.is_dir() else Path()) if kept else None)
+    data: dict[str, Any] = {
         "format": FORMAT,
-        "kind": "gpu_suite",
+        "kind": "gpu",
         "date": now.isoformat(timespec="seconds"),
-        "command": "python -m benchmarks gpu " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "machine": machine(device),
+        "commit": commit(),
+        "command": f"python -m benchmarks gpu --device {device} --preset {options.preset} "
+        f"--minutes {options.minutes:g} --only {','.join(parts)}",
+        "machine": _machine(device),
         "preset": options.preset,
         "model": {"config": preset.config.to_dict(), "dtype": preset.dtype},
-        "wall_s": round(time.perf_counter() - began, 1),
-        "sections": sections,
+        "wall_s": 0.0,
+        "sections": {},
     }
-    name = f"{now:%Y-%m-%d-%H%M}-gpu-suite-{options.preset}-{device.type}"
-    write_json(options.out / f"{name}.json", data)
-    table = markdown(data)
-    write_atomic(options.out / f"{name}.md", table)
-    sys.stdout.write(table)
-    wrong = [c["name"] for c in (sections.get("kernels") or {}).get("cases", ()) if not c.get("right")]
-    failed = [k for k, v in sections.items() if isinstance(v, dict) and "failed" in v]
-    return 1 if wrong or failed else 0
+
+    def store() -> None:
+        data["wall_s"] = round(time.perf_counter() - began, 1)
+        if folder:
+            name = f"{now:%Y-%m-%d-%H%M}-gpu-{options.preset}-{device.type}"
+            write_json(folder / f"{name}.json", data)
+            write_atomic(folder / f"{name}.md", markdown(data))
+
+    suite = Suite(preset, device, options.minutes, store)
+    data["sections"] = suite.record.data
+    store()  # a folder that cannot be written is known before minutes are spent
+    suite.run(parts)
+    store()
+    sys.stdout.write(markdown(data))
+    return int(any(missed(section) for section in suite.record.data.values()))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def missed(section: Any) -> bool:
+    """Whether a section failed, or holds a result that is not right."""
+    if not isinstance(section, dict):
+        return False
+    wrong = "failed" in section or section.get("right") is False or section.get("agrees") is False
+    return wrong or section.get("under") is False or any(missed(case) for case in section.get("cases", ()))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What ran: device, settings, versions."""
+    found: dict[str, Any] = {**describe_machine(str(device)), "versions": versions(), "gpu": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "sm": 10 * properties.major + properties.minor,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return found

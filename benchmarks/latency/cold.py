@@ -1,5 +1,5 @@
-"""The cold start: a fresh process from its first instruction to its first image, twice. The second finds what the first
-left in the caches of the disk, the driver and the compilers."""
+"""The cold start: a fresh process from its first instruction to its first image, twice. The second process finds warm
+caches of the disk, the driver and the compilers."""
 
 from __future__ import annotations
 

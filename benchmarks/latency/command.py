@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +23,12 @@ from mindomni_rt.inputs.images import prepare_image, vae_pixels
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, generate_messages
 from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
+from mindomni_rt.options import parse_size
 
-from ..clocks import clock_state
-from ..machine import commit, describe_machine
-from ..results import FORMAT, write_atomic, write_json
+from ..clocks import NONE, clock_state
+from ..machine import commit, describe_machine, versions
+from ..results import check_out, write_atomic, write_json
+from ..schema import FORMAT
 from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
 
 STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
-PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "transformers", "diffusers", "numpy")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
 
@@ -47,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, hub id or bundle")
     parser.add_argument("--prompt", default=_PROMPT)
     parser.add_argument("--image", type=Path, help="reference image")
-    parser.add_argument("--size", type=int, default=1024, help="image side in pixels")
+    parser.add_argument("--size", default="1024", metavar="WxH", help="pixels; one number for a square")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--max-new-tokens", type=int, default=300)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -64,8 +62,7 @@ def check(options: argparse.Namespace) -> None:
     """Raises BadRequestError for runs that cannot be counted and a result that has no place."""
     if options.runs < 1 or options.warmup < 0:
         raise BadRequestError(f"--runs {options.runs} --warmup {options.warmup}: expected at least 1 and 0")
-    if options.out and options.out.suffix != ".json":
-        raise BadRequestError(f"--out {options.out}: expected a name that ends in .json")
+    check_out(options.out)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,10 +83,11 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, in the form that `results.read_result` reads."""
+    width, height = parse_size(options.size)
     request = {
         "image": options.image,
-        "height": options.size,
-        "width": options.size,
+        "height": height,
+        "width": width,
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "max_new_tokens": options.max_new_tokens,
@@ -98,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     load = {"device": options.device, "dtype": options.dtype, "memory_budget": options.memory_budget}
     pipe = mindomni_rt.load(options.model, **load)
     energy = Energy(pipe.backend.device)
-    before = clock_state()
+    before = clock_state(pipe.backend.device)
     runs: list[dict[str, float]] = []
     tokens: list[int] = []
     try:
@@ -113,9 +111,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not runs:
             raise
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
-    after = clock_state()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    work = _workload(pipe, options, tokens)
+    after = clock_state(pipe.backend.device)
+    peak = _host_peak()
+    work = _workload(pipe, options, (height, width), tokens)
     weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
     streamed = min(weights["language"], weights["decoder"])
     data = {
@@ -130,7 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "device": pipe.backend.device,
             "dtype": pipe.backend.dtype,
         },
-        "machine": describe_machine(),
+        "machine": describe_machine(pipe.backend.device),
         "clocks": {"before": before, "after": after},
         "versions": versions(),
         "request": {k: v.name if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
@@ -140,7 +138,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "runs": runs,
         "ceilings": measured_ceilings(pipe.backend.device, pipe.backend.dtype, streamed),
         "peak_host_bytes": peak,
-        "peak_device_bytes": _device_peak(pipe.backend.device),
+        "peak_device": _device_peak(pipe.backend.device),
         "energy": energy.record(),
         "cold_start": [],
     }
@@ -151,7 +149,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _workload(pipe: Pipeline, options: argparse.Namespace, tokens: Sequence[int]) -> Workload:
+def _workload(pipe: Pipeline, options: argparse.Namespace, size: tuple[int, int], tokens: Sequence[int]) -> Workload:
     """The sizes of the request as it ran. With VAE features the prompt is longer by their tokens."""
     patches, counts, latents = (0, 0), list[int](), 0
     if options.image:
@@ -167,8 +165,8 @@ def _workload(pipe: Pipeline, options: argparse.Namespace, tokens: Sequence[int]
         new_tokens=round(float(np.mean(tokens))),
         negative_tokens=len(negative),
         patches=patches,
-        height=options.size,
-        width=options.size,
+        height=size[0],
+        width=size[1],
         steps=options.steps,
         guidance=options.guidance != 1,
     )
@@ -179,15 +177,13 @@ def _figures(timings: Mapping[str, float]) -> dict[str, float]:
     return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
 
 
-def versions() -> dict[str, str]:
-    """Of Python, of this package and of those that a result may depend on."""
-    found = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _host_peak() -> int | None:
+    """Bytes of this process at most; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _free() -> None:
@@ -197,12 +193,13 @@ def _free() -> None:
         torch.cuda.empty_cache()  # does nothing without CUDA
 
 
-def _device_peak(device: str) -> int | None:
-    """Bytes that torch held at most; None on the CPU and for backends that do not tell."""
-    torch = sys.modules.get("torch")
-    if not device.startswith("cuda") or torch is None:
+def _device_peak(device: str) -> dict[str, int] | None:
+    """Bytes that torch allocated and reserved at most; None on the CPU and for backends that do not tell."""
+    if not device.startswith("cuda") or "torch" not in sys.modules:
         return None
-    return int(torch.cuda.max_memory_allocated(device))
+    from ..measure import device_peak
+
+    return device_peak(device)
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -260,9 +257,11 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     if decode:  # a rate's slow end is its 10th and 1st percentile
         p50, p10, p1 = np.percentile(decode, (50, 10, 1))
         out.append(("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}"))
-    out.append(("peak host memory", f"{data['peak_host_bytes'] / 1e9:.2f} GB"))
-    device = data["peak_device_bytes"]
-    out.append(("peak device memory", f"{device / 1e9:.2f} GB" if device else "not available"))
+    host, device = data["peak_host_bytes"], data.get("peak_device")
+    out.append(("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE))
+    kinds = {"allocated": "peak_bytes", "reserved": "reserved_bytes"}
+    told = ", ".join(f"{device[key] / 1e9:.2f} GB {kind}" for kind, key in kinds.items()) if device else NONE
+    out.append(("peak device memory", told))
     out.append(("energy an image", describe_energy(data["energy"])))
     for index, cold in enumerate(data["cold_start"]):
         name = ("first", "second")[index]

@@ -1,4 +1,4 @@
-"""Energy of a run: the driver's own counter, else power sampled beside it. Idle power is told, not taken off."""
+"""Energy of a run: the driver's own counter, else sampled power. Idle power is reported separately, not subtracted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..clocks import NONE
+from ..clocks import NONE, physical
 
 _HWMON = Path("/sys/class/hwmon")
 _WHOLE = ("VDD_IN", "VIN", "POM_5V_IN")
@@ -68,7 +68,7 @@ class Energy:
             self.joules.append(sum(samples) / len(samples) * (time.monotonic() - began))
 
     def record(self) -> dict[str, Any] | str:
-        """For the result's JSON: {"method", "joules" of each run, "idle_watts"}; "not available" where nothing told."""
+        """For the result's JSON: {"method", "joules" of each run, "idle_watts"}; "not available" without a sensor."""
         if not self.joules:
             return NONE
         return {"method": self.method, "joules": self.joules, "idle_watts": self.idle_watts}
@@ -133,7 +133,9 @@ def _readers(device: str, hwmon: Path) -> tuple[str, Reader | None, Reader | Non
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+        name = physical(device)
+        by = pynvml.nvmlDeviceGetHandleByIndex if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
+        handle = by(int(name) if name.isdigit() else name)
         pynvml.nvmlDeviceGetPowerUsage(handle)
     except Exception:  # noqa: BLE001  NVML has an error class for each cause; the Jetson's monitors come next
         rails = hwmon_rails(hwmon)

@@ -13,8 +13,9 @@ from mindomni_rt.bundle.contracts import graph_specs, resolve
 from mindomni_rt.bundle.manifest import Bundle
 from mindomni_rt.inputs.positions import image_positions, rope_tables, time_features
 
+from ..stages import GUIDANCE
+
 Arrays = dict[str, NDArray[Any]]
-GUIDANCE = 3.0
 
 
 class PlainBundle:

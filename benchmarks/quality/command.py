@@ -1,8 +1,8 @@
-"""`python -m benchmarks quality SUITE MODEL --prompts PATH --out FOLDER`: images and answers for official evaluators.
+"""`python -m benchmarks quality SUITE MODEL --prompts PATH --out FOLDER`: images for official evaluators.
 
-Prompts are your own copies: none is bundled or downloaded. The same command goes on where a run ended; `--shard i/n`
-in n processes shares one folder. No official score is computed here: `report.md` says what to run next. The suite
-`shapes` needs no prompts and is scored exactly.
+Prompts are your own copies: none is bundled or downloaded. The same command continues a run that ended early;
+`--shard i/n` in n processes shares one folder. No official score is computed here: `report.md` says what to run next.
+The suite `shapes` needs no prompts and is scored exactly.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import mindomni_rt
 from mindomni_rt.checkpoint.layout import resolve
 from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.options import parse_size
 
-from ..results import FORMAT, read_json
-from . import answers as quality_answers
-from . import images as quality_images
+from ..results import read_json
+from ..schema import FORMAT
+from .images import SUITES as IMAGES
 from .paint import request_of
 from .report import write_report
 from .run import RunFolder, fingerprint, shard_of
@@ -30,7 +31,7 @@ from .suite import Item, Prompts, Settings, Suite
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
 
-SUITES = {s.name: s for s in (*quality_images.SUITES, *quality_answers.SUITES, SHAPES)}
+SUITES = {s.name: s for s in (*IMAGES, SHAPES)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="checkpoint folder, hub id or bundle")
     parser.add_argument("--list", action="store_true", help="suites, their prompt files, published scores")
     parser.add_argument("--prompts", type=Path, help="your copy of the benchmark's prompts")
-    parser.add_argument("--out", type=Path, help="the run's folder, new or to go on in")
+    parser.add_argument("--out", type=Path, help="the run's folder, new or to be continued")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the items")
     parser.add_argument("--n", type=int, help="only the first N items")
     parser.add_argument("--seed", type=int, default=0, help="base of the seeds of all images")
     parser.add_argument("--no-think", dest="think", action="store_false", default=None)
     parser.add_argument("--samples", type=int, help="images a prompt")
-    parser.add_argument("--size", type=int, help="image side in pixels")
+    parser.add_argument("--size", metavar="WxH", help="pixels; square images, or one number")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--max-image-tokens", type=int, help="cap on a question's image; 0 for none")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Makes what is lacking and reports. Exit code 130 when interrupted; what was made is kept."""
+    """Makes the missing items and reports. Exit code 130 when interrupted; finished items are kept."""
     if options.list:
         sys.stdout.write(listing() + "\n")
         return 0
@@ -68,8 +68,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = suite.read(options.prompts)
     if suite is SHAPES and options.think is False:
         prompts = replace(prompts, items=tuple(i for i in prompts.items if not i.think))
-    if settings.size is not None:
-        request_of(prompts.items[0], settings)  # its checks, before a model is loaded
+    request_of(prompts.items[0], settings)  # its checks, before a model is loaded
     chosen = prompts.items[: options.n]
     model = resolve(options.model)
     folder = RunFolder(options.out)
@@ -111,21 +110,20 @@ def _asked(options: argparse.Namespace) -> tuple[Suite, Settings]:
         if getattr(options, name) is None:
             raise BadRequestError(f"{'MODEL' if name == 'model' else '--out'} is missing: see --help")
     given: dict[str, Any] = {"seed": options.seed}
-    for name in ("samples", "size", "steps", "guidance", "max_new_tokens", "max_image_tokens"):
-        value = getattr(options, name)
-        if value is not None and getattr(suite.defaults, name) is None:
-            raise BadRequestError(f"--{name.replace('_', '-')}: {suite.title} has no such setting; leave it out")
-        if value is not None:
-            given[name] = value
+    if options.size is not None:
+        width, given["size"] = parse_size(options.size)
+        if width != given["size"]:
+            raise BadRequestError(f"--size {options.size}: expected a square; the evaluators take no other images")
+    for name in ("samples", "steps", "guidance", "max_new_tokens"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
     if options.think is False and suite is not SHAPES:
-        if suite.defaults.think is None:
-            raise BadRequestError(f"--no-think: {suite.title} asks for answers in words; leave it out")
         given["think"] = False
     settings = replace(suite.defaults, **given)
-    if settings.samples is not None and not 1 <= settings.samples <= suite.most_samples:
+    if not 1 <= settings.samples <= suite.most_samples:
         raise BadRequestError(f"--samples {settings.samples}: {suite.title} takes 1 to {suite.most_samples}")
-    if settings.max_new_tokens < 1 or (settings.max_image_tokens or 4) < 4:
-        raise BadRequestError("--max-new-tokens: expected at least 1; --max-image-tokens: at least 4, or 0 for no cap")
+    if settings.max_new_tokens < 1:
+        raise BadRequestError(f"--max-new-tokens {settings.max_new_tokens}: expected at least 1")
     return suite, settings
 
 
@@ -142,7 +140,7 @@ def _load(options: argparse.Namespace) -> Pipeline:
 def _make(
     pipe: Pipeline, suite: Suite, settings: Settings, folder: RunFolder, todo: Sequence[Item], total: int
 ) -> None:
-    """Makes and stores the items that lack. Raises WriteError, and BadRequestError naming an item's place."""
+    """Makes and stores the missing items. Raises WriteError, and BadRequestError naming an item's place."""
     try:
         from tqdm.auto import tqdm
     except ImportError as error:

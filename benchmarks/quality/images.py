@@ -50,7 +50,7 @@ def _read_geneval(path: Path | None) -> Prompts:
 
 def _geneval_outputs(item: Item, settings: Settings) -> list[str]:
     folder = f"images/{item.name}"
-    samples = [f"{folder}/samples/{i:04}.png" for i in range(settings.samples or 1)]
+    samples = [f"{folder}/samples/{i:04}.png" for i in range(settings.samples)]
     return [*samples, f"{folder}/grid.png", f"{folder}/metadata.jsonl", item_file(item.name)]
 
 
@@ -156,7 +156,7 @@ def _wise_commands(run: Mapping[str, Any]) -> list[str]:
     return [*lines, f"python Calculate.py {scores} --category {category}"]
 
 
-_DEFAULTS = Settings(think=True, samples=4, size=1024, steps=50, guidance=3.0, max_new_tokens=512)
+_DEFAULTS = Settings(think=True, samples=4)
 GENEVAL = Suite(
     name="geneval",
     title="GenEval",

@@ -7,10 +7,8 @@ them), and the time of the denoising loop as a share of the exact one's on this 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mindomni_rt
-from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.errors import BadRequestError
 
-from ..results import write_atomic, write_json
+from ..machine import commit, describe_machine
+from ..results import check_out, write_atomic, write_json
 from .judge import riddles, share
 
 EXACT: dict[str, Any] = {"num_inference_steps": 50}
@@ -93,34 +92,30 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks lossy", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
     parser.add_argument("model", type=Path, help="assets/shapes-world")
-    parser.add_argument("--n", type=int, default=24)
+    parser.add_argument("--n", type=int, default=24, help="riddles")
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--out", type=Path, help="a JSON file; the table goes beside it as .md")
-    options = parser.parse_args(arguments)
-    try:
-        found = measure(options.model, options.n, options.guidance)
-        text = table(found)
-        sys.stdout.write(text + "\n")
-        if options.out:
-            record = {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {platform.system()}, CPU",
-                "model": options.model.name,
-                "n": options.n,
-                "guidance": options.guidance,
-                "options": found,
-            }
-            write_json(options.out, record)
-            write_atomic(options.out.with_suffix(".md"), text + "\n")
-    except MindOmniError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    parser.add_argument("--out", type=Path, help="a .json file; the table goes beside it as .md")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports."""
+    check_out(options.out)
+    found = measure(options.model, options.n, options.guidance)
+    text = table(found)
+    sys.stdout.write(text + "\n")
+    if options.out:
+        record = {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "machine": describe_machine(),
+            "model": options.model.name,
+            "n": options.n,
+            "guidance": options.guidance,
+            "options": found,
+        }
+        write_json(options.out, record)
+        write_atomic(options.out.with_suffix(".md"), text + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 def request_of(item: Item, settings: Settings) -> Request:
     """The request behind an item's images. Raises BadRequestError."""
-    assert settings.size is not None and settings.steps is not None and settings.guidance is not None
     return Request(
         prompt=item.prompt,
         think=bool(settings.think if item.think is None else item.think),
@@ -43,7 +42,7 @@ def paint(pipe: Pipeline, item: Item, settings: Settings) -> tuple[list[Image.Im
     thought = _last(pipe.think(request))
     guided = pipe.connect(thought, request)
     unguided = pipe.connect_negative(request) if request.guidance_scale != 1 else None
-    seeds = [seed_of(settings.seed, item.key or item.name, i) for i in range(settings.samples or 1)]
+    seeds = [seed_of(settings.seed, item.key or item.name, i) for i in range(settings.samples)]
     images = []
     for seed in seeds:
         latents = batch_noise(seed, 1, request.latent_shape[1:])
@@ -63,7 +62,7 @@ def paint(pipe: Pipeline, item: Item, settings: Settings) -> tuple[list[Image.Im
 
 
 def _last(events: Generator[Any, None, Any]) -> Any:
-    """What a stage returns once all of its events were told."""
+    """The return value of a stage's generator, its events discarded."""
     while True:
         try:
             next(events)
@@ -79,7 +78,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in two columns, row by row; one picture is itself, a place left over is black."""
+    """Pictures of one size in two columns, row by row. A single one is returned as it is; an empty place is black."""
     if len(images) == 1:
         return images[0]
     width, height = images[0].size

@@ -86,7 +86,7 @@ def _data(
         "chosen": chosen,
         "total": len(prompts.items),
         "partial": done < len(prompts.items),
-        "thinking": _thinking(suite, settings),
+        "thinking": {True: "on", False: "off", None: "both, compared"}[settings.think],
         "scores": found.get("scores", {}),
         "published": dict(suite.published),
         "published_source": SOURCE if suite.published else "",
@@ -94,12 +94,6 @@ def _data(
         "commands": suite.commands(run),
         "notes": found.get("notes", []),
     }
-
-
-def _thinking(suite: Suite, settings: Settings) -> str:
-    if suite.name == "shapes":
-        return "both, compared"
-    return {True: "on", False: "off", None: "none: answers in words"}[settings.think]
 
 
 def report(suite: Suite, data: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ class RunFolder:
         # Listed before the look for run.json: another shard may make it, and then items, between the two.
         files = list(self.folder.iterdir()) if self.folder.is_dir() else []
         if not self.settings.exists():
-            if any(not (p.name.startswith(".") and p.name.endswith(".part")) for p in files):
+            if any(not (p.name.startswith(".") and ".part" in p.suffix) for p in files):
                 raise BadRequestError(f"{self.folder} holds files but no run.json: choose an empty folder for --out")
             return False
         found = read_json(self.settings)
@@ -127,7 +127,7 @@ class RunFolder:
     def sweep(self) -> None:
         """Removes what killed runs left half written among the items, once all are done and nobody writes any."""
         for part in ("images", "items"):  # not beside them, where another shard may be writing its report
-            for path in (self.folder / part).rglob(".*.part"):
+            for path in (self.folder / part).rglob(".*.part*"):
                 path.unlink(missing_ok=True)
 
 

@@ -77,9 +77,9 @@ def _commands(run: Mapping[str, Any]) -> list[str]:
 SHAPES = Suite(
     name="shapes",
     title="shapes",
-    prompts="nothing: benchmarks/shapes.jsonl is built in",
+    prompts="nothing: benchmarks/quality/shapes.jsonl is built in",
     project="this one",
-    evaluated="benchmarks/shapes.py, at once; for assets/shapes-world or its bundle",
+    evaluated="benchmarks/quality/judge.py, at once; for assets/shapes-world or its bundle",
     published={},
     # Those of the small model's card; the arms think or not, whatever the setting says.
     defaults=Settings(samples=1, size=96, steps=10, guidance=1.0, max_new_tokens=48),

@@ -1,6 +1,6 @@
 """What a suite of `quality` is: items read from a user's prompt file, what is written for each, who reads that.
 
-The suites themselves are data in `quality_images`, `quality_answers` and `quality_shapes`.
+The suites themselves are data in `images` and `shapes`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,15 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name and a 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How images or answers are made. None: the suite has no such thing, and giving it is an error.
-
-    size: image side in pixels. samples: images a prompt. max_image_tokens: cap on a question's image, 0 for none.
-    """
+    """How images are made. size: side in pixels. samples: images a prompt. think None: each item says."""
 
     seed: int = 0
     think: bool | None = None
-    samples: int | None = None
-    size: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
+    samples: int = 1
+    size: int = 1024
+    steps: int = 50
+    guidance: float = 3.0
     max_new_tokens: int = 512
-    max_image_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,22 @@
-"""Floors and predictions: the cost model times the device sheet, beside what was measured."""
+"""`python -m benchmarks roofline`: floors and predictions, the cost model times the device sheet, beside results."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.errors import OutOfMemoryError
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.layers import STAGES, Workload
-from mindomni_rt.memory.planner import gigabytes, plan
+from mindomni_rt.memory.planner import RESERVE, gigabytes, plan
+from mindomni_rt.options import parse_size
 
-from ..devices import Device, Sheet
-from ..results import Result
+from ..devices import Device, Sheet, choose, load_devices
+from ..results import Result, all_results
 from .costs import SCHEMES, Op, Scheme, StageCost, request_costs
 
 DEFAULT_SCHEMES = ("bf16", "w8a8", "w4a4+attn8")
@@ -44,6 +47,33 @@ class Bound:
     @property
     def prediction_total(self) -> float:
         return sum(self.prediction.values())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--device", action="append", help="a key of devices.toml; repeatable; default: all")
+    parser.add_argument("--size", default="1024", metavar="WxH", help="pixels; one number for a square")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--new-tokens", type=int, default=300)
+    parser.add_argument("--plot", type=Path, help="a PNG")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints both tables."""
+    sheet, config = load_devices(), published()
+    width, height = parse_size(options.size)
+    work = Workload(height=height, width=width, steps=options.steps, new_tokens=options.new_tokens)
+    choices = [(device, scheme) for device in choose(options.device, sheet) for scheme in DEFAULT_SCHEMES]
+    found = [b for d, s in choices if (b := bound(config, work, d, s, sheet.efficiency)) is not None]
+    memory = {(d.name, s): memory_note(config, work, d, s) for d, s in choices}
+    sys.stdout.write(f"published sizes, {describe(work)}\n\n{table(found, memory)}\n")
+    rows = [(r, *m) for r in all_results() if (m := measured_bound(r, sheet)) is not None]
+    if rows:
+        sys.stdout.write(f"\n{measured_table(rows)}\n")
+    if options.plot:
+        title = f"published sizes, {width}x{height}, {options.steps} steps, {options.new_tokens} new tokens"
+        plot(found, measured_totals(config, work, rows), options.plot, title)
+    return 0
 
 
 def kernel_seconds(op: Op, scheme: Scheme, tflops: Mapping[str, float | None], speed: float) -> float:
@@ -139,9 +169,9 @@ def memory_note(config: ModelConfig, work: Workload, device: Device, scheme: str
     """Whether a request fits the device: what its weights stay or are swapped at, by the planner. A prediction."""
     weights = _STORED[scheme]
     precision = Precision(language=weights[0], head=weights[1], decoder=weights[2], vae="bfloat16")
-    reserve = (2000 if device.unified else 700) * 10**6  # the system on shared memory; CUDA and a desktop elsewhere
+    budget, reserve = round(device.memory * 1e9), RESERVE[device.unified]
     try:
-        found = plan(config, work, precision=precision, budget=round(device.memory * 1e9), reserve=reserve)
+        found = plan(config, work, precision=precision, budget=budget, reserve=reserve)
     except OutOfMemoryError:
         return "does not fit"
     return f"{gigabytes(found.peak)}, {'all loaded' if not found.moved else 'swaps ' + gigabytes(found.moved)}"
@@ -155,8 +185,6 @@ def measured_totals(config: ModelConfig, work: Workload, rows: Sequence[tuple[Re
 
 def measured_table(rows: Sequence[tuple[Result, Bound, str]]) -> str:
     """Markdown: measured medians beside the floor of the same request, with the ratio for each stage and in all."""
-    if not rows:
-        return "No measured result with a known ceiling in the results folder."
     lines = [
         "| result | machine | stage | measured (s) | floor (s) | measured / floor | floor rests on |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -181,7 +209,7 @@ def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, titl
 
     measured: (device name, precision, seconds) of runs of the same request.
     """
-    from ..figures import COLOURS, new_figure, save
+    from ..figures import COLOURS, log_axis, new_figure, save
 
     devices = list(dict.fromkeys(b.device for b in bounds))
     schemes = list(dict.fromkeys(b.scheme for b in bounds))
@@ -199,7 +227,7 @@ def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, titl
         if device in devices and scheme in schemes:
             at = len(devices) - 1 - devices.index(device) + 0.22 * (len(schemes) / 2 - 0.5 - schemes.index(scheme))
             axes.plot(seconds, at, "*", color="black", ms=12, zorder=3)
-    axes.set_xscale("log")
+    log_axis(axes)
     axes.set_yticks(range(len(devices)), devices[::-1])
     axes.set_xlabel("seconds for one request (log)")
     axes.set_title(title, fontsize=10, loc="left")

@@ -25,6 +25,9 @@ LADDER = (
     Precision(language="int4", head="int8", decoder="int8", vae="bfloat16"),
     Precision(language="int4", head="int8", decoder="int4", vae="bfloat16"),
 )
+# Not ours to use: CUDA's context, libraries' workspaces and the desktop on a card of its own; the system on memory that
+# the CPU shares. An allowance, to be measured on each device.
+RESERVE = {False: 700 * 10**6, True: 2000 * 10**6}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,11 @@ from PIL import Image
 from mindomni_rt.benchmarks.cli import main
 
 PAINT = ["--size", "32", "--steps", "2", "--max-new-tokens", "3", "--device", "cpu"]
-WRITE = ["--max-new-tokens", "3", "--device", "cpu"]
 
 
 def quality(suite: str, prompts: Path, out: Path, *more: str, model: Path = PARITY) -> int:
     """The command's exit code, at small sizes."""
-    small = PAINT if suite in ("geneval", "dpg", "wise") else WRITE
-    return main(["quality", suite, str(model), "--prompts", str(prompts), "--out", str(out), *small, *more])
+    return main(["quality", suite, str(model), "--prompts", str(prompts), "--out", str(out), *PAINT, *more])
 
 
 def geneval_file(folder: Path, count: int = 4) -> Path:
@@ -60,30 +57,6 @@ def picture(seed: int, side: int = 56) -> str:
     draw = np.random.default_rng(seed)
     Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def tsv(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def questions(folder: Path) -> Path:
-    """Six questions of every kind: several images, another row's image, none, no options, quotes, tabs, newlines."""
-    choice = {"A": "one", "B": 'the "second"', "C": "", "split": "validation"}
-    many = str([picture(1), picture(2), picture(3)])
-    rows = [
-        {"index": "0", "id": "validation_Art_1", "question": "Which\tof\n“these”?", "image": picture(0), **choice},
-        {"index": "1", "id": "validation_Art_2", "question": "Like <image 2>?", "image": many, **choice, "answer": "A"},
-        {"index": "1000000", "id": "dev_Art_1", "question": "Again?", "image": "0", **choice, "answer": "B"},
-        {"index": "3", "id": "validation_Art_3", "question": "How many?", "image": picture(4), "answer": "3"},
-        {"index": "4 b", "id": "validation_Art_4", "question": "No picture?", **choice, "hint": "Look."},
-        {"index": "5", "id": "validation_Art_5", "question": 'A "big" one?', "image": picture(5, 256), **choice},
-    ]
-    return tsv(folder / "MMMU_DEV_VAL.tsv", rows)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -147,7 +147,7 @@ def test_a_full_disk_says_so_and_keeps_the_old_result(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mindomni_rt.benchmarks.results.os.replace", full)
+    monkeypatch.setattr("mindomni_rt.files.os.replace", full)
     assert main(["latency", str(PARITY), *SMALL, "--out", str(result)]) == 2
     assert "No space left" in capsys.readouterr().err and result.read_bytes() == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -15,13 +16,13 @@ from conftest import PARITY
 from PIL import Image
 
 from mindomni_rt.benchmarks.cli import main
-from mindomni_rt.benchmarks.gpu.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
-from mindomni_rt.benchmarks.gpu.measure import Meter, relative_error
-from mindomni_rt.benchmarks.gpu.stages import Preset, conditions, make_backend, noise, random_model
+from mindomni_rt.benchmarks.measure import Meter, relative_error
 from mindomni_rt.benchmarks.peers import command as peers
 from mindomni_rt.benchmarks.peers import torch as peer_torch
+from mindomni_rt.benchmarks.peers.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
 from mindomni_rt.benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
 from mindomni_rt.benchmarks.scaled import scaled
+from mindomni_rt.benchmarks.stages import Preset, make_backend, noise, random_conditions, random_model
 from mindomni_rt.memory.footprint import Precision
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
@@ -98,6 +99,33 @@ def test_texts_that_differ_and_numbers_that_are_none() -> None:
         assert found["agrees"] is False and "pairs" not in found
 
 
+def test_sixteen_bits_are_judged_by_their_distance_from_float32_and_always_timed() -> None:
+    pair = Pair(name="x", ours=lambda _: 1.0, theirs=lambda _: 2.0)
+    for error, agrees in ((0.011, True), (0.013, False), (float("nan"), False)):  # the peer's distance is 0.01
+        match = Match(error=error, bound=0.1, baseline=0.01, exact=False)
+        found = run_group(Group(peer="p", match=match, pairs=[pair]), Meter(CPU), 1, 0)
+        assert found["agrees"] is agrees and found["pairs"]["x"]["ratio"] == 2
+    far = Match(error=0.11, bound=0.1, baseline=0.1, exact=False)
+    assert not far.agrees  # within 1.2 times the peer's distance, but past the bound
+
+
+def test_bfloat16_groups_have_a_float32_reference() -> None:
+    preset = dataclasses.replace(PRESET, dtype="bfloat16")
+    for make in (peer_torch.language_group, peer_torch.decoder_group):
+        match = make(preset, random_model(preset.config, torch.bfloat16, CPU), CPU).match
+        assert match.baseline is not None and 1e-4 < match.baseline < 0.1 and 1e-4 < match.error < 0.1
+        assert not match.exact and match.tokens_equal is None
+
+
+def test_a_pair_that_fails_leaves_the_others() -> None:
+    def broken(_: Meter) -> float:
+        raise RuntimeError("no kernel")
+
+    pairs = [Pair(name="a", ours=broken, theirs=broken), Pair(name="b", ours=lambda _: 1.0, theirs=lambda _: 1.0)]
+    found = run_group(Group(peer="p", match=Match(error=0, bound=1), pairs=pairs), Meter(CPU), 1, 0)
+    assert list(found["pairs"]) == ["b"] and found["failed_pairs"] == {"a": "RuntimeError: no kernel"}
+
+
 def test_a_ratio_by_hand() -> None:
     """Peer / ours, the median of pairs; parts are counted from the moment that the run marks."""
     ours, theirs = iter([9.0, 1.0, 2.0, 4.0]), iter([9.0, 2.0, 6.0, 16.0])
@@ -116,11 +144,11 @@ def test_a_ratio_by_hand() -> None:
 def test_diffusers_turns_every_row_by_row_zero() -> None:
     """Why the longest branch comes first: with the shorter one in row 0 the padding of the other is at its position 0,
     and the longer row is turned by the wrong positions."""
-    model = random_model(PRESET, CPU)
-    found = conditions(PRESET, CPU)
+    model = random_model(PRESET.config, torch.float32, CPU)
+    found = random_conditions(PRESET.config, PRESET.work(), torch.float32, CPU)
     theirs = omnigen_decoder(model.decoder, found)
     inputs = omnigen_inputs([c.shape[1] for c in found], 36, CPU)
-    latents = torch.from_numpy(noise(96))
+    latents = torch.from_numpy(noise(PRESET.config, PRESET.work()))
     right = omnigen_step(theirs, latents, 0.3, inputs)
     alone = [model.decoder(c, latents, torch.tensor([0.3])) for c in found]
     for row, exact in zip(right, alone, strict=True):
@@ -174,7 +202,7 @@ def test_the_fast_path_against_the_same_peers(monkeypatch: pytest.MonkeyPatch) -
         peer_torch, "backend_of", lambda model, device: make_backend(model, "cpu", Precision.uniform("float32"))
     )
     for make in (peer_torch.language_group, peer_torch.decoder_group):
-        found = run_group(make(PRESET, random_model(PRESET, CPU), CPU), Meter(CPU), 1, 0)
+        found = run_group(make(PRESET, random_model(PRESET.config, torch.float32, CPU), CPU), Meter(CPU), 1, 0)
         assert found["agrees"] and found["error"] < 1e-5 and len(found["pairs"]) == 2
 
 
@@ -182,6 +210,6 @@ def test_no_memory_for_one_pair_is_recorded() -> None:
     def full() -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 15 GiB")
 
-    found = peers._record("transformers", full)
+    found = peers.record("transformers", full)
     assert found["failed"].startswith("out of memory: ") and "15 GiB" in found["failed"]
     assert torch.OutOfMemoryError is torch.cuda.OutOfMemoryError

@@ -77,7 +77,7 @@ CHECKS = [
 @pytest.mark.parametrize(("size", "work"), CHECKS, ids=["image", "large", "long"])
 def test_peak_within_a_tenth_of_the_measured_one(size, work):
     pytest.importorskip("torch")
-    from mindomni_rt.benchmarks.counts.peaks import measure
+    from peaks import measure
 
     config, precision = scaled(size), Precision.uniform("float32")
     measured = measure(config, work)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import PARITY
-from quality_cases import PAINT, dpg_folder, geneval_file, picture, quality, questions, tsv, wise_folder
+from quality_cases import PAINT, dpg_folder, geneval_file, quality, wise_folder
 
 from mindomni_rt.benchmarks.cli import main
 
 LINE = json.dumps({"tag": "colors", "include": [], "prompt": "a red bell"})
 WISE_ROW = {"prompt_id": 1, "Prompt": "a bell", "Explanation": "", "Category": "", "Subcategory": ""}
-ROW = {"index": "0", "question": "What?", "A": "one", "B": "two"}
 
 
 def refused(suite: str, prompts: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -96,56 +95,11 @@ def test_dpg_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([{"index": "0", "A": "one"}], "line 1: expected tab-separated columns index and question, found no question"),
-        ([ROW, ROW], "row 2: id '0' was already used at"),
-        ([{**ROW, "index": "../0"}], "row 1: id '../0' cannot name a file"),
-        ([{**ROW, "index": ""}], "row 1: id '' cannot name a file"),
-        ([{**ROW, "question": " "}], "row 1: expected a text under 'question'"),
-        ([ROW, {**ROW, "index": "1", "image": "!" * 100}], "row 2: image is not base64"),
-        ([ROW, {**ROW, "index": "1", "image": "QUJD" * 50}], "row 2: image input cannot be read"),
-        ([{**ROW, "image": picture(0)[:400]}], "row 1: image"),
-        ([{**ROW, "image": "7"}], "row 1: image '7' names no row that holds one"),
-        ([{**ROW, "image": "0"}], "row 1: image '0' names no row that holds one"),
-        ([{**ROW, "image": "[" + "9" * 100}], "row 1: image begins with '['"),
-        ([{**ROW, "image": "[]" + " " * 100 + "."}], "row 1: image begins with '['"),
-    ],
-)
-def test_tsv_rows(
-    rows: list[dict[str, str]], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert expected in refused("mmbench", tsv(tmp_path / "MMBench_DEV_EN.tsv", rows), capsys)
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (b"", "found no index and no question"),
-        (b"index\tquestion\n", "holds no prompts"),
-        (b"index,question\n0,What?\n", "found no index and no question"),
-        (b"index\tquestion\tquestion\n0\ta\tb\n", "twice"),
-        (b"index\tquestion\n0\tWhat?\n1\n", "row 2: expected 2 columns, found 1"),
-        (b"index\tquestion\n0\tWhat?\n1\ta\tb\n", "row 2: expected 2 columns, found 3"),
-        (b'index\tquestion\n0\tWhat?\n1\t"open', "row 2: not a row of a TSV file"),
-        (b"index\tquestion\n0\t\xff\n", "not UTF-8 text"),
-    ],
-)
-def test_tsv_files(data: bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "RealWorldQA.tsv"
-    path.write_bytes(data)
-    assert expected in refused("realworldqa", path, capsys)
-
-
-@pytest.mark.parametrize(
     ("suite", "file", "project"),
     [
         ("geneval", "evaluation_metadata.jsonl", "djghosh13/geneval"),
         ("dpg", "dpg_bench/prompts", "TencentQQGYLab/ELLA"),
         ("wise", "cultural_common_sense.json", "PKU-YuanGroup/WISE"),
-        ("mmmu", "MMMU_DEV_VAL.tsv", "open-compass/VLMEvalKit"),
-        ("mmbench", "MMBench_DEV_EN.tsv", "open-compass/VLMEvalKit"),
-        ("realworldqa", "RealWorldQA.tsv", "open-compass/VLMEvalKit"),
     ],
 )
 def test_missing_prompts_say_whose_file_is_needed(
@@ -175,17 +129,15 @@ def test_missing_prompts_say_whose_file_is_needed(
         ("geneval", ["--steps", "0"], "num_inference_steps = 0"),
         ("geneval", ["--guidance", "nan"], "guidance_scale = nan"),
         ("geneval", ["--max-new-tokens", "0"], "--max-new-tokens"),
-        ("geneval", ["--max-image-tokens", "9"], "--max-image-tokens: GenEval has no such setting"),
+        ("geneval", ["--size", "32x48"], "--size 32x48: expected a square"),
+        ("geneval", ["--size", "big"], "size 'big': expected WIDTHxHEIGHT"),
         ("geneval", ["--backend", "toaster"], "backend 'toaster'"),
-        ("mmmu", ["--size", "32"], "--size: MMMU has no such setting"),
-        ("mmmu", ["--no-think"], "--no-think: MMMU asks for answers in words"),
-        ("mmmu", ["--max-image-tokens", "3"], "at least 4"),
     ],
 )
 def test_options(
     suite: str, more: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"geneval": geneval_file, "dpg": dpg_folder, "wise": wise_folder, "mmmu": questions}
+    files = {"geneval": geneval_file, "dpg": dpg_folder, "wise": wise_folder}
     assert expected in refused(suite, files[suite](tmp_path), capsys, *more)
 
 

@@ -11,6 +11,7 @@ from conftest import PARITY, relative
 
 import mindomni_rt
 from mindomni_rt import Pipeline
+from mindomni_rt.benchmarks.measure import judged
 from mindomni_rt.model.tiny import write_random_checkpoint
 
 pytestmark = [
@@ -48,13 +49,24 @@ def test_requests_in_a_row(slow: Pipeline, exact: Pipeline) -> None:
         assert a.token_ids == b.token_ids and relative(b.latents, a.latents) < 1e-4
 
 
-def test_bfloat16_and_eight_bits(slow: Pipeline, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype", "bound"),
+    [(None, "bfloat16", 2e-2), (None, "float16", 2e-2), ("decoder=int8", "bfloat16", 6e-2)],
+)
+def test_other_precisions_by_their_distance_from_float32(
+    tmp_path: Any, precision: str | None, dtype: str, bound: float
+) -> None:
+    """No farther than 1.2 times the same precision computed by the plain implementation on the CPU, and a bound."""
     write_random_checkpoint(tmp_path)
     options = {**SMALL, "think": False}
-    expected = mindomni_rt.load(tmp_path, device="cpu").generate("two cats", **options).latents
-    for precision, bound in ((None, 2e-2), ("decoder=int8", 6e-2)):
-        found = mindomni_rt.load(tmp_path, device="cuda", precision=precision).generate("two cats", **options)
-        assert relative(found.latents, expected) < bound
+
+    def latents(device: str, **how: Any) -> Any:
+        return mindomni_rt.load(tmp_path, device=device, **how).generate("two cats", **options).latents
+
+    exact = latents("cpu", dtype="float32")
+    baseline = relative(latents("cpu", dtype=dtype, precision=precision, fast=True), exact)
+    found = judged(relative(latents("cuda", dtype=dtype, precision=precision), exact), bound, baseline)
+    assert found["right"], found
 
 
 def test_nothing_is_left_behind(exact: Pipeline) -> None:

@@ -11,6 +11,7 @@ import torch
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.layout import open_checkpoint
 from ...errors import UnsupportedDeviceError
+from ...memory import planner
 from ...memory.footprint import Precision
 from ...memory.layers import Workload
 from ...memory.planner import LADDER, gigabytes, parse_bytes, plan
@@ -20,7 +21,7 @@ from ..torch.backend import DTYPES
 from .backend import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
-RESERVE = 600 << 20  # of a CUDA context and the libraries' workspaces; to be measured on each device
+RESERVE = planner.RESERVE[False]
 
 
 def load_fast(

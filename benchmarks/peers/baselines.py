@@ -1,4 +1,4 @@
-"""What `gpu_suite` compares with, on the same weights and shapes.
+"""What `peers` and `gpu` compare with, on the same weights and shapes.
 
 `EagerDecoder` is our own writing of the released code's formulation: each step runs the time token and the image tokens
 of both branches as one padded batch, appends them to the cached condition with torch.cat in every layer, and attends
@@ -232,8 +232,8 @@ def omnigen_decoder(decoder: DiffusionDecoder, conditions: Sequence[Tensor]) -> 
 def omnigen_inputs(lengths: Sequence[int], tokens: int, device: torch.device) -> dict[str, Any]:
     """Ids, mask and positions of branches of these lengths as its pipeline makes them: one batch, padded on the left.
 
-    The longest must be first: the transformer turns every row by the positions of row 0 alone, which for a shorter
-    row that starts later is a shift of all its tokens, and RoPE sees differences only.
+    The longest must be first: the transformer applies the rotary positions of row 0 to the whole batch. For a shorter
+    row, which starts later, that shifts all tokens alike, and RoPE depends on differences alone.
     """
     longest = max(lengths)
     assert lengths[0] == longest, lengths

@@ -1,0 +1,233 @@
+"""Clocks and judgement: how long work takes on a device, how far a result is from an exact one, a run's record."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], Any]
+FLUSH = 512 << 20  # bytes written between runs: more than any L2
+RATIO = 1.2
+"""How much farther from the float32 reference than the baseline a 16-bit result may be."""
+
+
+@dataclass
+class Meter:
+    """Times work on one device. Each figure is the median of `runs` after a warm-up, the L2 flushed before each."""
+
+    device: torch.device
+    runs: int = 10
+    deadline: float = float("inf")
+    spent: dict[str, float] = field(default_factory=dict)
+    _flush: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """For the device."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def left(self) -> float:
+        """Seconds until the part must end."""
+        return self.deadline - time.perf_counter()
+
+    def once(self, run: Run) -> tuple[float, Any]:
+        """(seconds, result) of one run by the host's clock, the device's work included."""
+        self.wait()
+        began = time.perf_counter()
+        result = run()
+        self.wait()
+        return time.perf_counter() - began, result
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A probe for `stages.Stages.run`: adds a block's seconds to `spent`, "language.decode" to "language"."""
+        self.wait()
+        began = time.perf_counter()
+        yield
+        self.wait()
+        name = name.partition(".")[0]
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
+
+    def laps(self, items: Iterable[Any]) -> Iterator[tuple[float, Any]]:
+        """(seconds, item) of each item, the device's work included."""
+        iterator, end = iter(items), object()
+        while True:
+            seconds, item = self.once(lambda: next(iterator, end))
+            if item is end:
+                return
+            yield seconds, item
+
+    def kernel(self, run: Run) -> float:
+        """Seconds of one launch by the device's clock (the host's on a CPU)."""
+        run()
+        run()
+        if not self.cuda:
+            return median(self.once(run)[0] for _ in range(self.runs))
+        if self._flush is None:
+            self._flush = torch.empty(FLUSH, dtype=torch.int8, device=self.device)
+        times = []
+        for _ in range(self.runs):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            began.record()
+            run()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended) / 1e3)
+        return median(times)
+
+    def peak(self) -> dict[str, int]:
+        """Bytes since `restart`, at most: allocated, and reserved by torch's pools, graphs' among them. 0 on a CPU."""
+        return device_peak(self.device) or {"peak_bytes": 0, "reserved_bytes": 0}
+
+    def restart(self) -> None:
+        """Forgets the peak and the seconds spent."""
+        self.spent = {}
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def device_peak(device: Any) -> dict[str, int] | None:
+    """Bytes allocated and reserved at most on a CUDA device; None on others."""
+    if not str(device).startswith("cuda"):
+        return None
+    return {
+        "peak_bytes": int(torch.cuda.max_memory_allocated(device)),
+        "reserved_bytes": int(torch.cuda.max_memory_reserved(device)),
+    }
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """‖found - exact‖ / ‖exact‖ in float64."""
+    found, exact = found.double(), exact.double()
+    return float((found - exact).norm() / exact.norm())
+
+
+def judged(error: float, bound: float, baseline: float | None = None) -> dict[str, Any]:
+    """Whether a result is right: within the bound, and no farther from the reference than RATIO times the baseline.
+
+    error, baseline: distances from the same float32 or float64 reference. None where no baseline rounds alike. Two
+    16-bit results are never compared with each other: both may be good and yet differ by twice their distance.
+    """
+    right = error <= bound and (baseline is None or error <= RATIO * baseline)
+    return {
+        "error": error if math.isfinite(error) else None,
+        "bound": bound,
+        "baseline_error": baseline,
+        "right": right,
+    }
+
+
+@dataclass
+class Record:
+    """What a run found, part by part, and what went wrong. `store` is called after each part."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    store: Callable[[], None] = lambda: None
+
+    def section(self, meter: Meter, name: str, needed: float, run: Callable[[], Any], limit: float = math.inf) -> Any:
+        """Runs a part if `needed` seconds are left, for `limit` seconds at most. A failure is recorded, not raised."""
+        end, left = meter.deadline, meter.left()
+        if left < needed:
+            self.data[name] = {"skipped": f"{needed:.0f} s needed, {max(left, 0):.0f} s left"}
+            return None
+        began = time.perf_counter()
+        meter.deadline = min(end, began + limit)
+        try:
+            with stopped_after(meter.left()):
+                self.data[name] = run()
+                meter.wait()
+        except Exception as error:  # noqa: BLE001  # minutes on a borrowed GPU: the other parts must still run
+            # What a part stored before it failed is kept.
+            self.data[name] = {**(self.data.get(name) or {}), "failed": described(error)}
+        finally:
+            meter.deadline = end
+        if isinstance(self.data[name], dict):
+            self.data[name]["wall_s"] = round(time.perf_counter() - began, 3)
+        self.store()
+        return self.data[name]
+
+
+@contextlib.contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in a block that takes longer. Needs POSIX signals and the main thread; else no limit."""
+    main = threading.current_thread() is threading.main_thread()
+    if seconds == math.inf or not main or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def described(error: BaseException) -> str:
+    """An error in one line of at most 500 characters."""
+    memory = "out of memory: " if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ else ""
+    return " ".join(f"{memory}{type(error).__name__}: {error}".split())[:500]
+
+
+def ceilings(meter: Meter, size: int, copy_bytes: int, dtype: torch.dtype) -> dict[str, float | None]:
+    """What this device reaches in this run: TFLOP/s of square matrix products, GB/s of a copy (read and write)."""
+    device, flops = meter.device, 2 * size**3
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(copy_bytes, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    found: dict[str, float | None] = {
+        "matmul": flops / meter.kernel(lambda: a @ b) / 1e12,
+        "copy": 2 * copy_bytes / meter.kernel(lambda: target.copy_(source)) / 1e9,
+    }
+    for name, make in {"fp8": _fp8, "int8": _int8}.items():
+        try:
+            found[name] = flops / meter.kernel(make(a, b)) / 1e12 if meter.cuda else None
+        except (RuntimeError, ValueError):  # a device without the type
+            found[name] = None
+    return found
+
+
+def _fp8(a: Tensor, b: Tensor) -> Run:
+    ones = torch.ones(a.shape[0], 1, device=a.device)
+    x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    return lambda: torch._scaled_mm(x, y.T, scale_a=ones, scale_b=ones.T, out_dtype=torch.bfloat16)
+
+
+def _int8(a: Tensor, b: Tensor) -> Run:
+    x, y = (torch.randint(-99, 99, a.shape, dtype=torch.int8, device=a.device) for _ in range(2))
+    return lambda: torch._int_mm(x, y.T)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def pick(data: Mapping[str, Any], *path: str) -> Any:
+    """A value deep within nested objects, None where one is missing."""
+    found: Any = data
+    for key in path:
+        if not isinstance(found, Mapping) or key not in found:
+            return None
+        found = found[key]
+    return found
