@@ -104,12 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stand_in.compiled", description="table of registers and spills")
     parser.add_argument("--sm", type=int, nargs="+", default=list(SMS), choices=SMS)
     parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--launches", type=Path, help="launches of one SM as `worker` printed them, not recorded anew")
     options = parser.parse_args(arguments)
     table = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    given = json.loads(options.launches.read_text(encoding="utf-8")) if options.launches else None
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
         for sm in options.sm:
-            table[f"sm_{sm}"] = resources(launches(runs, sm), sm)
+            table[f"sm_{sm}"] = resources(launches(runs, sm) if given is None else given, sm)
             sys.stdout.write(f"sm_{sm}: {len(table[f'sm_{sm}'])} launches\n")
             options.out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         runs.close()

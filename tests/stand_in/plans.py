@@ -10,16 +10,17 @@ from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.memory.footprint import Precision, stage_memory, weight_bytes
 from mindomni_rt.memory.layers import PART_OF, Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
-from mindomni_rt.memory.precision import parse_precision
+from mindomni_rt.memory.precision import parse_precision, split_attention
 
 
 def chosen(
-    config: ModelConfig, precision: str | None, budget: str | None, reserve: int
+    config: ModelConfig, dtype: str, precision: str | None, budget: str | None, reserve: int
 ) -> tuple[Precision, tuple[str, ...]]:
-    """(precision, parts that stay) of a load on a GPU in bfloat16. Raises OutOfMemoryError."""
-    wanted = parse_precision(precision, "bfloat16") if precision else None
-    if wanted is None and budget is None:
-        wanted = replace(Precision.uniform("bfloat16"), vae="bfloat16")
+    """(precision, parts that stay) of a load on a GPU. Raises OutOfMemoryError."""
+    text, _ = split_attention(precision)
+    wanted = parse_precision(text, dtype) if text else None
+    if wanted is None and (budget is None or dtype != "bfloat16"):
+        wanted = replace(Precision.uniform(dtype), vae="bfloat16" if dtype == "bfloat16" else "float32")
     found = plan(
         config,
         Workload(joint=True),

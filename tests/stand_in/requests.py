@@ -20,7 +20,7 @@ from mindomni_rt.events import Event, StepEvent
 from .checkpoint import reader
 from .launches import Recorder, recording
 from .runtime import Runtime
-from .tensors import Values, fake
+from .tensors import Fake, Values
 
 STAGES = ("vision", "connector", "prefix", "vae", "vae_encode")
 BASE: dict[str, Any] = dict(
@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Seen:
-    """One request: what it used and where the host waited. Bytes of device 0."""
+    """One request: what it used and where the host waited. Bytes of its device."""
 
     name: str
     peak: int = 0
@@ -70,6 +70,8 @@ class StandIn:
         self.runtime, self.stand = runtime, runtime.stand
         self.values = Values(end_token=2)
         self.recorder = Recorder(runtime)
+        self.fake = Fake(runtime, self.values)
+        self.index = 0  # of the device that requests run on
         self.prompts: list[int] = []  # tokens of the language runs of one request
         self.negative = 0
         self.token_waits: list[list[str]] = []
@@ -79,7 +81,7 @@ class StandIn:
         with ExitStack() as stack:
             stack.enter_context(recording(self.recorder))
             stack.enter_context(reader())
-            stack.enter_context(fake(self.runtime, self.values))
+            stack.enter_context(self.fake.running())
             yield
 
     def load(self, folder: Path, **options: Any) -> Pipeline:
@@ -137,7 +139,7 @@ class StandIn:
         self.values.begin(end)
         self.stand.syncs.clear()
         self.prompts.clear()
-        runtime.allocator.reset_peaks(0)
+        runtime.allocator.reset_peaks(self.index)
         marks, since = list[int](), [0]
 
         def watch(event: Event) -> bool | None:
@@ -166,7 +168,7 @@ class StandIn:
             seen.error = "".join(traceback.format_exception(error))[-3000:]
         gc.collect()
         allocator = runtime.allocator
-        seen.peak, seen.left = allocator.devices[0].used_top, allocator.used(0)
+        seen.peak, seen.left = allocator.devices[self.index].used_top, allocator.used(self.index)
         seen.stages = dict(allocator.stages)
         seen.syncs = dict(Counter(f"{s.phase} {s.kind} {s.where}" for s in self.stand.syncs))
         seen.pools = [asdict(pool) for pool in allocator.pools.values()]

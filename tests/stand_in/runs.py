@@ -24,8 +24,13 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder, self._pool = folder, ThreadPoolExecutor(WORKERS)
         self._found: dict[str, Future[dict[str, Any]]] = {}
-        self.full = str(checkpoint.write(folder / "full", checkpoint.sizes()))
-        self._thin = ""
+        self._full = self._thin = ""
+
+    @property
+    def full(self) -> str:
+        """The published sizes."""
+        self._full = self._full or str(checkpoint.write(self._folder / "full", checkpoint.sizes()))
+        return self._full
 
     @property
     def thin(self) -> str:
@@ -43,7 +48,7 @@ class Runs:
 
     def begin(self, job: dict[str, Any]) -> Future[dict[str, Any]]:
         """Starts a job that is not yet known."""
-        text = json.dumps({"folder": self.full, **job}, sort_keys=True)
+        text = json.dumps({"folder": job.get("folder") or self.full, **job}, sort_keys=True)
         if text not in self._found:
             self._found[text] = self._pool.submit(_run, text)
         return self._found[text]

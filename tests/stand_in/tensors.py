@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -249,16 +249,25 @@ def _no_guard() -> None:
     guards[CUDA] = guards[META]
 
 
-@contextmanager
-def fake(runtime: Runtime, values: Values) -> Iterator[FakeTensorMode]:
-    """Everything inside runs on the stand-in."""
-    torch.cuda.init()
-    _no_guard()
-    mode = _Mode(allow_non_fake_inputs=False)
-    with ExitStack() as stack:
-        stack.enter_context(_patched(torch.nn.Module, "_apply", _apply))
-        stack.enter_context(_patched(torch, "Generator", _generator))
-        stack.enter_context(mode)
-        stack.enter_context(Operations(runtime, values))
-        stack.enter_context(Functions(runtime, values))
-        yield mode
+class Fake:
+    """`running`: everything inside is fake. `entered`: the same in another thread meanwhile."""
+
+    def __init__(self, runtime: Runtime, values: Values) -> None:
+        torch.cuda.init()
+        _no_guard()
+        self._runtime, self._values = runtime, values
+        self._mode = _Mode(allow_non_fake_inputs=False)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with (
+            _patched(torch.nn.Module, "_apply", _apply),
+            _patched(torch, "Generator", _generator),
+            self.entered(),
+        ):
+            yield
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with self._mode, Operations(self._runtime, self._values), Functions(self._runtime, self._values):
+            yield

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from itertools import product
 from typing import Any
 
 import pytest
+
+from mindomni_rt.memory.planner import parse_bytes
 
 from .requests import OPTIONS, PLAIN
 from .runs import Runs
@@ -14,6 +17,8 @@ PRECISIONS = (None, "bfloat16", "fp8", "int8", "int4")
 BUDGETS = (None, "8GB", "12GB", "16GB", "24GB")
 QUICK = ((None, None), ("int4", "8GB"), ("int8", "12GB"), ("fp8", "16GB"))
 """Run always; the others are slow."""
+A2 = "A2: graphs' pools, the loop's buffers and a prompt's dequantized weights are in no plan"
+OVER: tuple[tuple[str | None, str | None], ...] = QUICK
 
 
 def job(precision: str | None, budget: str | None) -> dict[str, Any]:
@@ -22,11 +27,15 @@ def job(precision: str | None, budget: str | None) -> dict[str, Any]:
     return {"load": {"device": "cuda:0", **options}, "requests": requests}
 
 
-def cases() -> list[Any]:
-    return [
-        pytest.param(p, b, id=f"{p}-{b}", marks=() if (p, b) in QUICK else pytest.mark.slow)
-        for p, b in product(PRECISIONS, BUDGETS)
-    ]
+def cases(fails: Container[tuple[str | None, str | None]] = ()) -> list[Any]:
+    """All precisions and budgets, the slow ones marked, and those that fail today."""
+    found = []
+    for case in product(PRECISIONS, BUDGETS):
+        marks = [] if case in QUICK else [pytest.mark.slow]
+        if case in fails:
+            marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=A2))
+        found.append(pytest.param(*case, id="-".join(map(str, case)), marks=marks))
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,3 +75,24 @@ def test_no_step_waits(runs: Runs, precision: str | None, budget: str | None) ->
         most = 4 if request["name"] in ("drafts", "drawn") else 0
         for waits in request["token_waits"][1:]:
             assert len(waits) <= most, (request["name"], waits)
+
+
+@pytest.mark.parametrize(("precision", "budget"), cases(OVER))
+def test_the_peak_is_what_was_planned(runs: Runs, precision: str | None, budget: str | None) -> None:
+    """Live bytes, pools of graphs included, against the planner's figure for the largest request so far."""
+    found = seen(runs, precision, budget)
+    planned, over = 0, []
+    for request in found["requests"]:
+        planned = max(planned, request["planned"])
+        if planned and request["peak"] > planned:
+            over.append(f"{request['name']}: {request['peak'] / 1e9:.2f} GB of {planned / 1e9:.2f} planned")
+    assert not over, over
+
+
+@pytest.mark.parametrize(("precision", "budget"), [c for c in cases(OVER) if c.values[1] is not None])
+def test_a_budget_holds(runs: Runs, precision: str | None, budget: str | None) -> None:
+    """Requests of the size that budgets are planned for, with what the driver and libraries take."""
+    found = seen(runs, precision, budget)
+    room = parse_bytes(budget or "") - found["load"]["reserve"]
+    over = [f"{r['name']}: {r['peak'] / 1e9:.2f} GB of {room / 1e9:.2f}" for r in found["requests"] if r["peak"] > room]
+    assert not over, over

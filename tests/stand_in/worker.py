@@ -57,6 +57,7 @@ class Worker:
             return None
         found["load"] = self._loaded(job, pipeline)
         found["requests"] = seen = []
+        self.stand_in.index = self._index(job)
         if job.get("thread"):
             thread = threading.Thread(target=self._apart, args=(job, pipeline, seen))
             thread.start()
@@ -72,7 +73,9 @@ class Worker:
 
         allocator, index = self.runtime.allocator, self._index(job)
         load = job["load"]
-        precision, resident = chosen(pipeline.config, load.get("precision"), load.get("memory_budget"), RESERVE)
+        precision, resident = chosen(
+            pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), RESERVE
+        )
         self.plan = (pipeline.config, precision, resident)
         vae = pipeline.backend.model.vae.post_quant_conv.weight.dtype
         return {
@@ -88,7 +91,7 @@ class Worker:
 
     def _apart(self, *arguments: Any) -> None:
         """In a thread of its own, whose current device is 0 as in every new thread."""
-        with self.stand_in.running():
+        with self.stand_in.fake.entered():
             self._requests(*arguments)
 
     def _requests(self, job: dict[str, Any], pipeline: Any, seen: list[dict[str, Any]]) -> None:
