@@ -35,10 +35,25 @@ def clean(found: dict[str, Any]) -> None:
     assert not found["faults"], found["faults"]
 
 
+def two_requests(runs: Runs) -> dict[str, Any]:
+    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=["first", "second"])
+    clean(found)
+    return found
+
+
+def loads(runs: Runs) -> dict[str, Any]:
+    """A load within a budget, then a plain one, then a pair."""
+    rest = [{"device": "cuda:0"}, {"device": "cuda:0", "precision": "decoder=fp8"}]
+    again = [{"load": load, "requests": []} for load in rest]
+    found = runs(folder=runs.thin, load={"device": "cuda:0", "memory_budget": "16GB"}, requests=[], again=again)
+    clean(found)
+    return found
+
+
 @fault('A1: torch.cuda.set_device("cuda") and set_per_process_memory_fraction want a device with an index')
-@pytest.mark.parametrize("options", [{}, {"memory_budget": "16GB"}], ids=["plain", "budget"])
-def test_the_default_device(runs: Runs, options: dict[str, Any]) -> None:
-    clean(runs(folder=runs.thin, load={"device": "cuda", **options}, requests=[["short", SHORT]]))
+def test_the_default_device(runs: Runs) -> None:
+    budget = {"load": {"device": "cuda", "memory_budget": "16GB"}, "requests": [["short", SHORT]]}
+    clean(runs(folder=runs.thin, load={"device": "cuda"}, requests=[["short", SHORT]], again=[budget]))
 
 
 @fault("A4: cuDNN's TF32 is on by default, so the patch convolution of a float32 step rounds its operands to 10 bits")
@@ -93,23 +108,20 @@ def test_an_error_in_a_capture_ends_it(runs: Runs) -> None:
 
 @fault("A9: the loop never waits for the device, so steps are told, and cancelled, far ahead of it")
 def test_steps_in_flight_are_bounded(runs: Runs) -> None:
-    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=[["short", SHORT]])
-    clean(found)
+    found = two_requests(runs)
     assert max(found["requests"][0]["ahead"]) <= IN_FLIGHT
 
 
 @fault("A10: torch.cuda.max_memory_allocated leaves out the private pools of graphs")
 def test_the_measured_peak_counts_pools(runs: Runs) -> None:
-    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=["first", "second"])
-    clean(found)
+    found = two_requests(runs)
     second = found["requests"][1]
     assert second["measured"] >= 0.97 * second["peak"]
 
 
 @fault("A10: every capture and every measurement takes a stream of its own, each with a workspace of cuBLAS")
 def test_work_runs_on_few_streams(runs: Runs) -> None:
-    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=["first", "second"])
-    clean(found)
+    found = two_requests(runs)
     assert len(found["streams"]) <= STREAMS
 
 
@@ -135,20 +147,12 @@ def test_two_pipelines_on_two_devices(runs: Runs) -> None:
 
 @fault("A11: the memory fraction of a budget stays when a pipeline without one is loaded")
 def test_a_budget_ends_with_its_pipeline(runs: Runs) -> None:
-    first = {"device": "cuda:0", "memory_budget": "16GB"}
-    found = runs(folder=runs.thin, load=first, requests=[], again=[{"load": {"device": "cuda:0"}, "requests": []}])
-    clean(found)
+    found = loads(runs)
     assert found["load"]["fraction"][0] < 1
     assert found["again"][0]["load"]["fraction"] == [1.0]
 
 
 @fault('A12: a pair such as "decoder=fp8" makes the VAE float32, while plain loading on CUDA takes bfloat16')
 def test_pairs_leave_the_vae_alone(runs: Runs) -> None:
-    found = runs(
-        folder=runs.thin,
-        load={"device": "cuda:0"},
-        requests=[],
-        again=[{"load": {"device": "cuda:0", "precision": "decoder=fp8"}, "requests": []}],
-    )
-    clean(found)
-    assert found["again"][0]["load"]["vae"] == found["load"]["vae"] == "bfloat16"
+    plain, pair = (part["load"] for part in loads(runs)["again"])
+    assert pair["vae"] == plain["vae"] == "bfloat16"
