@@ -1,0 +1,217 @@
+"""A pipeline on the stand-in, and one request of each kind: what the tests run at the published sizes."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mindomni_rt
+from mindomni_rt import GenerationCancelled, Pipeline
+from mindomni_rt.events import Event, StepEvent
+
+from .checkpoint import reader
+from .launches import Recorder, recording
+from .runtime import Runtime
+from .tensors import Fake, Values
+
+STAGES = ("vision", "connector", "prefix", "vae", "vae_encode")
+BASE: dict[str, Any] = dict(
+    prompt="red circle " * 10, height=1024, width=1024, num_inference_steps=12, seed=1, max_new_tokens=40,
+    output="numpy",
+)  # fmt: skip
+LONGER: dict[str, Any] = dict(prompt="blue square " * 40, max_new_tokens=150)
+PLAIN: dict[str, dict[str, Any]] = {"first": {}, "cancelled": dict(stop=3), "second": LONGER}
+"""Two requests of different lengths and a cancelled one between."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "drafts": dict(draft_tokens=4),
+    "drawn": dict(temperature=1.0, draft_tokens=2, end=30),
+    "step cache": dict(step_cache=0.1),
+    "multistep": dict(solver="multistep", guidance_interval=(0.2, 0.8), preview_every=4),
+    "condition only": dict(first_step="condition_only", num_inference_steps=4),
+    "one branch": dict(guidance_scale=1.0, think=False),
+    "several": dict(num_images=2, height=512, width=768),
+    "large": dict(height=1536, width=2048, num_inference_steps=2, think=False),
+    "edit": dict(image=True),
+    "edit, cascade": dict(image=True, edit_features="vit+vae", cascade=True, max_new_tokens=20),
+    "understand": dict(understand="what is it", image=True),
+}
+"""Every public option."""
+
+
+@dataclass
+class Seen:
+    """One request: what it used and where the host waited. Bytes of its device."""
+
+    name: str
+    peak: int = 0
+    left: int = 0
+    stages: dict[str, int] = field(default_factory=dict)
+    syncs: dict[str, int] = field(default_factory=dict)
+    step_waits: list[list[str]] = field(default_factory=list)  # between two steps, previews and captures left out
+    token_waits: list[list[str]] = field(default_factory=list)  # between two tokens of the last text
+    ahead: list[int] = field(default_factory=list)  # steps queued and not waited for, at each step
+    pools: list[dict[str, int]] = field(default_factory=list)
+    work: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+class StandIn:
+    """A loaded pipeline with everything that is watched."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.stand = runtime, runtime.stand
+        self.values = Values(end_token=2)
+        self.recorder = Recorder(runtime)
+        self.fake = Fake(runtime, self.values)
+        self.index = 0  # of the device that requests run on
+        self.prompts: list[int] = []  # tokens of the language runs of one request
+        self.negative = 0
+        self.token_waits: list[list[str]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(recording(self.recorder))
+            stack.enter_context(reader())
+            stack.enter_context(self.fake.running())
+            yield
+
+    def load(self, folder: Path, **options: Any) -> Pipeline:
+        self.stand.phase = "load"
+        pipeline = mindomni_rt.load(folder, **options)
+        self._name_phases(pipeline.backend)
+        return pipeline
+
+    def _name_phases(self, backend: Any) -> None:
+        """Wraps the stages, so that peaks and waits carry their names."""
+
+        def call(name: str, method: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                before, self.stand.phase = self.stand.phase, name
+                try:
+                    return method(*args, **kwargs)
+                finally:
+                    self.stand.phase = before
+
+            return run
+
+        def iterate(name: str, iterator: Any) -> Iterator[Any]:
+            while True:
+                before, self.stand.phase = self.stand.phase, name
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+                finally:
+                    self.stand.phase = before
+                yield item
+
+        def counted(tokens: Iterator[int]) -> Iterator[int]:
+            since = len(self.stand.syncs)
+            for token in tokens:
+                self.token_waits.append(self._waits("language", since))
+                since = len(self.stand.syncs)
+                yield token
+
+        for name in STAGES:
+            setattr(backend, name, call(name, getattr(backend, name)))
+        denoiser, language = backend.denoiser, backend.language
+        backend.denoiser = lambda request: iterate("denoiser", iter(denoiser(request)))
+
+        def run_of(request: Any) -> Any:
+            self.prompts.append(len(request.token_ids))
+            self.token_waits.clear()
+            return _Run(call("language", language)(request), lambda it: counted(iterate("language", it)), call)
+
+        backend.language = run_of
+
+    def request(self, pipeline: Pipeline, name: str, stop: int = 0, end: int = 0, **options: Any) -> Seen:
+        """One request, cancelled after `stop` steps if that is not 0; the text ends after `end` tokens."""
+        seen, runtime = Seen(name), self.runtime
+        self.values.begin(end)
+        self.stand.syncs.clear()
+        self.prompts.clear()
+        runtime.allocator.reset_peaks(self.index)
+        marks, since = list[int](), [0]
+
+        def watch(event: Event) -> bool | None:
+            if isinstance(event, StepEvent):
+                marks.append(runtime.issued)
+                seen.step_waits.append(self._waits("denoiser", since[0]))
+                since[0] = len(self.stand.syncs)
+                seen.ahead.append(sum(mark > runtime.done for mark in marks))
+                return not (stop and event.step >= stop)
+            return None
+
+        self.stand.phase = "between"
+        options = {**options, **({"image": picture()} if options.get("image") is True else {})}
+        tokens: list[int] = []
+        self.token_waits = seen.token_waits
+        try:
+            if "understand" in options:
+                found = pipeline.understand(options["understand"], options["image"], max_new_tokens=20, callback=watch)
+            else:
+                options = {**BASE, **options}
+                found = pipeline.generate(**options, callback=watch)
+            tokens = found.token_ids
+        except GenerationCancelled:
+            assert stop
+        except Exception as error:  # noqa: BLE001  # a test reports it
+            seen.error = "".join(traceback.format_exception(error))[-3000:]
+        gc.collect()
+        allocator = runtime.allocator
+        seen.peak, seen.left = allocator.devices[self.index].used_top, allocator.used(self.index)
+        seen.stages = dict(allocator.stages)
+        seen.syncs = dict(Counter(f"{s.phase} {s.kind} {s.where}" for s in self.stand.syncs))
+        seen.pools = [asdict(pool) for pool in allocator.pools.values()]
+        if "understand" not in options and self.prompts:
+            seen.work = self._work(options, len(tokens))
+        return seen
+
+    def _waits(self, phase: str, since: int) -> list[str]:
+        return [
+            f"{s.kind} {s.where}"
+            for s in self.stand.syncs[since:]
+            if s.phase == phase and s.kind not in ("event", "capture")
+        ]
+
+    def _work(self, options: dict[str, Any], new: int) -> dict[str, Any]:
+        """The request as `memory.layers.Workload` has it. The last run may be the negative prompt's, which is kept."""
+        rounds = 2 if options.get("cascade") else 1
+        if len(self.prompts) > rounds:
+            self.negative = self.prompts[-1]
+        prompt = self.prompts[min(rounds, len(self.prompts)) - 1]
+        image = options.get("image")
+        return dict(
+            prompt_tokens=prompt, new_tokens=new, negative_tokens=self.negative or 1, height=options["height"],
+            width=options["width"], steps=options["num_inference_steps"], images=options.get("num_images", 1),
+            guidance=options.get("guidance_scale", 3.0) != 1, joint=True,
+            patches=[side // 28 * 2 for side in image.shape[:2]] if image is not None else [0, 0],
+        )  # fmt: skip
+
+
+class _Run:
+    """A language run whose work carries its stage's name."""
+
+    def __init__(self, run: Any, iterate: Any, call: Any) -> None:
+        self._run, self._iterate, self._call = run, iterate, call
+
+    def __iter__(self) -> Iterator[int]:
+        return self._iterate(iter(self._run))
+
+    @property
+    def hidden(self) -> Any:
+        return self._call("language", lambda: self._run.hidden)()
+
+
+def picture(height: int = 448, width: int = 560) -> np.ndarray:
+    """A reference image."""
+    return np.zeros((height, width, 3), np.uint8)

@@ -1,0 +1,158 @@
+"""Faults that the stand-in shows. Each test fails until its fault is fixed; then its mark goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mindomni_rt.backends.base import DenoiseRequest
+from mindomni_rt.backends.fast.backend import TorchCudaBackend
+from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.sampling.schedule import timesteps
+
+from .runs import ROOT, Runs
+from .tf32 import Tf32
+
+SHORT: dict[str, Any] = dict(num_inference_steps=6, max_new_tokens=6, height=512, width=512)
+IN_FLIGHT = 2  # steps that a cancelled request may still run
+STREAMS = 2  # the default one and one for captures
+
+
+def fault(text: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=text)
+
+
+def clean(found: dict[str, Any]) -> None:
+    """Loaded, ran, nothing noted."""
+    for part in (found, *found["again"]):
+        assert not part["load"]["error"], part["load"]["error"]
+        for request in part["requests"]:
+            assert not request["error"], request["error"]
+    assert not found["faults"], found["faults"]
+
+
+def two_requests(runs: Runs) -> dict[str, Any]:
+    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=["first", "second"])
+    clean(found)
+    return found
+
+
+def loads(runs: Runs) -> dict[str, Any]:
+    """A load within a budget, then a plain one, then a pair."""
+    rest = [{"device": "cuda:0"}, {"device": "cuda:0", "precision": "decoder=fp8"}]
+    again = [{"load": load, "requests": []} for load in rest]
+    found = runs(folder=runs.thin, load={"device": "cuda:0", "memory_budget": "16GB"}, requests=[], again=again)
+    clean(found)
+    return found
+
+
+@fault('A1: torch.cuda.set_device("cuda") and set_per_process_memory_fraction want a device with an index')
+def test_the_default_device(runs: Runs) -> None:
+    budget = {"load": {"device": "cuda", "memory_budget": "16GB"}, "requests": [["short", SHORT]]}
+    clean(runs(folder=runs.thin, load={"device": "cuda"}, requests=[["short", SHORT]], again=[budget]))
+
+
+@fault("A4: cuDNN's TF32 is on by default, so the patch convolution of a float32 step rounds its operands to 10 bits")
+def test_float32_steps_do_without_tf32() -> None:
+    folder = ROOT / "tests" / "fixtures" / "parity"
+    model, _ = load_model(folder, torch.float32)
+    backend = TorchCudaBackend(model, "cpu")
+    exact = _latents(backend, backend.config)
+    with Tf32():
+        found = _latents(backend, backend.config)
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-6
+
+
+def _latents(backend: TorchCudaBackend, config: ModelConfig) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    times = timesteps(4)
+    condition = torch.from_numpy(generator.standard_normal((1, 9, config.decoder.stack.hidden_size)).astype(np.float32))
+    request = DenoiseRequest(
+        latents=generator.standard_normal((1, 4, 8, 12)).astype(np.float32),
+        times=times,
+        guided=backend.prefix(condition, times[:-1], 24),
+        unguided=None,
+        guidance_scale=1.0,
+    )
+    *_, (latents, _) = backend.denoiser(request)
+    return backend.numpy(latents)
+
+
+@fault("A6: each weight is pinned apart, and torch up to 2.11 rounds pinned blocks up to powers of two")
+def test_pinned_memory_is_what_the_weights_take(runs: Runs) -> None:
+    found = runs(load={"device": "cuda:0", "precision": "int4", "memory_budget": "8GB"})
+    assert found["load"]["pinned"] <= 1.05 * found["load"]["pinned_wanted"]
+
+
+@fault("A7: off SM 90 fp8 products with a scale a row give bfloat16 only, and prefix runs before the choice is tuned")
+def test_float32_with_fp8_off_hopper(runs: Runs) -> None:
+    load = {"device": "cuda:0", "dtype": "float32", "precision": "decoder=fp8"}
+    clean(runs(folder=runs.thin, stand={"capability": [8, 9]}, load=load, requests=[["short", SHORT]]))
+
+
+@fault("A8: an error in a capture is caught by the choice of products, and torch up to 2.11 then goes on capturing")
+def test_an_error_in_a_capture_ends_it(runs: Runs) -> None:
+    found = runs(
+        folder=runs.thin,
+        load={"device": "cuda:0"},
+        requests=[["short", SHORT]],
+        refuse={"gemv.gemv_kernel": "capture"},
+    )
+    assert not found["stuck"]
+    clean(found)
+
+
+@fault("A9: the loop never waits for the device, so steps are told, and cancelled, far ahead of it")
+def test_steps_in_flight_are_bounded(runs: Runs) -> None:
+    found = two_requests(runs)
+    assert max(found["requests"][0]["ahead"]) <= IN_FLIGHT
+
+
+@fault("A10: torch.cuda.max_memory_allocated leaves out the private pools of graphs")
+def test_the_measured_peak_counts_pools(runs: Runs) -> None:
+    found = two_requests(runs)
+    second = found["requests"][1]
+    assert second["measured"] >= 0.97 * second["peak"]
+
+
+@fault("A10: every capture and every measurement takes a stream of its own, each with a workspace of cuBLAS")
+def test_work_runs_on_few_streams(runs: Runs) -> None:
+    found = two_requests(runs)
+    assert len(found["streams"]) <= STREAMS
+
+
+@fault("A11: the current device belongs to the thread, and a worker's is 0 whatever device was loaded on")
+def test_the_second_device_from_a_worker_thread(runs: Runs) -> None:
+    clean(
+        runs(
+            folder=runs.thin,
+            stand={"devices": 2},
+            load={"device": "cuda:1"},
+            requests=[["short", SHORT]],
+            thread=True,
+        )
+    )
+
+
+@fault("A11: torch.cuda.graph keeps one capture stream a process, which belongs to the first device that captured")
+def test_two_pipelines_on_two_devices(runs: Runs) -> None:
+    again = [{"load": {"device": "cuda:1"}, "requests": [["short", SHORT]]}]
+    stand, first = {"devices": 2}, {"device": "cuda:0"}
+    clean(runs(folder=runs.thin, stand=stand, load=first, requests=[["short", SHORT]], keep=True, again=again))
+
+
+@fault("A11: the memory fraction of a budget stays when a pipeline without one is loaded")
+def test_a_budget_ends_with_its_pipeline(runs: Runs) -> None:
+    found = loads(runs)
+    assert found["load"]["fraction"][0] < 1
+    assert found["again"][0]["load"]["fraction"] == [1.0]
+
+
+@fault('A12: a pair such as "decoder=fp8" makes the VAE float32, while plain loading on CUDA takes bfloat16')
+def test_pairs_leave_the_vae_alone(runs: Runs) -> None:
+    plain, pair = (part["load"] for part in loads(runs)["again"])
+    assert pair["vae"] == plain["vae"] == "bfloat16"

@@ -1,0 +1,123 @@
+"""One process, one stand-in: `python -m stand_in.worker JSON` loads, runs requests, and prints what was seen as JSON.
+
+JSON: stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names of those in
+`requests`, or pairs of a name and options), refuse (kernel -> "always" or "capture"), thread (requests run in one
+of their own), again (more such jobs in the same process; with `keep` in the first the pipelines stay alive).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .runtime import Runtime, Stand, prepare
+
+
+class Worker:
+    """What `job` asks for, in order."""
+
+    def __init__(self, runtime: Runtime, job: dict[str, Any]) -> None:
+        from .requests import StandIn
+
+        self.runtime, self.job = runtime, job
+        self.stand_in = StandIn(runtime)
+        self.stand_in.recorder.refuse = job.get("refuse", {})
+
+    def run(self) -> dict[str, Any]:
+        runtime, job = self.runtime, self.job
+        found: dict[str, Any] = {}
+        with self.stand_in.running():
+            alive = [self._pipeline(job, found)]
+            found["again"] = [{} for _ in job.get("again", [])]
+            for following, place in zip(job.get("again", []), found["again"], strict=True):
+                if not job.get("keep"):
+                    alive.clear()
+                    gc.collect()
+                alive.append(self._pipeline({"folder": job["folder"], **following}, place))
+        found["faults"], found["stuck"] = runtime.stand.faults, bool(runtime.allocator.capturing)
+        found["streams"] = sorted({stream for _, stream in runtime.stand.streams})
+        found["launches"] = [{**it.to_json(), "count": n} for it, n in self.stand_in.recorder.seen.items()]
+        return found
+
+    def _pipeline(self, job: dict[str, Any], found: dict[str, Any]) -> Any:
+        from .quick import remembered
+
+        try:
+            with remembered():
+                pipeline = self.stand_in.load(Path(job["folder"]), **job["load"])
+        except Exception as error:  # noqa: BLE001  # a test reports it
+            found["load"] = {"error": "".join(traceback.format_exception(error))[-3000:], "kind": type(error).__name__}
+            found["requests"] = []
+            return None
+        found["load"] = self._loaded(job, pipeline)
+        found["requests"] = seen = []
+        self.stand_in.index = self._index(job)
+        if job.get("thread"):
+            thread = threading.Thread(target=self._apart, args=(job, pipeline, seen))
+            thread.start()
+            thread.join()
+        else:
+            self._requests(job, pipeline, seen)
+        return pipeline
+
+    def _loaded(self, job: dict[str, Any], pipeline: Any) -> dict[str, Any]:
+        from mindomni_rt.backends.fast.load import RESERVE
+
+        from .plans import chosen
+
+        allocator, index = self.runtime.allocator, self._index(job)
+        load = job["load"]
+        precision, resident = chosen(
+            pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), RESERVE
+        )
+        self.plan = (pipeline.config, precision, resident)
+        vae = pipeline.backend.model.vae.post_quant_conv.weight.dtype
+        return {
+            "error": "", "used": allocator.used(index), "peak": allocator.devices[index].used_top,
+            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": RESERVE,
+            "fraction": list(allocator.fractions), "vae": str(vae).removeprefix("torch."),
+            "resident": list(resident), "precision": str(precision),
+        }  # fmt: skip
+
+    @staticmethod
+    def _index(job: dict[str, Any]) -> int:
+        return int(job["load"].get("device", "cuda").partition(":")[2] or 0)
+
+    def _apart(self, *arguments: Any) -> None:
+        """In a thread of its own, whose current device is 0 as in every new thread."""
+        with self.stand_in.fake.entered():
+            self._requests(*arguments)
+
+    def _requests(self, job: dict[str, Any], pipeline: Any, seen: list[dict[str, Any]]) -> None:
+        import torch
+
+        from mindomni_rt.benchmarks.gpu.measure import Meter
+
+        from .plans import peak
+        from .requests import OPTIONS, PLAIN
+
+        for item in job.get("requests", list(PLAIN)):
+            name, options = (item, {**PLAIN, **OPTIONS}[item]) if isinstance(item, str) else item
+            one = asdict(self.stand_in.request(pipeline, name, **options))
+            one["planned"] = peak(*self.plan, one["work"]) if one["work"] else 0
+            one["measured"] = Meter(torch.device("cuda", self._index(job))).peak()
+            seen.append(one)
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    stand = job.get("stand", {})
+    if "capability" in stand:
+        stand["capability"] = tuple(stand["capability"])
+    found = Worker(prepare(Stand(**stand)), job).run()
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
