@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "AnswerEvent",
     "BadBundleError",
@@ -41,8 +41,10 @@ __all__ = [
     "StepEvent",
     "TextEvent",
     "UnsupportedDeviceError",
+    "from_pretrained",
     "load",
 ]
+from_pretrained = load  # the name that users of diffusers and transformers look for
 _LAZY = {"Pipeline": "pipeline", "GenerationCancelled": "pipeline"}
 
 
