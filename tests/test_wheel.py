@@ -113,7 +113,7 @@ def test_export_is_installed_under_each_name(installed: Path, tmp_path: Path, co
 @pytest.mark.parametrize("command", [["mindomni", "bench"], ["-m", "mindomni_rt.benchmarks"]])
 def test_latency_is_measured(installed: Path, tmp_path: Path, command: list[str]) -> None:
     start = [installed.with_name(command[0]), *command[1:]] if command[0] == "mindomni" else [installed, *command]
-    options = ["--size", "96x96", "--steps", "2", "--max-new-tokens", "8", "--runs", "1", "--warmup", "0"]
+    options = ["--size", "96", "--steps", "2", "--max-new-tokens", "8", "--runs", "1", "--warmup", "0"]
     out = tmp_path / "result.json"
     run([*start, "latency", bundle(installed, tmp_path), *options, "--no-cold-start", "--out", out], tmp_path)
     assert json.loads(out.read_text(encoding="utf-8"))
