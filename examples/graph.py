@@ -1,4 +1,4 @@
-"""The stages as nodes of a graph, as node editors such as ComfyUI use them: a node runs again only if its inputs changed.
+"""The stages as nodes of a graph, as in ComfyUI and other node editors: a node runs only if its inputs changed.
 
 Think -> Connect -> Paint -> Decode. Changing the seed of the noise runs Paint and Decode alone.
 

@@ -160,5 +160,7 @@ def test_user_code_sees_our_types(installed: Path, tmp_path: Path) -> None:
 
 def bundle(installed: Path, folder: Path) -> str:
     """The folder of the bundle that the wheel carries."""
-    script = "import mindomni_rt, pathlib; print(pathlib.Path(mindomni_rt.__file__).parent / 'assets/shapes-world-bundle')"
+    script = (
+        "import mindomni_rt, pathlib; print(pathlib.Path(mindomni_rt.__file__).parent / 'assets/shapes-world-bundle')"
+    )
     return run([installed, "-c", script], folder).strip()
