@@ -1,24 +1,36 @@
-# make demo: set up, think and paint once, without torch.   make test: set up, then lint, types and tests.
+# make demo: set up, think and paint once, without torch.   make test: set up, then all checks.   make ci: the slow ones too.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO := $(VENV)-demo
 # torch from the package index brings gigabytes of CUDA libraries; a CPU build, where pip finds one, is this exact version.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 2
+# Tests run in as many processes as there are cores, with one thread each.
+JOBS ?= auto
+export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test ci lint docs package clean
 
 demo: $(DEMO)/.demo
 	$(DEMO)/bin/python -m mindomni_rt demo --out out/demo.png
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+ci: test package
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest tests/test_words.py tests/test_public_api.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
+
+package: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +46,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) out dist .pytest_cache .mypy_cache .ruff_cache

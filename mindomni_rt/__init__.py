@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "AnswerEvent",
     "BadBundleError",
@@ -49,10 +49,12 @@ __all__ = [
     "TextEvent",
     "UnderstandRequest",
     "UnsupportedDeviceError",
+    "from_pretrained",
     "load",
     "read_settings",
     "save_image",
 ]
+from_pretrained = load  # the name that users of diffusers and transformers look for
 _LAZY = {
     "Pipeline": "pipeline",
     "Request": "request",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,10 +65,8 @@ def load(
             f"{folder} is a checkpoint, which the torch backend runs; for backend {backend!r} build a bundle of it: "
             f"python -m export build {folder} --target cpu --out BUNDLE"
         )
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("torch", "torch") from error
+    if find_spec("torch") is None:
+        raise MissingExtraError("torch", "torch")
     from .backends.torch.backend import choose_device, load_torch
     from .pipeline import Pipeline
 

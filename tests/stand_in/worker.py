@@ -96,7 +96,6 @@ class Worker:
 
     def _requests(self, job: dict[str, Any], pipeline: Any, seen: list[dict[str, Any]]) -> None:
         import torch
-
         from mindomni_rt.benchmarks.gpu.measure import Meter
 
         from .plans import peak
