@@ -13,7 +13,7 @@ from mindomni_rt.commands import Parser, front_door
 _COMMANDS = {
     "latency": (".latency.command", "one request, stage by stage, on this machine"),
     "compare": (".compare", "two results of one kind, latency or counts; exit code 1 where the second is worse"),
-    "check": (".schema", "whether a result file is complete; exit code 1 where it is not"),
+    "check": (".check", "whether a result file is complete; exit code 1 where it is not"),
     "peers": (".peers.command", "transformers, diffusers and onnxruntime beside ours, on the same weights"),
     "counts": (".counts.command", "operations, operators, bytes and graph nodes of a fixed request: no clock"),
     "quality": (".quality.command", "images in the formats of official evaluators"),

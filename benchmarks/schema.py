@@ -1,12 +1,9 @@
-"""What a result file holds, by its kind: `python -m benchmarks check RESULT.json` before you send it to anyone."""
+"""What a result file holds, by its kind."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 FORMAT = 1
@@ -100,17 +97,3 @@ def _not_finite(value: Any, where: str) -> Iterator[str]:
         yield from _not_finite(item, f"{where}{key}.")
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{where.rstrip('.')}: {value} is no finite number"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("result", type=Path, help="a .json file that a benchmark wrote")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Prints what is wrong, one line each; 1 if anything is."""
-    from .results import read_json
-
-    found = problems(read_json(options.result))
-    sys.stdout.write("".join(f"{line}\n" for line in found) or f"{options.result}: a complete result\n")
-    return int(bool(found))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import BadRequestError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -104,6 +106,13 @@ class GenerationResult:
         Several images get "-0", "-1", … before the ending. Returns the paths. `mindomni_rt.read_settings` reads the
         settings back. Raises BadRequestError if a file cannot be written or there is no image.
         """
-        from .inputs.saving import save_result
+        from .inputs.saving import numbered, save_image, to_pil
 
-        return save_result(self, Path(path))
+        if not len(self.images):
+            raise BadRequestError("this result holds no image to save")
+        images = to_pil(self.images) if isinstance(self.images, np.ndarray) else self.images
+        paths = numbered(Path(path), len(images))
+        for index, (image, target) in enumerate(zip(images, paths, strict=True)):
+            seed = None if self.seed is None else self.seed + index
+            save_image(image, target, {**self.settings, "seed": seed, "num_images": 1, "text": self.text})
+        return paths

@@ -140,7 +140,7 @@ class Manifest:
         if data.pop(KEY, None) != seal_of(data):
             raise BadBundleError(
                 f"{where} was edited or damaged: its own hash is another. Copy or build the bundle again; after a "
-                "change on purpose: python -c \"from mindomni_rt.bundle.seal import reseal; reseal('BUNDLE')\""
+                "change on purpose: python -c \"from mindomni_rt.bundle.reseal import reseal; reseal('BUNDLE')\""
             )
         try:
             ranges = {str(axis): _range(sizes) for axis, sizes in data["profile"]["ranges"].items()}

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from PIL import Image, PngImagePlugin
 from ..errors import BadRequestError
 from ..files import parse_json, read_bytes, replace_file
 from .opening import MAX_BYTES, MAX_PIXELS
-
-if TYPE_CHECKING:
-    from ..events import GenerationResult
 
 logger = logging.getLogger(__name__)
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -70,19 +67,6 @@ def save_image(image: Image.Image, path: str | Path, settings: Mapping[str, Any]
         replace_file(target, lambda temporary: image.save(temporary, kind, **options))
     except OSError as error:
         raise BadRequestError(f"cannot write {target}: {error.strerror or error}") from error
-
-
-def save_result(result: GenerationResult, path: Path) -> list[Path]:
-    """The images of a result under one name; image i was painted from seed + i, and its settings say so."""
-    count = len(result.images)
-    if not count:
-        raise BadRequestError("this result holds no image to save")
-    images = to_pil(result.images) if isinstance(result.images, np.ndarray) else result.images
-    paths = numbered(path, count)
-    for index, (image, target) in enumerate(zip(images, paths, strict=True)):
-        seed = None if result.seed is None else result.seed + index
-        save_image(image, target, {**result.settings, "seed": seed, "num_images": 1, "text": result.text})
-    return paths
 
 
 def numbered(path: Path, count: int) -> list[Path]:

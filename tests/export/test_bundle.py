@@ -24,7 +24,7 @@ import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, UnsupportedDeviceError
 from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, sha256, writing
 from mindomni_rt.bundle.onnx_file import read_onnx
-from mindomni_rt.bundle.seal import reseal, sealed_json
+from mindomni_rt.bundle.reseal import reseal, sealed_json
 
 Edit = Callable[[dict[str, Any]], object]
 
