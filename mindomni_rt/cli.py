@@ -207,18 +207,15 @@ def _plain(result: GenerationResult) -> dict[str, Any]:
 
 
 def _understand(options: argparse.Namespace) -> int:
-    UnderstandRequest(
-        prompt=options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
-    )
-    events = _load(options).stream_understand(
-        options.prompt,
-        options.image,
+    request = UnderstandRequest(
+        prompt=options.prompt,
+        image=options.image,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
         max_image_tokens=options.max_image_tokens or None,
     )
-    result = _follow(events, options)
+    result = _follow(_load(options).stream(request), options)
     if options.json:
         _print_json(_plain(result))
     else:

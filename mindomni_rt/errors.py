@@ -39,3 +39,11 @@ class MissingExtraError(MindOmniError, ImportError):
     def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
         advice = advice or f"pip install 'mindomni-rt[{extra}]'"
         super().__init__(f"{package} is not installed: {advice}")
+
+
+def not_finite(stage: str, dtype: str) -> NotFiniteError:
+    """The error of a stage whose result holds NaN or infinity; dtype is what it computed in."""
+    return NotFiniteError(
+        f"stage {stage} gave numbers that are not finite in {dtype}: its weights are damaged or too large for it. "
+        "Load the model with dtype='float32', or download it again"
+    )

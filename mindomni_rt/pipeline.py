@@ -21,16 +21,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
-from .errors import BadRequestError, GenerationCancelled
+from .errors import BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
-from .finite import check_finite
-from .inputs.images import DEFAULT_IMAGE_TOKENS, ImagePatches, open_image, prepare_image, to_pil, vae_pixels
+from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -44,11 +43,22 @@ from .inputs.prompts import (
     split_thought,
     understand_messages,
 )
-from .request import Request, UnderstandRequest, check_callback, check_cancel
+from .request import (
+    EditOptions,
+    GenerateOptions,
+    Request,
+    UnderstandOptions,
+    UnderstandRequest,
+    as_request,
+    check_callback,
+    check_cancel,
+    edit_size,
+)
 from .sampling.decode import generate_tokens
 from .sampling.denoise import check, denoise
 from .sampling.random import batch_noise, uniforms
 from .sampling.schedule import timesteps
+from .turn import Turn
 
 logger = logging.getLogger(__name__)
 NEGATIVE_CACHE = 2  # prefixes kept; one is 0.4 MB a token at full size in 16 bits
@@ -66,10 +76,10 @@ class Thought:
 
 
 class Pipeline:
-    """A loaded model. `mindomni_rt.load` makes one; `generate`, `understand` and `stream` use it.
+    """A loaded model. `mindomni_rt.load` makes one; `generate`, `edit`, `understand` and `stream` use it.
 
-    The steps `think`, `connect`, `paint` and `decode` are public and usable alone. A pipeline serves one request at a
-    time: its buffers are shared.
+    The steps `think`, `connect`, `paint` and `decode` are public and usable alone. Requests of several threads wait for
+    each other, because the model's buffers are shared; the steps used alone do not. `with` closes the pipeline.
     """
 
     def __init__(self, backend: Backend, folder: Path) -> None:
@@ -77,64 +87,71 @@ class Pipeline:
         self.config = backend.config
         self.chat = Chat(folder / "mllm" if (folder / "mllm").is_dir() else folder)
         self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
+        self._turn = Turn()
 
     def generate(
         self,
+        prompt: str | Request,
+        *,
+        callback: Callable[[Event], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationResult:
+        """Thinks about the prompt and paints the result.
+
+        Args:
+            prompt: the text, or a `Request` that holds everything.
+            callback: called with each event; returning False cancels.
+            cancel: setting it, from any thread, ends the request after the current token or step.
+            **options: the fields of `Request`, which documents each with its default and limits.
+
+        Raises:
+            BadRequestError: an option is unknown, out of its limits, or missing on this backend.
+            GenerationCancelled: the request was cancelled.
+
+        Example:
+            >>> result = pipe.generate("an animal with (3 + 6) lives", seed=7)  # doctest: +SKIP
+            >>> result.images[0].save("cat.png")  # doctest: +SKIP
+        """
+        cancel = check_cancel(cancel) or threading.Event()
+        return self._last(self.stream(prompt, cancel=cancel, **options), callback, cancel)
+
+    def edit(
+        self,
+        image: Any,
         prompt: str,
         *,
         callback: Callable[[Event], bool | None] | None = None,
         cancel: threading.Event | None = None,
-        **options: Any,
+        **options: Unpack[EditOptions],
     ) -> GenerationResult:
-        """Thinks about the prompt and paints what came of it.
+        """`generate` with a reference image, at the image's own size unless height and width are given.
 
-        Options and their defaults are those of `request.Request`:
-        image: a reference image (path, bytes, PIL, uint8 array). think: reason in words first. cascade: a second round
-        on the first one's answer. height, width: pixels, multiples of 16. num_inference_steps, guidance_scale (1 runs
-        one branch only), negative_prompt. seed: image i of num_images is painted from seed + i; None is a random seed.
-        latents: float32 (n, 4, H/8, W/8) noise instead. max_new_tokens, temperature (0 is greedy). first_step: "full",
-        the model as trained, or "condition_only", what the released code does with its cache on. edit_features:
-        "vit", or "vit+vae" on checkpoints trained with it; None is the checkpoint's own. max_image_tokens: cap on the
-        reference image, None for none. preview_every: a preview each so many steps. output: "pil" or "numpy".
-
-        Lossy, off by default: guidance_interval (start, end) guides only steps that begin in it; solver "multistep" is
-        of second order, for fewer steps; step_cache reuses most of a step that changes less than this threshold.
-        draft_tokens: guesses verified at once while thinking; the text stays the same. step_cache and draft_tokens need
-        a backend that has them (`backend.capabilities`).
-
-        callback sees every event; returning False sets `cancel`. Setting `cancel`, from any thread, ends the request
-        after the current token or step. Raises BadRequestError, GenerationCancelled.
+        The size is the image's, reduced to 1024² pixels where it is larger, each side a multiple of 16. Arguments and
+        errors are those of `generate`.
         """
-        cancel = cancel or threading.Event()
-        return self._last(self.stream(prompt, cancel=cancel, **options), callback, cancel)
+        picture = open_image(image)
+        width, height = edit_size(*picture.size)
+        options = {**options, "height": options.get("height", height), "width": options.get("width", width)}
+        return self.generate(prompt, callback=callback, cancel=cancel, image=picture, **options)
 
     def understand(
         self,
-        prompt: str,
+        prompt: str | UnderstandRequest,
         image: Any = None,
         *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS,
         callback: Callable[[Event], bool | None] | None = None,
         cancel: threading.Event | None = None,
+        **options: Unpack[UnderstandOptions],
     ) -> GenerationResult:
-        """Answers in words, about an image if one is given. callback and cancel as in `generate`.
+        """Answers in words, about an image if one is given.
 
-        Raises BadRequestError, GenerationCancelled.
+        prompt: the question, or an `UnderstandRequest` that holds everything. options: the fields of
+        `UnderstandRequest`. callback, cancel and errors are those of `generate`.
         """
-        cancel = cancel or threading.Event()
-        events = self.stream_understand(
-            prompt,
-            image,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            max_image_tokens=max_image_tokens,
-            cancel=cancel,
-        )
-        return self._last(events, callback, cancel)
+        cancel = check_cancel(cancel) or threading.Event()
+        request = as_request(UnderstandRequest, prompt, options if image is None else {"image": image, **options})
+        return self._last(self.stream(request, cancel=cancel), callback, cancel)
 
     @staticmethod
     def _last(
@@ -153,23 +170,40 @@ class Pipeline:
         return result
 
     def stream(
-        self, prompt: str, *, cancel: threading.Event | None = None, **options: Any
+        self,
+        request: str | Request | UnderstandRequest,
+        *,
+        cancel: threading.Event | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[Event, None, None]:
-        """The same request as events: text as it is written, each step, then the image.
+        """A request as events: text while it is written, each denoising step, then the image or the answer.
 
-        Setting `cancel` from another thread ends the request at the next token or step with GenerationCancelled;
-        closing the generator ends it too. Unknown options raise BadRequestError, at the call.
+        request: a prompt with the fields of `Request` as options, a `Request`, or an `UnderstandRequest`. Setting
+        `cancel` from another thread ends the request at the next token or step with GenerationCancelled; closing the
+        generator ends it too. Mistakes in the request raise BadRequestError at the call, before the first event.
         """
-        try:
-            request = Request(prompt=prompt, **options)
-        except TypeError as error:
-            raise BadRequestError(f"generate: {error}".replace("Request.__init__() got", "got")) from error
+        cancel = check_cancel(cancel)
+        if isinstance(request, UnderstandRequest):
+            return self._turn.during(self._understand(as_request(UnderstandRequest, request, options), cancel))
+        request = as_request(Request, request, options)
         lacking = [n for n in request.optional() if n not in self.backend.capabilities]
         if lacking:
             raise BadRequestError(
                 f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
             )
-        return self._generate(request, check_cancel(cancel))
+        return self._turn.during(self._generate(request, cancel))
+
+    def close(self) -> None:
+        """Frees the model's memory once the running request has ended. Later requests raise BadRequestError."""
+        with self._turn.last():
+            self._negatives.clear()
+            self.backend.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _generate(self, request: Request, cancel: threading.Event | None) -> Generator[Event, None, None]:
         clock = _Clock(self.backend)
@@ -177,14 +211,13 @@ class Pipeline:
         latents = request.latents
         if latents is None:
             latents = batch_noise(seed, request.num_images, request.latent_shape[1:])
+        if request.guidance_scale != 1:
+            self._negative_request(request)  # a negative prompt that is too long is found before any work
         thought = yield from self.think(request, seed=seed, cancel=cancel, clock=clock)
         guided = self.connect(thought, request, clock)
         unguided = self.connect_negative(request, clock) if request.guidance_scale != 1 else None
         final = yield from self.paint(request, latents, guided, unguided, cancel=cancel, clock=clock)
         pixels = self.decode(final, clock)
-        if not np.isfinite(pixels).all():  # which stage made them, is looked up then only
-            check_finite("denoiser", self.backend.numpy(final), self.backend.dtype)
-            check_finite("vae", pixels, self.backend.dtype)
         last = thought.rounds[-1] if thought.rounds else Round(text=request.prompt, answer=request.prompt)
         yield ImageEvent(
             GenerationResult(
@@ -218,7 +251,7 @@ class Pipeline:
             with clock("vision"):
                 picture = open_image(request.image)
                 patches = prepare_image(picture, self.config, request.max_image_tokens)
-                embeds = self.backend.vision(patches)
+                embeds = self._finite("vision", self.backend.vision(patches))
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
@@ -261,7 +294,7 @@ class Pipeline:
                     with clock.paused():
                         yield TextEvent(text, kind, index)
             hidden = session.hidden(len(tokens))
-            check_finite("language", self.backend.numpy(hidden), self.backend.dtype)
+            self._finite("language", hidden)
         cut = bool(tokens) and tokens[-1] not in language.eos_token_ids
         if cut:
             logger.warning("text was cut at max_new_tokens = %d, inside its %s", language.max_new_tokens, parser.kind)
@@ -276,7 +309,7 @@ class Pipeline:
         """Hidden states → condition → K/V of the guided branch."""
         clock = clock or _Clock(self.backend)
         with clock("connector"):
-            condition = self.backend.connector(thought.hidden, thought.image_latents)
+            condition = self._finite("connector", self.backend.connector(thought.hidden, thought.image_latents))
         patch = self.config.decoder.patch_size
         blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in thought.image_latents]
         return self._prefix(condition, request, clock, blocks)
@@ -286,20 +319,28 @@ class Pipeline:
         clock = clock or _Clock(self.backend)
         # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
         rope = self.config.decoder.stack.rope
-        messages = generate_messages(request.negative_prompt, think=False)
-        language = self.language_request(messages)
+        language = self._negative_request(request)
         long = len(language.token_ids) + 1 + self._image_tokens(request) > rope.original_max_positions
         key = (request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope")
         if key not in self._negatives:
             with clock("language"):
                 hidden = self.backend.language(language).hidden()
             with clock("connector"):
-                condition = self.backend.connector(hidden)
+                condition = self._finite("connector", self.backend.connector(hidden))
             self._negatives[key] = self._prefix(condition, request, clock)
             while len(self._negatives) > NEGATIVE_CACHE:
                 self._negatives.popitem(last=False)
         self._negatives.move_to_end(key)
         return self._negatives[key]
+
+    def _negative_request(self, request: Request) -> LanguageRequest:
+        return self.language_request(generate_messages(request.negative_prompt, think=False))
+
+    def _finite(self, stage: str, array: Array) -> Array:
+        """The array, looked at once: a NaN is reported with the stage that made it, not seen as a black picture."""
+        if not self.backend.finite(array):
+            raise not_finite(stage, self.backend.dtype)
+        return array
 
     def _prefix(
         self, condition: Array, request: Request, clock: _Clock, blocks: list[tuple[int, int]] | None = None
@@ -341,34 +382,15 @@ class Pipeline:
                         check(cancel)
                         preview = to_pil(self.backend.vae(state.preview))
                     yield StepEvent(state.step, state.total, preview)
-        return state.latents
+            return self._finite("denoiser", state.latents)
 
     def decode(self, latents: Array, clock: _Clock | None = None) -> NDArray[np.float32]:
         """Latents → pixels (n, H, W, 3) in [0, 1]."""
         with (clock or _Clock(self.backend))("vae"):
-            return self.backend.vae(latents)
-
-    def stream_understand(
-        self,
-        prompt: str,
-        image: Any = None,
-        *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        max_image_tokens: int | None = DEFAULT_IMAGE_TOKENS,
-        cancel: threading.Event | None = None,
-    ) -> Generator[Event, None, None]:
-        """`understand` as events: text as it is written, then the answer."""
-        request = UnderstandRequest(
-            prompt=prompt,
-            image=image,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            max_image_tokens=max_image_tokens,
-        )
-        return self._understand(request, check_cancel(cancel))
+            pixels = self.backend.vae(latents)
+        if not np.isfinite(pixels).all():
+            raise not_finite("vae", self.backend.dtype)
+        return pixels
 
     def _understand(self, request: UnderstandRequest, cancel: threading.Event | None) -> Generator[Event, None, None]:
         clock = _Clock(self.backend)

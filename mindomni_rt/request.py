@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,10 @@ from .inputs.prompts import DEFAULT_NEGATIVE, IMAGE_TOKEN
 from .sampling.schedule import SOLVERS
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R", "Request", "UnderstandRequest")
 MAX_SIDE = 3072
 MAX_STEPS = 1000
+EDIT_SIDE = 1024  # an edited image has at most this side's square of pixels, what the published model was trained at
 MAX_TEXT = 2**19  # characters; a context of 128,000 tokens holds about as many
 MAX_PIXELS = 2**27  # of all images of a request: 128 of 1024x1024
 OUTPUTS = ("pil", "numpy")
@@ -143,6 +146,69 @@ class Request:
         """What repeats the request, as plain data: everything but images and latents."""
         left_out = ("image", "latents", "output", "preview_every")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+
+class UnderstandOptions(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.understand`: the fields of `UnderstandRequest` beside prompt and image."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int | None
+    max_image_tokens: int | None
+
+
+class EditOptions(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.edit`: the fields of `Request` beside prompt and image, in its order."""
+
+    think: bool
+    cascade: bool
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    negative_prompt: str | None
+    seed: int | None
+    latents: Any
+    max_new_tokens: int
+    temperature: float
+    first_step: str
+    edit_features: str | None
+    num_images: int
+    max_image_tokens: int | None
+    preview_every: int
+    output: str
+    guidance_interval: tuple[float, float]
+    solver: str
+    step_cache: float
+    draft_tokens: int
+
+
+class GenerateOptions(EditOptions, total=False):
+    """Keyword arguments of `Pipeline.generate`: the fields of `Request` beside the prompt."""
+
+    image: Any
+
+
+def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
+    """A request from a prompt and options, or the given one. Raises BadRequestError, also for unknown options."""
+    names = [f.name for f in fields(kind)]
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; expected some of {', '.join(names)}"
+            raise BadRequestError(f"there is no option {shown(name)}{hint}")
+    if isinstance(prompt, kind):
+        if options:
+            raise BadRequestError(f"options {', '.join(options)} beside a {kind.__name__}: put them into it")
+        return prompt
+    return kind(prompt=prompt, **options)
+
+
+def edit_size(width: int, height: int) -> tuple[int, int]:
+    """The size (width, height) at which an image is edited: its own, within 1024² pixels, multiples of 16."""
+    scale = min(1.0, EDIT_SIDE / (width * height) ** 0.5)
+    sides = (min(max(round(side * scale / 16) * 16, 16), MAX_SIDE) for side in (width, height))
+    return next(sides), next(sides)
 
 
 def check_callback(callback: Any) -> Callable[..., Any] | None:

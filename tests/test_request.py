@@ -12,15 +12,22 @@ import torch
 from conftest import PARITY
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 import mindomni_rt
-from mindomni_rt import BadRequestError, GenerationResult, Pipeline
+from mindomni_rt import BadRequestError, Pipeline
 from mindomni_rt.errors import NotFiniteError
-from mindomni_rt.finite import check_finite
-from mindomni_rt.inputs.images import read_settings
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE
-from mindomni_rt.request import Request, UnderstandRequest, check_callback, check_cancel, clean_text
+from mindomni_rt.request import (
+    EditOptions,
+    GenerateOptions,
+    Request,
+    UnderstandOptions,
+    UnderstandRequest,
+    check_callback,
+    check_cancel,
+    clean_text,
+    edit_size,
+)
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=1, guidance_scale=1.0, seed=1, max_new_tokens=4)
 
@@ -162,7 +169,7 @@ def test_callbacks_and_cancels(pipe: Pipeline, value: Any) -> None:
     with pytest.raises(BadRequestError, match="cancel"):
         pipe.stream("x", cancel=value, **SMALL)
     with pytest.raises(BadRequestError, match="cancel"):
-        pipe.stream_understand("x", cancel=value)
+        pipe.understand("x", cancel=value)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,7 @@ def test_callbacks_and_cancels(pipe: Pipeline, value: Any) -> None:
 def test_understanding_is_checked_at_the_call(pipe: Pipeline, options: dict[str, Any], name: str) -> None:
     request = {"prompt": "what?", **options}
     with pytest.raises(BadRequestError, match=name):
-        pipe.stream_understand(request.pop("prompt"), **request)
+        pipe.understand(request.pop("prompt"), **request)
 
 
 def test_a_cut_text_says_so(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,32 +200,63 @@ def test_each_round_of_a_cascade_is_parsed_by_itself(pipe: Pipeline) -> None:
     assert first.answer == first.text.strip()  # no tags in what random weights write
 
 
-def test_a_nan_names_its_stage(pipe: Pipeline) -> None:
-    check_finite("vae", np.zeros(3))
-    check_finite("vae", torch.zeros(3))
-    for bad in (np.array([1, np.nan]), torch.tensor([1.0, float("inf")])):
-        with pytest.raises(NotFiniteError, match=r"stage connector .* in float16"):
-            check_finite("connector", bad, "float16")
-    weight = next(iter(pipe.backend.model.vae.decoder.parameters()))  # type: ignore[attr-defined]
-    before = weight.data.clone()
-    weight.data.fill_(float("nan"))
+@pytest.mark.parametrize(
+    ("stage", "module"),
+    [("vision", "vision"), ("language", "language.layers"), ("connector", "connector"),
+     ("denoiser", "decoder.llm.layers"), ("vae", "vae.decoder")],
+)  # fmt: skip
+def test_a_nan_names_its_stage(pipe: Pipeline, stage: str, module: str) -> None:
+    weights = list(pipe.backend.model.get_submodule(module).parameters())  # type: ignore[attr-defined]
+    before = [w.data.clone() for w in weights]
+    for weight in weights:
+        weight.data.fill_(float("nan"))
+    picture = np.zeros((56, 56, 3), np.uint8)
     try:
-        with pytest.raises(NotFiniteError, match="stage vae"):
-            pipe.generate("x", think=False, **SMALL)
+        with pytest.raises(NotFiniteError, match=f"stage {stage} .* in float32"):
+            pipe.generate("x", image=picture, **SMALL)
     finally:
-        weight.data.copy_(before)
+        for weight, kept in zip(weights, before, strict=True):
+            weight.data.copy_(kept)
+    assert pipe.generate("x", **SMALL).images
 
 
-@pytest.mark.parametrize("kind", ["png", "jpg", "jpeg", "webp"])
-def test_a_result_saves_itself(pipe: Pipeline, tmp_path: Any, kind: str) -> None:
-    result = pipe.generate('two "cats" ünd 猫', think=False, num_images=2, **SMALL)
-    paths = result.save(tmp_path / f"a.{kind}")
-    assert [p.name for p in paths] == [f"a-0.{kind}", f"a-1.{kind}"] == sorted(p.name for p in tmp_path.iterdir())
-    settings = mindomni_rt.read_settings(paths[1])
-    assert settings == read_settings(paths[1]) and settings["prompt"] == 'two "cats" ünd 猫' and settings["seed"] == 2
-    stored = np.asarray(Image.open(paths[1]).convert("RGB"), int)
-    assert stored.shape == (32, 48, 3) and np.abs(stored - np.asarray(result.images[1], int)).mean() < 20
-    with pytest.raises(BadRequestError, match=r"ends in \.png"):
-        result.save(tmp_path / "a.gif")
-    with pytest.raises(BadRequestError, match="no image"):
-        GenerationResult().save(tmp_path / "a.png")
+def test_options_are_the_fields_of_the_requests() -> None:
+    """What an editor completes is what the dataclass has, in its order."""
+    for options, request in ((EditOptions, Request), (UnderstandOptions, UnderstandRequest)):
+        names = [f.name for f in dataclasses.fields(request)]
+        assert list(options.__annotations__) == [n for n in names if n not in ("prompt", "image")]
+    assert GenerateOptions.__annotations__.keys() == EditOptions.__annotations__.keys() | {"image"}
+
+
+def test_a_request_object_is_taken_as_it_is(pipe: Pipeline) -> None:
+    options = {**SMALL, "seed": 3, "output": "numpy"}
+    one, two = pipe.generate("two cats", **options), pipe.generate(Request(prompt="two cats", **options))
+    assert np.array_equal(one.images, two.images)
+    with pytest.raises(BadRequestError, match="seed beside a Request"):
+        pipe.generate(Request(prompt="x"), seed=1)
+    with pytest.raises(BadRequestError, match="did you mean height"):
+        pipe.generate("x", hieght=64)  # type: ignore[call-arg]
+    asked = UnderstandRequest(prompt="what?", max_new_tokens=3)
+    assert pipe.understand(asked).text == pipe.understand("what?", max_new_tokens=3).text
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((96, 96), (96, 96)), ((640, 480), (640, 480)), ((100, 50), (96, 48)), ((4032, 3024), (1184, 880)),
+     ((5, 7), (16, 16)), ((100_000, 20), (3072, 16))],
+)  # fmt: skip
+def test_size_of_an_edit(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    assert edit_size(*size) == wanted
+
+
+def test_edit_takes_the_size_of_the_picture(pipe: Pipeline) -> None:
+    options = {k: v for k, v in SMALL.items() if k not in ("height", "width")}
+    picture = np.zeros((48, 64, 3), np.uint8)
+    assert pipe.edit(picture, "make it red", **options).images[0].size == (64, 48)
+    assert pipe.edit(picture, "make it red", height=32, **options).images[0].size == (64, 32)
+
+
+def test_a_long_negative_prompt_is_refused_before_work(pipe: Pipeline) -> None:
+    stream = pipe.stream("x", negative_prompt="word " * 5000, **{**SMALL, "guidance_scale": 3.0})
+    with pytest.raises(BadRequestError, match="context"):
+        next(stream)  # no text event came first

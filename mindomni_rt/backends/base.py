@@ -187,6 +187,14 @@ class Backend(Protocol):
         """A host copy, float32."""
         ...
 
+    def finite(self, array: Array) -> bool:
+        """Whether an array holds neither NaN nor infinity. Waits for the device."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model's memory; nothing can be called after it."""
+        ...
+
     def synchronize(self) -> None:
         """Waits for the device; what a clock needs."""
         ...

@@ -121,5 +121,13 @@ class CompiledBackend(Graphs):
             return np.asarray(decode(self.runner.get(array), array.dtype), np.float32)
         return np.array(array, np.float32)
 
+    def finite(self, array: Any) -> bool:
+        return bool(np.isfinite(self.numpy(array)).all())
+
+    def close(self) -> None:
+        for graph in tuple(self._loaded):
+            self.runner.release(graph)
+        self._loaded.clear()
+
     def synchronize(self) -> None:
         self.runner.synchronize()

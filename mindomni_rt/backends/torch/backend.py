@@ -180,6 +180,13 @@ class TorchBackend:
     def numpy(self, array: Tensor) -> NDArray[np.float32]:
         return array.detach().float().cpu().numpy()
 
+    def finite(self, array: Tensor) -> bool:
+        return bool(array.isfinite().all())
+
+    def close(self) -> None:
+        for name in set(vars(self)) - {"name", "device", "dtype", "torch_dtype", "config"}:
+            delattr(self, name)
+
     def synchronize(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
