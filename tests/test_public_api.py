@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 import typing
@@ -26,7 +27,7 @@ def describe(name: str, value: Any) -> Iterator[str]:
         for member, found in sorted(vars(value).items()):
             if member != "__init__" and member.startswith("_"):
                 continue
-            if isinstance(found, property):
+            if isinstance(found, (property, functools.cached_property)):
                 yield f"    {member}: property"
             elif inspect.isroutine(found):
                 yield f"    {member}{inspect.signature(getattr(value, member))}"
