@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, load
+from .checkpoint.random import command as random_checkpoint
 from .errors import BadRequestError, MindOmniError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.images import save_png
@@ -90,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     understand = commands.add_parser("understand", parents=[common, model, write], help="a question to words")
     understand.add_argument("prompt")
     understand.add_argument("--image")
+    random_checkpoint.add_arguments(
+        commands.add_parser("random-checkpoint", parents=[common], help=random_checkpoint.HELP)
+    )
     commands.add_parser("info", parents=[common, model], help="what a checkpoint holds")
     demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
     demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")
@@ -318,4 +322,18 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     return 0
 
 
-_COMMANDS = {"generate": _generate, "edit": _generate, "understand": _understand, "info": _info, "demo": _demo}
+def _report(outcome: tuple[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    """Prints a command's outcome, (text, data), in the form asked for."""
+    text, data = outcome
+    print(json.dumps(data, ensure_ascii=False) if options.json else text)
+    return 0
+
+
+_COMMANDS = {
+    "generate": _generate,
+    "edit": _generate,
+    "understand": _understand,
+    "info": _info,
+    "demo": _demo,
+    "random-checkpoint": lambda options: _report(random_checkpoint.run(options), options),
+}

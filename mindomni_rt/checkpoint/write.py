@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from ..model.mindomni import MindOmniModel
 from .config import ModelConfig, RopeConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..model.mindomni import MindOmniModel
 
 SHARD_BYTES = 5 * 10**9  # as transformers shards
 
