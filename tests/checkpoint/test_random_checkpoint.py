@@ -23,6 +23,7 @@ from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.checkpoint.random.shapes import tensor_shapes
 from mindomni_rt.checkpoint.random.write import bfloat16, cut, write_random_checkpoint
+from mindomni_rt.cli import main
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import MindOmniModel
 
@@ -135,6 +136,19 @@ def test_it_loads_and_paints(small: Path) -> None:
     from PIL import Image
 
     assert pipe.understand("what is it?", Image.fromarray(red), max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["-q"]])
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[str]) -> None:
+    arguments = ["random-checkpoint", str(tmp_path / "x"), "--layers", "1", "--divide-width", "32", *how]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    if "--json" in how:
+        assert json.loads(out)["config"]["language"]["vocab_size"] == 152064
+    else:
+        assert "random parameters" in out
+    assert ("writing" in err) == (not how)
+    assert main(arguments) == 2  # the folder is not empty
 
 
 def test_refusals(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+@contextmanager
+def _bar(silent: bool) -> Iterator[Callable[[int], object]]:
+    """Takes the bytes written; shows them on standard error where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda count: None
+        return
+    with tqdm(unit="B", unit_scale=True, desc="writing", disable=silent, file=sys.stderr) as bar:
+        yield bar.update
+
+
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Writes the checkpoint; the outcome as text and as data. Raises BadRequestError."""
     from ..config import published
     from .write import cut, write_random_checkpoint
 
     config = cut(published(), options.layers, options.divide_width)
-    bar = None
-    try:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(unit="B", unit_scale=True, desc="writing", disable=options.quiet or options.json, file=sys.stderr)
-    except ImportError:
-        pass
-    try:
-        done = write_random_checkpoint(
-            Path(options.folder), config, seed=options.seed, progress=bar.update if bar else lambda count: None
-        )
-    finally:
-        if bar:
-            bar.close()
+    with _bar(options.quiet or options.json) as progress:
+        done = write_random_checkpoint(Path(options.folder), config, seed=options.seed, progress=progress)
     text = (
         f"{done.folder}: {done.parameters:,} random parameters, {done.bytes / 1e9:.2f} GB in {done.files} files. "
         f'Try: mindomni generate --model {done.folder} --size 256x256 --steps 2 "a cat"'
