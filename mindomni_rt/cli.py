@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, load
+from . import __version__, doctor, load
 from .checkpoint.random import command as random_checkpoint
 from .errors import BadRequestError, MindOmniError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     random_checkpoint.add_arguments(
         commands.add_parser("random-checkpoint", parents=[common], help=random_checkpoint.HELP)
     )
+    doctor.add_arguments(commands.add_parser("doctor", parents=[common], help=doctor.HELP))
     commands.add_parser("info", parents=[common, model], help="what a checkpoint holds")
     demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
     demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")
@@ -335,5 +336,6 @@ _COMMANDS = {
     "understand": _understand,
     "info": _info,
     "demo": _demo,
+    "doctor": lambda options: _report(doctor.run(options), options),
     "random-checkpoint": lambda options: _report(random_checkpoint.run(options), options),
 }

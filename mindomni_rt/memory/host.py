@@ -67,7 +67,9 @@ def _groups(root: Path) -> Iterator[HostMemory]:
         return
     mount = root / "sys/fs/cgroup"
     for line in lines:
-        number, kinds, path = (line.split(":", 2) + ["", ""])[:3]
+        if line.count(":") < 2:
+            continue
+        number, kinds, path = line.split(":", 2)
         if number == "0" and not kinds:
             for base in (mount, mount / "unified"):
                 yield from _found(base, path, ("memory.max", "memory.high"), "memory.current", "")

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BadRequestError, UnsupportedDeviceError
+from ..errors import UnsupportedDeviceError
 from .gpus import Gpu, gpus
 from .host import HostMemory, host_memory
 
@@ -27,15 +27,15 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
 
     def gpu(self, device: str) -> Gpu:
-        """The GPU that "cuda" or "cuda:N" names. Raises BadRequestError, UnsupportedDeviceError."""
+        """The GPU that "cuda" or "cuda:N" names. Raises UnsupportedDeviceError."""
         kind, _, index = device.partition(":")
         if kind != "cuda" or (index and not index.isdecimal()):
-            raise BadRequestError(f"device {device!r}: expected cpu, cuda or cuda:N")
+            raise UnsupportedDeviceError(f"device {device!r}: expected cpu, cuda or cuda:N")
         for gpu in self.gpus:
             if gpu.index == int(index or 0):
                 return gpu
         known = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in self.gpus) or "none"
-        raise UnsupportedDeviceError(f"device {device!r}: no such GPU here; there is {known}")
+        raise UnsupportedDeviceError(f"device {device!r}: no such GPU here (found: {known}); use device='cpu'")
 
     def free(self, device: str) -> int | None:
         """Bytes free on "cpu", "cuda" or "cuda:N"; None where unknown. A GPU without its own memory has the host's."""
