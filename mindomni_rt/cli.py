@@ -53,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto")
     model.add_argument("--dtype", help="float32, bfloat16 or float16")
     model.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
-    model.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts that do not fit take turns")
+    model.add_argument(
+        "--memory-budget", metavar="SIZE", default="auto", help="such as 8GiB (default: what is free): parts take turns"
+    )
 
     write = _Parser(add_help=False)
     write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)

@@ -207,6 +207,7 @@ def _checkpoint(folder: Path, machine: Machine) -> dict[str, Any]:
         except MindOmniError as error:
             found[device] = {"fits": None, "error": str(error)}
             continue
+        assert fit.dtype is not None
         if device == "cpu":
             speed = predict_cpu(checkpoint.config, fit.dtype, min(fit.side, 512))
         else:
@@ -224,7 +225,9 @@ def _bundle(folder: Path, machine: Machine) -> dict[str, Any]:
     manifest = read_manifest(folder)
     cuda = tuple(f"cuda:{gpu.index}" for gpu in machine.gpus)
     found: dict[str, Any] = {}
-    for device in ("cpu",) if manifest.runtime == "onnx" else cuda or ("cuda",):
+    if manifest.runtime != "onnx" and not cuda:
+        return {"cuda": {"fits": None, "error": f"no GPU here; the bundle is for {', '.join(manifest.targets)}"}}
+    for device in ("cpu",) if manifest.runtime == "onnx" else cuda:
         try:
             if device != "cpu":
                 major, minor = machine.gpu(device).capability

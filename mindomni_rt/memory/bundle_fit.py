@@ -47,7 +47,9 @@ def fit_bundle(
     """
     if device == "auto":
         device = "cpu" if manifest.runtime == "onnx" else "cuda"
-    limit = budget_bytes(memory_budget, machine.free(device))
+    # Where no GPU is seen, the runtime says what it lacks.
+    free = machine.free(device) if device == "cpu" or machine.gpus else None
+    limit = budget_bytes(memory_budget, free)
     reserve = HOST_RESERVE if device == "cpu" else GPU_RESERVE + _fixed_cache(manifest)
     weights, sides = graph_bytes(manifest), _sides(manifest)
     found: tuple[int, tuple[str, ...]] = (0, ())

@@ -39,9 +39,9 @@ class Fit:
     `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for."""
 
     device: str
-    dtype: str
+    dtype: str | None
     precision: str | None = None
-    budget: int | None = None
+    budget: str | float | None = None
     stays: tuple[str, ...] | None = None
     side: int = 1024
     peak: int = 0

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ...errors import BadRequestError, UnsupportedDeviceError
+from ...errors import BadRequestError, MissingExtraError, UnsupportedDeviceError
 
 logger = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -54,6 +54,16 @@ def choose_device(device: str, offered: Sequence[str]) -> tuple[str, int]:
         )
     logger.info("onnxruntime offers %s; device %s uses %s", ", ".join(offered), device, PROVIDERS[kind])
     return kind, int(index or 0)
+
+
+def resolve_device(device: str) -> str:
+    """`choose_device` by the onnxruntime that is installed: "cpu" or "cuda:N". Raises MissingExtraError too."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "onnx") from error
+    kind, index = choose_device(device, onnxruntime.get_available_providers())
+    return kind if kind == "cpu" else f"{kind}:{index}"
 
 
 def check_session(graph: str, kind: str, used: Sequence[str]) -> None:
