@@ -217,7 +217,7 @@ def _headers(path: Path) -> list[TensorEntry]:
 
 def _pickled(path: Path) -> list[TensorEntry]:
     """OmniGen's older model.pt, read without executing anything it holds."""
-    from ..model.mindomni import read_pickled
+    from ..model.pickled import read_pickled
 
     names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     state = read_pickled(path)

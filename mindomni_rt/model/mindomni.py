@@ -14,6 +14,7 @@ from ..errors import BadCheckpointError
 from .connector import Connector
 from .decoder import DiffusionDecoder
 from .language import LanguageModel
+from .pickled import read_pickled
 from .vae import AutoencoderKL
 from .vision import VisionTower
 
@@ -123,15 +124,4 @@ def _read(entries: dict[str, TensorEntry], dtype: torch.dtype | None, device: to
                 state.update({name: file.get_tensor(e.key).to(device, dtype) for name, e in here.items()})
         except (SafetensorError, OSError) as error:
             raise BadCheckpointError(f"{path} could not be read: {error}") from error
-    return state
-
-
-def read_pickled(path: Path) -> dict[str, Tensor]:
-    """model.pt as tensors; nothing in it is executed (weights_only) and it stays mapped to the file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged file
-        raise BadCheckpointError(f"{path} is not a readable weights file: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise BadCheckpointError(f"{path}: expected a flat dictionary of tensors")
     return state
