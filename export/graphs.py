@@ -85,7 +85,8 @@ class LanguageGraph(nn.Module):
         layers = len(self.language.layers)
         keys, values = list(caches[:layers]), list(caches[layers:])
         embeds = self.language.embed_tokens(token_ids)
-        x = torch.cat([embeds[0], image_embeds]).index_select(0, source).unsqueeze(0)
+        # F.embedding is one Gather; index_select would reshape its index first.
+        x = F.embedding(source, torch.cat([embeds[0], image_embeds])).unsqueeze(0)
         place = start + torch.arange(token_ids.shape[1], device=x.device)
         visible = torch.arange(keys[0].shape[2], device=x.device)[None] <= place[:, None]
         mask = additive(visible, x.dtype)[None, None]
@@ -97,7 +98,7 @@ class LanguageGraph(nn.Module):
                 return attention(q, keys[index], values[index], mask=mask)
 
             x = layer(x, cos, sin, attend)
-        logits = self.language.logits(x.index_select(1, scored)).float()
+        logits = self.language.logits(F.embedding(scored, x[0])).float()
         return (logits, x, *keys, *values)
 
 

@@ -154,7 +154,7 @@ def _language(config: ModelConfig) -> GraphSpec:
             *(TensorSpec(name=f"values_{i}", axes=cache) for i in layers),
         ),
         outputs=(
-            TensorSpec(name="logits", axes=(1, "scores", config.language.vocab_size), dtype="float32"),
+            TensorSpec(name="logits", axes=("scores", config.language.vocab_size), dtype="float32"),
             TensorSpec(name="hidden", axes=(1, "sequence", stack.hidden_size)),
             *(TensorSpec(name=f"new_keys_{i}", axes=cache) for i in layers),
             *(TensorSpec(name=f"new_values_{i}", axes=cache) for i in layers),

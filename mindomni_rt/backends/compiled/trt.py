@@ -287,7 +287,7 @@ class _KernelCache:
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Writes the cache, whole or not at all. A full disk costs the next start its time and is told, no more."""
+        """Writes the cache, whole or not at all. A failure is logged: the next process compiles again."""
         if self._cache is None:
             return
         try:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mindomni_rt.kernels.decode_attention import decode_attention
 
-from ...inputs.positions import rope_tables
+from ...inputs.positions import text_tables
 from ...model.attention import attention
 from ...model.cache import StaticCache
 from ...model.language import LanguageModel
@@ -78,9 +78,7 @@ class DecodeState:
         """The prompt's hidden states into their place; the last row's logits (V,)."""
         model, stack = self._model, self._model.config.stack
         count = len(request.token_ids)
-        following = request.next_position + np.arange(self.capacity - count)
-        positions = np.concatenate([request.positions, np.broadcast_to(following, (3, len(following)))], axis=1)
-        tables = rope_tables(stack.rope, stack.head_dim, positions, positions.shape[1])
+        tables = text_tables(stack, request.positions, request.next_position, self.capacity - count)
         self.cos.copy_(torch.from_numpy(tables[0]))
         self.sin.copy_(torch.from_numpy(tables[1]))
         ids = torch.from_numpy(np.asarray(request.token_ids, np.int64)).to(self._device)

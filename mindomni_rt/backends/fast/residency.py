@@ -1,7 +1,7 @@
 """Which parts of a model are on the device. Weights move between stages, never inside one.
 
-Host copies stay (pinned where there is a GPU), so dropping a part costs nothing and loading it is one copy. What was
-captured over a part's weights is told to go when the part moves.
+Host copies stay (pinned where there is a GPU), so dropping a part costs nothing and loading it is one copy. `moved` is
+called when a part moves: graphs that were captured over its weights are no longer valid.
 """
 
 from __future__ import annotations
