@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == [name]:  # its imports only when it is asked for
             _module(name).add_arguments(command)
     roofline = commands.add_parser("roofline", help="floors and predictions by device and precision")
-    roofline.add_argument("--device", action="append", help="a key of devices.toml; repeatable; default: all")
+    roofline.add_argument("--device", action="append", help="RTX 4090, orin, …; repeatable; default: all with figures")
     roofline.add_argument("--size", type=int, default=1024)
     roofline.add_argument("--steps", type=int, default=50)
     roofline.add_argument("--new-tokens", type=int, default=300)
@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _roofline(options: argparse.Namespace) -> int:
     from mindomni_rt.checkpoint.config import published
+    from mindomni_rt.devices.table import load_devices, with_figures
     from mindomni_rt.memory.layers import Workload
 
-    from .devices import choose, load_devices
     from .results import all_results
     from .roofline.command import DEFAULT_SCHEMES, bound, describe, measured_bound, measured_table, plot, table
     from .roofline.command import measured_totals as totals
@@ -76,7 +76,7 @@ def _roofline(options: argparse.Namespace) -> int:
     sheet = load_devices()
     work = Workload(height=options.size, width=options.size, steps=options.steps, new_tokens=options.new_tokens)
     config = published()
-    devices = choose(options.device, sheet)
+    devices = with_figures(options.device, sheet)
     found = [
         b
         for device in devices

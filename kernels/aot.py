@@ -1,6 +1,6 @@
 """Compiles kernels for named GPUs ahead of time, on a machine that needs no GPU.
 
-    python -m mindomni_rt.kernels.aot --sm 89 90 --out build/kernels  # every kernel: .cubin, .ptx and a .json beside them
+    python -m mindomni_rt.kernels.aot --sm 89 90 --out build/kernels  # .cubin, .ptx, .json of every kernel
 
 The numbers in the JSON (shared memory, warps, registers, bytes spilled) are what a launcher and a reader need.
 """

@@ -33,14 +33,14 @@ def front_door(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more at exit
         return 0
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        sys.stderr.write("error: interrupted\n")
         return INTERRUPTED
     except MindOmniError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USER_ERROR
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         return USER_ERROR

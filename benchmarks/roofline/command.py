@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.devices.table import Device, Sheet
 from mindomni_rt.errors import OutOfMemoryError
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.layers import STAGES, Workload
 from mindomni_rt.memory.planner import gigabytes, plan
 
-from ..devices import Device, Sheet
 from ..results import Result
 from .costs import SCHEMES, Op, Scheme, StageCost, request_costs
 
@@ -139,9 +139,8 @@ def memory_note(config: ModelConfig, work: Workload, device: Device, scheme: str
     """Whether a request fits the device: what its weights stay or are swapped at, by the planner. A prediction."""
     weights = _STORED[scheme]
     precision = Precision(language=weights[0], head=weights[1], decoder=weights[2], vae="bfloat16")
-    reserve = (2000 if device.unified else 700) * 10**6  # the system on shared memory; CUDA and a desktop elsewhere
     try:
-        found = plan(config, work, precision=precision, budget=round(device.memory * 1e9), reserve=reserve)
+        found = plan(config, work, precision=precision, budget=device.bytes, reserve=device.reserve)
     except OutOfMemoryError:
         return "does not fit"
     return f"{gigabytes(found.peak)}, {'all loaded' if not found.moved else 'swaps ' + gigabytes(found.moved)}"
