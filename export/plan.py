@@ -1,4 +1,4 @@
-"""What a build would make and what running it would take, told before any work. All figures are predictions."""
+"""What a build would make and what a request would take on a device. All figures are predictions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.devices.table import Device, find_device
 from mindomni_rt.errors import OutOfMemoryError
-from mindomni_rt.memory.footprint import Precision, weight_bytes
-from mindomni_rt.memory.layers import PART_OF, STAGES, Workload
+from mindomni_rt.memory.footprint import weight_bytes
+from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import Plan, gigabytes, parse_bytes
 from mindomni_rt.memory.planner import plan as fit
+from mindomni_rt.memory.precision import Precision
+from mindomni_rt.stages import PART_OF, STAGES
 
 from .targets import ARCHITECTURES, QUANTIZED, Choice, Target, choose
 

@@ -10,21 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mindomni_rt.bundle.contracts import STAGES
 from mindomni_rt.devices.table import find_device, load_devices
 from mindomni_rt.errors import BadRequestError, UnsupportedDeviceError
+from mindomni_rt.memory.precision import FLOATS, KINDS
+from mindomni_rt.stages import STAGES
 
-PRECISIONS = {
-    "fp32": "float32, for checking",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "int8": "8-bit integer weights and activations, calibrated",
-    "int8wo": "8-bit integer weights, one scale a channel",
-    "fp8": "8-bit float (E4M3) weights and activations, calibrated",
-    "int4": "4-bit integer weights in groups",
-    "nvfp4": "4-bit float weights and activations in blocks of 16",
-    "mixed": "float32, attention's matrices in float16: of stage vae where there are no float32 ones",
-}
+# "mixed" is of stage vae alone: float32 with the attention's matrices in float16, where there are no float32 products.
+PRECISIONS = (*(k.short for k in KINDS.values()), "mixed")
 # Stages whose matrices are quantized; the others keep the bundle's own type. The vision tower runs once an image and
 # the connector is 3 % of the weights: nothing to gain. The VAE is convolutions, and float16 overflows in SDXL's.
 QUANTIZED = ("language", "prefix", "denoiser")
@@ -126,7 +118,7 @@ class Choice:
     stages: Mapping[str, str]
 
 
-_DTYPE_OF = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPE_OF = {KINDS[name].short: name for name in FLOATS}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}
 # onnxruntime on the CPU: no bfloat16 at all, and no kernels for the 8- and 4-bit floats that serve anyone.
 _CPU = ("fp32", "fp16", "int8", "int8wo", "int4", "mixed")

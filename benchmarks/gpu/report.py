@@ -120,8 +120,8 @@ def _stages(sections: Mapping[str, Any]) -> Iterator[str]:
     theirs = _get(sections, "transformers", "eager", "token_s")
     for name, key in (
         ("token", "decoding"),
-        ("token, int8 weights", "language=int8,head=int8"),
-        ("token, int4 weights", "language=int4,head=int8"),
+        ("token, int8 weights", "language=int8wo,head=int8wo"),
+        ("token, int4 weights", "language=int4,head=int8wo"),
     ):
         yield joined([name, *_pair(_get(sections, key, "token_s"), theirs), "–"])
     static = _get(sections, "transformers", "static_compiled", "token_s")
@@ -186,7 +186,7 @@ def _targets(data: Mapping[str, Any]) -> Iterator[str]:
         "step fp8": _get(sections, "decoder=fp8", "step_s"),
         "token": _get(sections, "decoding", "token_s"),
         "token int4": ratio(
-            _get(sections, "decoding", "token_s"), _get(sections, "language=int4,head=int8", "token_s")
+            _get(sections, "decoding", "token_s"), _get(sections, "language=int4,head=int8wo", "token_s")
         ),
         "request": _get(sections, "request", "total_s"),
         "faster": ratio(eager_request(sections), _get(sections, "request", "total_s")),

@@ -92,7 +92,7 @@ class Suite:
             return self.record.data
         self._on_one_model()
         self._clean()
-        for name in ("decoder=fp8", "decoder=int8", "language=int8,head=int8", "language=int4,head=int8"):
+        for name in ("decoder=fp8", "decoder=int8", "language=int8wo,head=int8wo", "language=int4,head=int8wo"):
             section(meter, name, 30, partial(self._precision, name))
             self._clean()
         for budget in self._budgets():

@@ -17,8 +17,9 @@ from types import MappingProxyType
 
 from ..checkpoint.config import ModelConfig
 from ..errors import BadRequestError
+from ..stages import STAGES as STAGES
+from ..stages import VAE_TILE
 
-STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 OPSET = 24  # the first with TensorScatter, which updates a KV cache in place
 # A masked score. Not -inf: a finite number is exact in every type here, and exp of it is 0 in all of them.
 MASKED = -30000.0
@@ -307,7 +308,7 @@ _SIDES = {"512": (256, 512, 512), "1024": (256, 1024, 1024), "any": (16, 1024, 3
 _CAPACITY = {"512": 2560, "1024": 2560, "any": 4096}
 _IMAGE_EMBEDS = {"512": 1369, "1024": 1369, "any": 2560}
 PROFILES = tuple(_SIDES)
-TILE = 128  # latents a side that the VAE takes whole: 1024 pixels; larger images go through it in tiles
+TILE = VAE_TILE
 
 
 def profile(name: str, config: ModelConfig) -> Profile:

@@ -245,26 +245,52 @@ def writing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     folder or a bundle ever is.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise BadBundleError(f"{folder} exists; choose another --out or say --overwrite")
-        if not (folder / MANIFEST).exists():
-            raise BadBundleError(f"{folder} exists and is no bundle; it will not be overwritten")
+    _check_free(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}{_PARTIAL}", dir=folder.parent))
     try:
         yield temporary
         assert (temporary / MANIFEST).exists(), "a bundle without manifest"
         temporary.chmod(0o755)
-        old = None
-        if folder.exists():
-            old = temporary.with_name(f"{temporary.name}.old")
-            folder.rename(old)
-        temporary.rename(folder)
-        if old is not None:
-            shutil.rmtree(old)
+        _take_name(temporary, folder, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(folder: Path, overwrite: bool) -> bool:
+    """Whether an old bundle stands there that may be replaced. Raises BadBundleError for what may not."""
+    if not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not overwrite:
+        raise BadBundleError(f"{folder} exists; choose another --out or say --overwrite")
+    if not (folder / MANIFEST).exists():
+        raise BadBundleError(f"{folder} exists and is no bundle; it will not be overwritten")
+    return True
+
+
+def _take_name(temporary: Path, folder: Path, overwrite: bool) -> None:
+    """Renames a whole bundle to its name. What appeared there since the build began is not replaced."""
+    old = None
+    if _check_free(folder, overwrite):
+        old = temporary.with_name(f"{temporary.name}.old")
+        folder.rename(old)
+    try:
+        if folder.is_dir():
+            folder.rmdir()  # empty, or it fails; Windows renames onto no folder at all
+        temporary.rename(folder)
+    except OSError as error:
+        if old is not None:
+            old.rename(folder)
+        raise BadBundleError(f"{folder} appeared while the bundle was built; it was not replaced: {error}") from error
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def check_name(folder: Path, overwrite: bool) -> None:
+    """Raises BadBundleError unless a bundle may be written to `folder`, OSError where the path cannot be used."""
+    if not folder.name or folder.name == "..":
+        raise BadBundleError(f"--out {folder}: expected the name of a new folder")
+    _check_free(folder, overwrite)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

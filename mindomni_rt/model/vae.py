@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ..checkpoint.config import VAEConfig
 from ..errors import BadCheckpointError, BadRequestError
+from ..stages import VAE_TILE as TILE
 
-TILE = 128  # latents a side: a 1024-pixel image is decoded whole
 _OVERLAP = 0.25
 
 
