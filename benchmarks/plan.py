@@ -11,8 +11,9 @@ import argparse
 import sys
 
 from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.layers import Workload
-from mindomni_rt.memory.planner import RESERVE, gigabytes, parse_bytes, plan
+from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
 from mindomni_rt.options import parse_size
 

@@ -59,7 +59,7 @@ def gemv_kernel(
 
 
 def weight_only_torch(x: Tensor, weight: Rows, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `gemv` on an int8 weight, unpacked 4096 outputs at a time to bound the copy."""
+    """Reference implementation of `gemv` on an int8 weight, unpacked 4096 outputs at a time to bound the copy."""
     parts = zip(weight.values.split(4096), weight.scale.split(4096), strict=True)
     out = torch.cat([torch.nn.functional.linear(x, Rows(v, s).dequantize(x.dtype)) for v, s in parts], dim=-1)
     return out if bias is None else out + bias

@@ -182,7 +182,7 @@ def product_kernel(
 
 
 def int4_linear_torch(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `int4_linear`: unpack, multiply; 4096 outputs at a time to bound the copy."""
+    """Reference implementation of `int4_linear`: unpack, multiply; 4096 outputs at a time to bound the copy."""
     tensors = (weight.packed, weight.scale, weight.minimum)
     parts = zip(*(t.split(4096) for t in tensors), strict=True)
     out = torch.cat([torch.nn.functional.linear(x, Int4Weight(*p).dequantize().to(x.dtype)) for p in parts], dim=-1)

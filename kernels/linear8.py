@@ -89,7 +89,7 @@ def quantize_weight(weight: Tensor, kind: str) -> Rows:
 
 
 def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `linear8`: sums in float64 (exact for int8), then the scales."""
+    """Reference implementation of `linear8`: sums in float64 (exact for int8), then the scales."""
     out = (a.values.double() @ weight.values.double().T).float() * a.scale * weight.scale[:, 0]
     return (out if bias is None else out + bias.float()).to(dtype)
 
@@ -125,8 +125,8 @@ def linear8(
 ) -> Tensor:
     """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
 
-    impl: "triton", "torch" (the meaning), "library", or "auto": on CUDA the library for fp8 and Triton for int8 (the
-    library on Turing), the meaning elsewhere. Raises ValueError for shapes or types that do not fit.
+    impl: "triton", "torch" (the reference), "library", or "auto": on CUDA the library for fp8 and Triton for int8 (the
+    library on Turing), the reference elsewhere. Raises ValueError for shapes or types that do not fit.
     """
     if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
         raise ValueError(

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
+from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 
 from .outputs import save_checkpoint, save_json, save_text
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
 SHOWN = ("image", "text", "image_of_text", "format")
 

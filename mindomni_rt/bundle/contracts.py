@@ -17,9 +17,9 @@ from types import MappingProxyType
 
 from ..checkpoint.config import ModelConfig
 from ..errors import BadRequestError
-from ..sampling.tiling import TILE
+from ..stages import STAGES as STAGES
+from ..stages import VAE_TILE as TILE
 
-STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 OPSET = 24  # the first with TensorScatter, which updates a KV cache in place
 # A masked score. Not -inf: a finite number is exact in every type here, and exp of it is 0 in all of them.
 MASKED = -30000.0

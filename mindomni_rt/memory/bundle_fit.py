@@ -13,15 +13,13 @@ from pathlib import Path
 
 from ..bundle.contracts import STAGES
 from ..bundle.manifest import Manifest
-from ..checkpoint.config import ModelConfig
 from ..errors import OutOfMemoryError
+from .bundle_need import BUNDLE_RESERVE, peak, predicted_need
 from .fit import GPU_RESERVE, Fit, budget_bytes
-from .footprint import Precision, StageMemory, stage_memory, weight_bytes
-from .layers import PART_OF, Workload
+from .footprint import Precision, StageMemory, stage_memory
+from .layers import Workload
 from .machine import Machine
 from .planner import gigabytes
-
-HOST_RESERVE = 250 * 10**6  # the interpreter, numpy and the runtime
 
 
 def graph_bytes(manifest: Manifest) -> dict[str, int]:
@@ -50,7 +48,7 @@ def fit_bundle(
     # Where no GPU is seen, the runtime says what it lacks.
     free = machine.free(device) if device == "cpu" or machine.gpus else None
     limit = budget_bytes(memory_budget, free)
-    reserve = HOST_RESERVE if device == "cpu" else GPU_RESERVE + _fixed_cache(manifest)
+    reserve = BUNDLE_RESERVE if device == "cpu" else GPU_RESERVE + _fixed_cache(manifest)
     weights, sides = graph_bytes(manifest), _sides(manifest)
     found: tuple[int, tuple[str, ...]] = (0, ())
     for side in sides:
@@ -123,26 +121,10 @@ def _choices(weights: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
     yield from sorted(sets, key=lambda kept: -sum(weights[stage] for stage in kept))
 
 
-def peak(stages: Sequence[StageMemory], weights: Mapping[str, int], stays: Sequence[str]) -> int:
-    """Bytes at most over a request when `stays` stay loaded and each other stage is loaded to run."""
-    kept = sum(weights[stage] for stage in stays)
-    return max(kept + (0 if s.stage in stays else weights[s.stage]) + s.state + s.activations for s in stages)
-
-
-def predicted_need(config: ModelConfig, precision: str, work: Workload) -> int:
-    """Bytes that a CPU bundle of a precision ("int8", "int4") will need at least, its stages taking turns."""
-    names = dict.fromkeys(STAGES, "fp32") | dict.fromkeys(("language", "prefix", "denoiser"), precision)
-    kinds = Precision.of_stages(names, "float32")
-    sizes = weight_bytes(config, kinds)
-    weights = {stage: sizes[PART_OF[stage]] for stage in STAGES}
-    stages = [s for s in stage_memory(config, work, kinds) if s.stage != "vision" or work.patches[0]]
-    return peak(stages, weights, ()) + HOST_RESERVE
-
-
 def _instead(manifest: Manifest, limit: int, reserve: int, sides: Sequence[int]) -> str:
     kinds = {graph.precision for graph in manifest.graphs.values() if graph.stage == "language"}
     for side in sides:
-        least = predicted_need(manifest.model, "int4", Workload(height=side, width=side)) - HOST_RESERVE + reserve
+        least = predicted_need(manifest.model, "int4", Workload(height=side, width=side)) - BUNDLE_RESERVE + reserve
         if "int4" not in kinds and least <= limit:
             return (
                 f"This fits: the same built with --precision int4 (peak {gigabytes(least)}, images up to {side}x{side})"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint
 from ..errors import BadRequestError, OutOfMemoryError
+from .bundle_need import predicted_need
 from .footprint import Precision, stage_memory, weight_bytes
 from .layers import PART_OF, Workload, parameters
 from .machine import Machine
@@ -194,8 +195,6 @@ def _cpu_choices(dtype: str | None, stored: str, bfloat16: bool) -> Iterator[tup
 
 def _instead(checkpoint: Checkpoint, stored: Mapping[str, str], machine: Machine, dtype: str | None, limit: int) -> str:
     """What would fit: the stored type, then a bundle with 8-bit and with 4-bit weights."""
-    from .bundle_fit import predicted_need
-
     kind = stored["language"]
     if dtype is not None and kind != dtype:
         worst = max(cpu_needs(checkpoint.config, stored, kind, Workload()), key=lambda need: need.total)

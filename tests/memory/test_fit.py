@@ -14,7 +14,8 @@ from mindomni_rt.bundle.contracts import STAGES, profile
 from mindomni_rt.bundle.manifest import FileEntry, GraphEntry, Manifest
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.checkpoint.layout import PARTS, Checkpoint, TensorEntry
-from mindomni_rt.memory.bundle_fit import fit_bundle, graph_bytes, peak
+from mindomni_rt.memory.bundle_fit import fit_bundle, graph_bytes
+from mindomni_rt.memory.bundle_need import peak
 from mindomni_rt.memory.choose import choose_checkpoint
 from mindomni_rt.memory.fit import budget_bytes, cpu_needs, cpu_types, fit_checkpoint, stored_types
 from mindomni_rt.memory.footprint import StageMemory
@@ -250,7 +251,7 @@ def test_stages_of_a_bundle_take_turns_by_hand() -> None:
 
 def test_published_bundle_in_int4_under_ten_gigabytes() -> None:
     """The aim for 512² images: language in int4, the largest stage, beside its head and input table."""
-    from mindomni_rt.memory.bundle_fit import predicted_need
+    from mindomni_rt.memory.bundle_need import predicted_need
 
     need = predicted_need(published(), "int4", Workload(height=512, width=512))
     # 6,525,288,448 weights of 4.25 bits and the head's 544,997,376 of 8; the input table in 16 or 32 bits.

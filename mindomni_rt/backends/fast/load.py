@@ -10,8 +10,8 @@ import torch
 
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.layout import open_checkpoint
+from ...devices.table import RESERVE
 from ...errors import UnsupportedDeviceError
-from ...memory import planner
 from ...memory.footprint import Precision
 from ...memory.layers import Workload
 from ...memory.planner import LADDER, gigabytes, parse_bytes, plan
@@ -21,7 +21,7 @@ from ..torch.backend import DTYPES
 from .backend import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
-RESERVE = planner.RESERVE[False]
+DEDICATED = RESERVE[False]
 
 
 def load_fast(
@@ -42,7 +42,7 @@ def load_fast(
     logger.info("%s", report)
     if memory_budget is not None and device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (parse_bytes(memory_budget) - RESERVE) / total
+        share = (parse_bytes(memory_budget) - DEDICATED) / total
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
     return TorchCudaBackend(
         model, device, report, FastOptions(precision=chosen, resident=resident, attention=attention)
@@ -84,7 +84,7 @@ def choose(
         assert wanted is not None
         return wanted, None
     budget = parse_bytes(memory_budget)
-    reserve = RESERVE if device.startswith("cuda") else 0
+    reserve = DEDICATED if device.startswith("cuda") else 0
     work = replace(work or Workload(), joint=True)
     found = plan(config, work, precision=wanted, budget=budget, reserve=reserve)
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
