@@ -1,7 +1,7 @@
 """Matrix products of 8-bit rows: (a · scale_a) (w · scale_w)ᵀ with one scale a token and one a channel.
 
 int8 accumulates exactly in int32; fp8 in float32. The scales and the bias are applied while the result is in registers,
-which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). The library's own products are
+which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). cuBLAS' products are
 a third implementation: torch._scaled_mm (fp8, Ada and later) and torch._int_mm, the only one on Turing (Triton has no
 int8 product there).
 """
@@ -97,7 +97,7 @@ def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None
 def linear8_library(
     a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
 ) -> Tensor:
-    """The same by the library's own products, with their limits on shapes (K and N multiples of 16).
+    """The same by torch._int_mm or torch._scaled_mm, with their limits on shapes (K and N multiples of 16).
 
     fast: fp8 sums in the tensor cores' own, shorter registers (Hopper), at some precision.
     """

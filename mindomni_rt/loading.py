@@ -108,7 +108,7 @@ def _load_bundle(
 
 def cpu_threads() -> int:
     """Threads of one operator on the CPU: OMP_NUM_THREADS, of which a list names the outermost level first, else the
-    cores that this process may use. A value that is no number counts as absent, as OpenMP has it."""
+    cores that this process may use. A value that is not a number counts as absent, as OpenMP has it."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if first.isdecimal() and 0 < int(first[:6]) < 10_000:
         return int(first)

@@ -1,4 +1,4 @@
-"""What `load` is told by the machine: arguments for a backend, checked against free memory before a weight is read."""
+"""Arguments of a backend for the machine at hand, checked against free memory before a weight is read."""
 
 from __future__ import annotations
 
