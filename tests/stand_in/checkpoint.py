@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.checkpoint.write import config_files
-
 from mindomni_rt.checkpoint.config import ModelConfig, published
+from mindomni_rt.checkpoint.dump import config_files
 
 SMALL = Path(__file__).parents[2] / "assets" / "shapes-world"  # its tokenizer is short and knows VAE features
 CONFIGURATIONS = ("config.json", "generation_config.json", "preprocessor_config.json")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch._subclasses.fake_tensor import FakeTensor
 
 import mindomni_rt
 from mindomni_rt import GenerationCancelled, Pipeline
@@ -75,6 +76,7 @@ class StandIn:
         self.prompts: list[int] = []  # tokens of the language runs of one request
         self.negative = 0
         self.token_waits: list[list[str]] = []
+        self._since = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -103,35 +105,22 @@ class StandIn:
 
             return run
 
-        def iterate(name: str, iterator: Any) -> Iterator[Any]:
-            while True:
-                before, self.stand.phase = self.stand.phase, name
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-                finally:
-                    self.stand.phase = before
-                yield item
-
-        def counted(tokens: Iterator[int]) -> Iterator[int]:
-            since = len(self.stand.syncs)
-            for token in tokens:
-                self.token_waits.append(self._waits("language", since))
-                since = len(self.stand.syncs)
-                yield token
-
         for name in STAGES:
             setattr(backend, name, call(name, getattr(backend, name)))
-        denoiser, language = backend.denoiser, backend.language
-        backend.denoiser = lambda request: iterate("denoiser", iter(denoiser(request)))
+        denoiser, language = call("denoiser", backend.denoiser), call("language", backend.language)
 
-        def run_of(request: Any) -> Any:
+        def written(request: Any) -> Any:
             self.prompts.append(len(request.token_ids))
             self.token_waits.clear()
-            return _Run(call("language", language)(request), lambda it: counted(iterate("language", it)), call)
+            return _Session("language", language(request), call, self._read)
 
-        backend.language = run_of
+        backend.language = written
+        backend.denoiser = lambda request: _Session("denoiser", denoiser(request), call)
+
+    def _read(self) -> None:
+        """A token or a verified draft was read."""
+        self.token_waits.append(self._waits("language", self._since))
+        self._since = len(self.stand.syncs)
 
     def request(self, pipeline: Pipeline, name: str, stop: int = 0, end: int = 0, **options: Any) -> Seen:
         """One request, cancelled after `stop` steps if that is not 0; the text ends after `end` tokens."""
@@ -140,7 +129,7 @@ class StandIn:
         self.stand.syncs.clear()
         self.prompts.clear()
         runtime.allocator.reset_peaks(self.index)
-        marks, since = list[int](), [0]
+        marks, since, self._since = list[int](), [0], 0
 
         def watch(event: Event) -> bool | None:
             if isinstance(event, StepEvent):
@@ -198,18 +187,21 @@ class StandIn:
         )  # fmt: skip
 
 
-class _Run:
-    """A language run whose work carries its stage's name."""
+class _Session:
+    """A session whose work carries its stage's name; `after` is called when the host has read a step."""
 
-    def __init__(self, run: Any, iterate: Any, call: Any) -> None:
-        self._run, self._iterate, self._call = run, iterate, call
+    def __init__(self, name: str, session: Any, call: Any, after: Callable[[], None] | None = None) -> None:
+        self._name, self._session, self._call, self._after = name, session, call, after
 
-    def __iter__(self) -> Iterator[int]:
-        return self._iterate(iter(self._run))
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._session, name)
+        return self._call(self._name, found) if callable(found) and not isinstance(found, FakeTensor) else found
 
-    @property
-    def hidden(self) -> Any:
-        return self._call("language", lambda: self._run.hidden)()
+    def read(self) -> list[int]:
+        found: list[int] = self._call(self._name, self._session.read)()
+        assert self._after is not None
+        self._after()
+        return found
 
 
 def picture(height: int = 448, width: int = 560) -> np.ndarray:

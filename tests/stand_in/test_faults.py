@@ -12,11 +12,13 @@ from mindomni_rt.backends.base import DenoiseRequest
 from mindomni_rt.backends.fast.backend import TorchCudaBackend
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
 from .runs import ROOT, Runs
 from .tf32 import Tf32
 
+pytestmark = pytest.mark.timeout(1800)
 SHORT: dict[str, Any] = dict(num_inference_steps=6, max_new_tokens=6, height=512, width=512)
 IN_FLIGHT = 2  # steps that a cancelled request may still run
 STREAMS = 2  # the default one and one for captures
@@ -35,8 +37,8 @@ def clean(found: dict[str, Any]) -> None:
     assert not found["faults"], found["faults"]
 
 
-def two_requests(runs: Runs) -> dict[str, Any]:
-    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=["first", "second"])
+def two_requests(runs: Runs, **load: Any) -> dict[str, Any]:
+    found = runs(folder=runs.thin, load={"device": "cuda:0", **load}, requests=["first", "second"])
     clean(found)
     return found
 
@@ -78,14 +80,23 @@ def _latents(backend: TorchCudaBackend, config: ModelConfig) -> np.ndarray:
         unguided=None,
         guidance_scale=1.0,
     )
-    *_, (latents, _) = backend.denoiser(request)
-    return backend.numpy(latents)
+    *_, last = denoise(backend, request)
+    return backend.numpy(last.latents)
 
 
 @fault("A6: each weight is pinned apart, and torch up to 2.11 rounds pinned blocks up to powers of two")
 def test_pinned_memory_is_what_the_weights_take(runs: Runs) -> None:
     found = runs(load={"device": "cuda:0", "precision": "int4", "memory_budget": "8GB"})
     assert found["load"]["pinned"] <= 1.05 * found["load"]["pinned_wanted"]
+
+
+@fault("A2: a guest stays on the device while a resident part works; the plan drops it")
+def test_a_guest_goes_when_a_resident_part_works(runs: Runs) -> None:
+    found = two_requests(runs, memory_budget="4GB", precision="int4")
+    assert "decoder" in found["load"]["resident"] and "language" not in found["load"]["resident"]
+    second = found["requests"][1]
+    # What the loop holds besides its weights, pools of graphs among it, is less than the language model's 1.8 GB.
+    assert second["stages"]["denoiser"] < second["stages"]["language"]
 
 
 @fault("A7: off SM 90 fp8 products with a scale a row give bfloat16 only, and prefix runs before the choice is tuned")
@@ -112,7 +123,6 @@ def test_steps_in_flight_are_bounded(runs: Runs) -> None:
     assert max(found["requests"][0]["ahead"]) <= IN_FLIGHT
 
 
-@fault("A10: torch.cuda.max_memory_allocated leaves out the private pools of graphs")
 def test_the_measured_peak_counts_pools(runs: Runs) -> None:
     found = two_requests(runs)
     second = found["requests"][1]

@@ -96,7 +96,8 @@ class Worker:
 
     def _requests(self, job: dict[str, Any], pipeline: Any, seen: list[dict[str, Any]]) -> None:
         import torch
-        from mindomni_rt.benchmarks.gpu.measure import Meter
+
+        from mindomni_rt.benchmarks.measure import Meter
 
         from .plans import peak
         from .requests import OPTIONS, PLAIN
@@ -105,7 +106,7 @@ class Worker:
             name, options = (item, {**PLAIN, **OPTIONS}[item]) if isinstance(item, str) else item
             one = asdict(self.stand_in.request(pipeline, name, **options))
             one["planned"] = peak(*self.plan, one["work"]) if one["work"] else 0
-            one["measured"] = Meter(torch.device("cuda", self._index(job))).peak()
+            one["measured"] = Meter(torch.device("cuda", self._index(job))).peak()["reserved_bytes"]
             seen.append(one)
 
 
