@@ -12,7 +12,7 @@ from ..errors import OutOfMemoryError
 def named_memory_errors(doing: str, advice: str) -> Iterator[None]:
     """Raises OutOfMemoryError, naming what was done and what to do, for out-of-memory errors of others.
 
-    Needs no torch: its errors are recognised by name (CUDA) and by text (the CPU's allocator raises a plain RuntimeError).
+    Needs no torch: errors are recognised by name (CUDA) and by text (the CPU allocator raises a plain RuntimeError).
     """
     try:
         yield
