@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,18 +97,9 @@ def _load_bundle(
         from .backends.compiled.providers import resolve_device
 
         found = choose_bundle(folder, manifest, device=resolve_device(device), memory_budget=memory_budget)
-        return Pipeline(load_onnx(folder, found.device, cpu_threads(), resident=found.stays or ()), folder)
+        return Pipeline(load_onnx(folder, found.device, resident=found.stays or ()), folder)
     from .backends.compiled.trt import load_tensorrt
 
     on = "cuda" if device == "auto" else device
     found = choose_bundle(folder, manifest, device=on, memory_budget=memory_budget)
     return Pipeline(load_tensorrt(folder, device, resident=found.stays or ()), folder)
-
-
-def cpu_threads() -> int:
-    """Threads of one operator on the CPU: OMP_NUM_THREADS, of which a list names the outermost level first, else the
-    cores that this process may use. A value that is not a number counts as absent, as OpenMP has it."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if first.isdecimal() and 0 < int(first[:6]) < 10_000:
-        return int(first)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -43,7 +43,7 @@ for, though stages 0 and 2 have seen them); 95 % Wilson intervals. `riddles` and
 same riddles without thinking. `image`: the picture shows what was asked for. `text`: the answer names it.
 `image_of_text`: the picture shows what the answer names.
 
-`python -m training evaluate FOLDER --against FOLDER/evaluation.json` repeats it and fails where intervals do not overlap.
+`python -m training evaluate FOLDER --against FOLDER/evaluation.json` repeats it and fails if intervals do not overlap.
 Without thinking the model is as good as stage 2 had time to make it: longer stages 2 close a part of the gap
 (`docs/log.md`).
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.config import ModelConfig
+from ..devices.table import Device, load_devices
 from .layers import Workload
 
 # Of the copy bandwidth, what decoding on a CPU reaches; measured once, on two cores with bfloat16 products.
@@ -66,14 +67,10 @@ def predict_gpu(config: ModelConfig, kind: str, name: str, side: int = 1024, ste
 
 def _cost_model() -> tuple[Any, Any, Any] | None:
     """(roofline, kind of device, device sheet). Imported by name: the runtime does not depend on the benchmarks."""
-    root = __name__.partition(".")[0]
-    for table in ("devices.table", "benchmarks.devices"):
-        try:
-            devices = import_module(f"{root}.{table}")
-            return import_module(f"{root}.benchmarks.roofline.command"), devices.Device, devices.load_devices()
-        except ImportError:
-            continue
-    return None
+    try:
+        return import_module("mindomni_rt.benchmarks.roofline.command"), Device, load_devices()
+    except ImportError:
+        return None
 
 
 def _speed(
