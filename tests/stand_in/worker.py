@@ -80,7 +80,7 @@ class Worker:
         vae = pipeline.backend.model.vae.post_quant_conv.weight.dtype
         return {
             "error": "", "used": allocator.used(index), "peak": allocator.devices[index].used_top,
-            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": RESERVE,
+            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": DEDICATED,
             "fraction": list(allocator.fractions), "vae": str(vae).removeprefix("torch."),
             "resident": list(resident), "precision": str(precision),
         }  # fmt: skip
