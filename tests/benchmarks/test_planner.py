@@ -92,5 +92,5 @@ def test_peak_within_a_tenth_of_the_measured_one(size, work):
 def test_importing_the_planner_needs_no_torch():
     import subprocess
 
-    code = "import sys, mindomni_rt.planner; sys.exit('torch' in sys.modules)"
+    code = "import sys, mindomni_rt.memory.planner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
