@@ -373,7 +373,14 @@ def test_what_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
 def test_control_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     command = [sys.executable, "-m", "export", "build", str(PARITY), "--target", "cpu", "--out", str(out)]
-    build = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background has them ignore SIGINT, and a child would inherit that.
+    build = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob(".bundle.partial-*/*.onnx")):
         assert build.poll() is None and time.monotonic() < deadline
