@@ -43,7 +43,9 @@ class Launch:
         """Kernel, constants and what is not aligned: the same in every run."""
         known = ",".join(f"{n}={v}" for n, v in self.constants)
         kinds = ",".join(t for _, t in self.types if t.startswith("*"))
-        return f"{self.kernel}({known}) [{kinds}] aligned {','.join(self.aligned)} w{self.warps}s{self.stages}"
+        whole = [n for n, t in self.types if t.startswith(("*", "i"))]
+        odd = ",".join(n for n in whole if n not in self.aligned)
+        return f"{self.kernel}({known}) [{kinds}]{' unaligned ' + odd if odd else ''} w{self.warps} s{self.stages}"
 
 
 class _Pointer:
