@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -23,8 +20,8 @@ MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 
 @dataclass(frozen=True)
 class Launch:
-    """What decides a kernel's code. types: argument -> Triton type ("constexpr" too); aligned: those divisible by 16;
-    ones: integers that are 1 and become constants."""
+    """What decides a kernel's code. types: argument -> Triton type ("constexpr" too); aligned: those divisible by 16.
+    Integers that are 1 are constants, as the binder makes them."""
 
     kernel: str
     types: tuple[tuple[str, str], ...]
@@ -46,7 +43,9 @@ class Launch:
         """Kernel, constants and what is not aligned: the same in every run."""
         known = ",".join(f"{n}={v}" for n, v in self.constants)
         kinds = ",".join(t for _, t in self.types if t.startswith("*"))
-        return f"{self.kernel}({known}) [{kinds}] aligned {','.join(self.aligned)} w{self.warps}s{self.stages}"
+        whole = [n for n, t in self.types if t.startswith(("*", "i"))]
+        odd = ",".join(n for n in whole if n not in self.aligned)
+        return f"{self.kernel}({known}) [{kinds}]{' unaligned ' + odd if odd else ''} w{self.warps} s{self.stages}"
 
 
 class _Pointer:
@@ -64,7 +63,7 @@ class _Pointer:
 
 
 class Recorder:
-    """Stands for `JITFunction.run`. `refuse`: kernels (by name) that fail, and whether only in a capture."""
+    """Stands for `JITFunction.run`. refuse: kernels by name -> "always" or "capture", where they fail."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -131,10 +130,3 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         yield recorder
     finally:
         JITFunction.run = real  # type: ignore[method-assign]
-
-
-def dump(launches: Counter[Launch]) -> str:
-    return json.dumps([{**launch.to_json(), "count": count} for launch, count in launches.items()])
-
-
-assert torch.version.cuda is None or triton

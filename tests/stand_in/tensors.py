@@ -29,7 +29,7 @@ TOKENS = (40, 41, 42, 43, 44)  # repeat, so that drafts find something
 
 
 class Values:
-    """What a read returns: yes, zero, or the next of a few tokens. After `end` of them the end token; 0: never."""
+    """What a read returns: yes, zero, or the next of a few tokens; after `end` of them, if not 0, the end's token."""
 
     def __init__(self, end_token: int = 0, end: int = 0) -> None:
         self._tokens, self._end_token, self.end, self._told = cycle(TOKENS), end_token, end, 0
