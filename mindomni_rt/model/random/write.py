@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...checkpoint.config import ModelConfig, StackConfig, published
 from ...checkpoint.dump import SHARD_BYTES, config_files
 from ...errors import BadRequestError
+from ...files import replace_file
 from .shapes import Shape, tensor_shapes
 from .tokenizer import write_random_tokenizer
 
@@ -241,13 +242,12 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes a file beside its name and renames it, so that the name never holds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    """`replace_file` with bytes in pieces, whose folder is made."""
+
+    def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, write)
