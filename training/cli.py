@@ -135,11 +135,6 @@ def _gpu_step(options: argparse.Namespace) -> int:
 
         sizes = {"pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
         record = {"commit": commit() or "unknown", "result": result, **sizes}
-            "commit": commit() or "unknown",
-            "result": result,
-            "pretrain": pretrain.to_dict(),
-            "rgpo": rgpo.to_dict(),
-        }
         save_json(options.out, record)
     return 0
 
