@@ -101,5 +101,8 @@ def _load_bundle(
     from .backends.compiled.trt import load_tensorrt
 
     on = "cuda" if device == "auto" else device
-    found = choose_bundle(folder, manifest, device=on, memory_budget=memory_budget)
-    return Pipeline(load_tensorrt(folder, device, resident=found.stays or ()), folder)
+
+    def resident() -> tuple[str, ...]:
+        return choose_bundle(folder, manifest, device=on, memory_budget=memory_budget).stays or ()
+
+    return Pipeline(load_tensorrt(folder, device, resident), folder)

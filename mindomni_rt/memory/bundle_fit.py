@@ -110,7 +110,8 @@ def _stages(manifest: Manifest, weights: Mapping[str, int], side: int) -> list[S
 def _fixed_cache(manifest: Manifest) -> int:
     """Bytes of an engine's key-value cache, whose capacity its profile fixes, beyond the tokens of the request."""
     stack = manifest.model.language.stack
-    rows = max(manifest.profile.ranges["capacity"][2] - Workload().condition_tokens, 0)
+    capacity = manifest.profile.ranges.get("capacity", (0, 0, 0))[2]
+    rows = max(capacity - Workload().condition_tokens, 0)
     return rows * 2 * stack.num_layers * stack.num_kv_heads * stack.head_dim * 2
 
 

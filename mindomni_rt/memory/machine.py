@@ -35,7 +35,7 @@ class Machine:
             if gpu.index == int(index or 0):
                 return gpu
         known = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in self.gpus) or "none"
-        raise UnsupportedDeviceError(f"device {device!r}: no such GPU here (found: {known}); use device='cpu'")
+        raise UnsupportedDeviceError(f"device {device!r}: no such CUDA device here (found: {known}); use device='cpu'")
 
     def free(self, device: str) -> int | None:
         """Bytes free on "cpu", "cuda" or "cuda:N"; None where unknown. A GPU without its own memory has the host's."""

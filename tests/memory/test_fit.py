@@ -170,6 +170,7 @@ def bundle(runtime: str = "onnx", precision: str = "int8", **sizes: float) -> Ma
     files = {f"{stage}.onnx": FileEntry(sha256="0" * 64, bytes=round(size * GB)) for stage, size in sizes.items()}
     shared = "shared.data"
     files[shared] = FileEntry(sha256="0" * 64, bytes=GB // 2)
+    files |= {f"mllm/{name}": FileEntry(sha256="0" * 64, bytes=1) for name in ("tokenizer.json", "chat_template.json")}
     graphs = {
         stage: GraphEntry(
             stage=stage,
