@@ -24,7 +24,7 @@ from .footprint import Precision, stage_memory, weight_bytes
 from .layers import PART_OF, Workload, parameters
 from .machine import Machine
 from .planner import LADDER, gigabytes, parse_bytes, plan
-from .precision import parse_precision, split_attention
+from .precision import parse_precision, plain_vae, split_attention
 
 logger = logging.getLogger(__name__)
 HOST_RESERVE = 500 * 10**6  # the interpreter, torch and its buffers
@@ -219,7 +219,7 @@ def _fit_gpu(
     dtype = dtype or ("bfloat16" if gpu.capability >= (8, 0) else "float16")
     asked, attention = split_attention(precision)
     work = replace(Workload(), joint=True)
-    ladder = [parse_precision(asked, dtype)] if asked else list(_ladder(dtype))
+    ladder = [parse_precision(asked, dtype, plain_vae(dtype, "cuda"))] if asked else list(_ladder(dtype))
     for place, choice in enumerate(ladder):
         try:
             found = plan(config, work, precision=choice, budget=limit, reserve=GPU_RESERVE)
