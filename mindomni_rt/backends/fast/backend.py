@@ -101,9 +101,12 @@ class TorchCudaBackend(TorchBackend):
         self.residency = Residency(modules, device, resident, self._moved)
 
     def _moved(self, part: str) -> None:
+        """What plans count with a part goes with it. A session that runs keeps its buffers and captures anew."""
         if part == "decoder":
             for buffers in self._buffers.values():
                 buffers.drop_graphs()
+            self._buffers.clear()
+            self._caches.clear()
         if part == "language":
             self._state = None
 
