@@ -142,7 +142,10 @@ def fit_checkpoint(
     limit = budget_bytes(memory_budget, machine.free(device))
     if device == "cpu":
         return _fit_cpu(checkpoint, machine, dtype, limit)
-    return _fit_gpu(checkpoint, machine, device, dtype, precision, limit)
+    found = _fit_gpu(checkpoint, machine, device, dtype, precision, limit)
+    # A size that was asked for limits what runs beside the model too, though all of it fits; what is free does not.
+    asked = memory_budget is not None and str(memory_budget).strip().lower() != "auto"
+    return replace(found, budget=limit) if asked else found
 
 
 def cpu_types(stored: str, bfloat16: bool) -> tuple[str, ...]:
