@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan."""
     width, height = parse_size(options.size)
     work = Workload(height=height, width=width, joint=True)
-    precision = parse_precision(options.precision, "bfloat16") if options.precision else None
+    precision = parse_precision(options.precision, "bfloat16", "bfloat16") if options.precision else None
     budget, reserve = parse_bytes(options.memory_budget), RESERVE[options.unified]
     found = plan(published(), work, precision=precision, budget=budget, reserve=reserve)
     lines = [

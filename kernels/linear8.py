@@ -125,8 +125,8 @@ def linear8(
 ) -> Tensor:
     """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
 
-    impl: "triton", "torch" (the reference), "library", or "auto": on CUDA the library for fp8 and Triton for int8 (the
-    library on Turing), the reference elsewhere. Raises ValueError for shapes or types that do not fit.
+    impl: "triton", "torch" (the reference), "library", or "auto": on CUDA the library for fp8 to bfloat16 and int8 on
+    Turing, else Triton; the reference elsewhere. Raises ValueError for shapes or types that do not fit.
     """
     if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
         raise ValueError(
@@ -135,7 +135,9 @@ def linear8(
         )
     integer = a.values.dtype == torch.int8
     device = a.values.device
-    if impl == "library" or (impl == "auto" and a.values.is_cuda and not (integer and tensor_cores(device))):
+    # With a scale a row the library's fp8 product gives bfloat16 alone (all but some builds, on Hopper).
+    ours = tensor_cores(device) if integer else dtype != torch.bfloat16
+    if impl == "library" or (impl == "auto" and a.values.is_cuda and not ours):
         return linear8_library(a, weight, dtype, bias)
     if not use_triton(impl, a.values):
         return linear8_torch(a, weight, dtype, bias)

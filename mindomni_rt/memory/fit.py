@@ -24,7 +24,7 @@ from .footprint import Precision, stage_memory, weight_bytes
 from .layers import PART_OF, Workload, parameters
 from .machine import Machine
 from .planner import LADDER, gigabytes, parse_bytes, plan
-from .precision import parse_precision, split_attention
+from .precision import parse_precision, plain_vae, split_attention
 
 logger = logging.getLogger(__name__)
 HOST_RESERVE = 500 * 10**6  # the interpreter, torch and its buffers
@@ -142,7 +142,10 @@ def fit_checkpoint(
     limit = budget_bytes(memory_budget, machine.free(device))
     if device == "cpu":
         return _fit_cpu(checkpoint, machine, dtype, limit)
-    return _fit_gpu(checkpoint, machine, device, dtype, precision, limit)
+    found = _fit_gpu(checkpoint, machine, device, dtype, precision, limit)
+    # A size that was asked for limits what runs beside the model too, though all of it fits; what is free does not.
+    asked = memory_budget is not None and str(memory_budget).strip().lower() != "auto"
+    return replace(found, budget=limit) if asked else found
 
 
 def cpu_types(stored: str, bfloat16: bool) -> tuple[str, ...]:
@@ -219,7 +222,7 @@ def _fit_gpu(
     dtype = dtype or ("bfloat16" if gpu.capability >= (8, 0) else "float16")
     asked, attention = split_attention(precision)
     work = replace(Workload(), joint=True)
-    ladder = [parse_precision(asked, dtype)] if asked else list(_ladder(dtype))
+    ladder = [parse_precision(asked, dtype, plain_vae(dtype, "cuda"))] if asked else list(_ladder(dtype))
     for place, choice in enumerate(ladder):
         try:
             found = plan(config, work, precision=choice, budget=limit, reserve=GPU_RESERVE)

@@ -115,13 +115,19 @@ class Precision:
         return f"language {self.language}, head {self.head}, decoder {self.decoder}, vae {self.vae}"
 
 
-def parse_precision(text: str, compute: str) -> Precision:
+def plain_vae(compute: str, device: str) -> str:
+    """The VAE's type without a precision: SDXL's overflows in float16, not in bfloat16."""
+    return "bfloat16" if compute == "bfloat16" and device.split(":")[0] == "cuda" else "float32"
+
+
+def parse_precision(text: str, compute: str, vae: str = "float32") -> Precision:
     """`load(precision=…)`: a preset, or "part=kind" pairs joined by commas, over a compute type.
 
     Presets: "fp8" has the decoder in fp8 and the language model in the compute type; "int8" has the decoder in int8,
     language and head in int8wo; "int4" has language in int4, head in int8wo, decoder in int8; a floating type has
     everything in it. Pairs, such as "language=int4,decoder=fp8", change single parts: language, decoder, head, vae.
-    The VAE is bfloat16 with every preset but the floating ones. Raises BadRequestError.
+    The VAE is bfloat16 with every preset but the floating ones; pairs that do not name it leave it in `vae`, as loading
+    without a precision has it (`plain_vae`). Raises BadRequestError.
     """
     base = Precision.uniform(compute)
     small = replace(base, vae="float32" if compute == "float32" else "bfloat16")
@@ -137,7 +143,7 @@ def parse_precision(text: str, compute: str) -> Precision:
         if _SPELLINGS[name].name != base.compute:
             raise BadRequestError(f"precision {name!r} with dtype {compute!r}: name one of them only")
         return base
-    found = base
+    found = replace(base, vae=vae)
     for pair in name.split(","):
         part, _, value = pair.strip().partition("=")
         if part not in KEYS or not value:

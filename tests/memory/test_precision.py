@@ -17,7 +17,7 @@ from mindomni_rt.backends.fast.load import choose
 from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.memory.footprint import Precision
-from mindomni_rt.memory.precision import KINDS, parse_precision, split_attention, stored
+from mindomni_rt.memory.precision import KINDS, parse_precision, plain_vae, split_attention, stored
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
@@ -32,6 +32,10 @@ def test_names() -> None:
     assert parse_precision("bfloat16", "bfloat16") == Precision()
     found = parse_precision("language=int4, decoder=fp8", "bfloat16")
     assert (found.language, found.decoder, found.head, found.vae) == ("int4", "fp8", "bfloat16", "float32")
+    assert parse_precision("decoder=fp8", "bfloat16", "bfloat16") == Precision(decoder="fp8", vae="bfloat16")
+    assert parse_precision("vae=float32", "bfloat16", "bfloat16") == Precision()
+    assert plain_vae("bfloat16", "cuda:1") == "bfloat16"
+    assert {plain_vae("bfloat16", "cpu"), plain_vae("float16", "cuda"), plain_vae("float32", "cuda")} == {"float32"}
     assert parse_precision("language=bf16", "bfloat16") == Precision()  # either spelling
     assert [k.bits for k in KINDS.values() if k.name in ("int8", "int8wo", "int4")] == [8, 8, 4.25]
     with pytest.raises(BadRequestError, match="language in int8 while"):  # that is 8-bit activations
