@@ -44,7 +44,7 @@ def load_tensorrt(
 ) -> CompiledBackend:
     """A bundle of engines on a GPU.
 
-    device: "auto" and "cuda" are the first GPU, "cuda:N" another. resident: called once the GPU is known to serve; gives
+    device: "auto" and "cuda" : the first GPU, "cuda:N" another; resident: called when the GPU is known to serve, gives
     the stages whose engines stay loaded, the others are released when the next stage runs. cuda_graphs False enqueues
     every step anew. The order of checks is: device name, runtime and its version, GPU and its architecture, then every
     file's hash; only then an engine is read. Raises BadRequestError, BadBundleError, UnsupportedDeviceError,
