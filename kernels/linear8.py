@@ -135,7 +135,7 @@ def linear8(
         )
     integer = a.values.dtype == torch.int8
     device = a.values.device
-    # With a scale a row the library's fp8 product gives bfloat16 alone (all but some builds, on Hopper).
+    # With a scale a row cuBLAS' fp8 product gives bfloat16 alone (all but some builds, on Hopper).
     ours = tensor_cores(device) if integer else dtype != torch.bfloat16
     if impl == "library" or (impl == "auto" and a.values.is_cuda and not ours):
         return linear8_library(a, weight, dtype, bias)

@@ -17,7 +17,7 @@ from .graph import memory_of
 from .step_cache import StepCache
 
 logger = logging.getLogger(__name__)
-IN_FLIGHT = 2  # steps that the device has yet to finish when one is told: no more, so that progress is true
+IN_FLIGHT = 2  # steps that the device has yet to finish when one is reported: no more, so that progress is true
 
 
 class FastDenoiseSession:
