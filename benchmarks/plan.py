@@ -11,8 +11,9 @@ import argparse
 import sys
 
 from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.layers import Workload
-from mindomni_rt.memory.planner import RESERVE, gigabytes, parse_bytes, plan
+from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
 from mindomni_rt.options import parse_size
 
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan."""
     width, height = parse_size(options.size)
     work = Workload(height=height, width=width, joint=True)
-    precision = parse_precision(options.precision, "bfloat16") if options.precision else None
+    precision = parse_precision(options.precision, "bfloat16", "bfloat16") if options.precision else None
     budget, reserve = parse_bytes(options.memory_budget), RESERVE[options.unified]
     found = plan(published(), work, precision=precision, budget=budget, reserve=reserve)
     lines = [

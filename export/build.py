@@ -19,12 +19,15 @@ from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, graph_specs, profile
 from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files, write_manifest, writing
 from mindomni_rt.errors import MissingExtraError
+from mindomni_rt.memory.precision import KINDS, kind
+from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 
 from . import engines, quantize
-from .graphs import DTYPES, available, export_graph, halve_attention
+from .graphs import available, export_graph, halve_attention
 from .store import WeightStore
 from .targets import Choice, Target
+from .weights import bytes_by_type, check_weights, promise, read_weights
 
 logger = logging.getLogger(__name__)
 # Graphs that share a data file, because they share weights.
@@ -70,7 +73,7 @@ def build(request: BuildRequest) -> Manifest:
     """Builds a bundle; it appears under its name whole or not at all.
 
     Raises BadCheckpointError, BadBundleError (the name is taken), MissingExtraError, UnsupportedDeviceError,
-    EngineBuildError.
+    EngineBuildError, BuildError (a graph holds other types than the manifest would say), OSError (a full disk).
     """
     target, choice = request.target, request.choice
     runtime_version = _runtime_version(target.runtime)
@@ -109,10 +112,8 @@ def build(request: BuildRequest) -> Manifest:
 
 def _load(request: BuildRequest) -> MindOmniModel:
     vae = request.choice.stages["vae"]
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    model, report = load_model(
-        request.checkpoint, DTYPES[request.choice.dtype], vae_dtype=dtypes.get(vae, torch.float32)
-    )
+    vae_dtype = torch.float32 if vae == "mixed" else DTYPES[kind(vae).name]
+    model, report = load_model(request.checkpoint, DTYPES[request.choice.dtype], vae_dtype=vae_dtype)
     logger.info("%s", report)
     return model
 
@@ -147,7 +148,10 @@ def _graphs(model: MindOmniModel, names: Sequence[str], request: BuildRequest, w
                 stores[_DATA[name]] = WeightStore(work / f"{_DATA[name]}.data")
             store = stores[_DATA[name]]
             quantized = precision in quantize.PASSES
-            export_graph(model, name, choice.dtype, work, store, change if quantized else None, request.attention)
+            file = export_graph(
+                model, name, choice.dtype, work, store, change if quantized else None, request.attention
+            )
+            report |= _held(specs[name], file, choice)
             report["export_seconds"] = round(time.perf_counter() - began, 2)
             reports[name] = report
             logger.info("%s: traced in %.1f s", name, report["export_seconds"])
@@ -157,9 +161,17 @@ def _graphs(model: MindOmniModel, names: Sequence[str], request: BuildRequest, w
     return reports
 
 
+def _held(spec: GraphSpec, file: Path, choice: Choice) -> dict[str, Any]:
+    """What the written graph holds, for the manifest. Raises BuildError where that is not what was asked for."""
+    found = read_weights(file)
+    promised = promise(spec, _precision(spec, choice), _attention_dtype(spec, choice))
+    check_weights(spec, found, promised)
+    return {"weights": promised, "bytes_by_type": bytes_by_type(found)}
+
+
 def _precision(spec: GraphSpec, choice: Choice) -> str:
     """What a graph's matrices are stored in. Graphs beside a stage's own hold no large ones."""
-    plain = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[choice.dtype]
+    plain = KINDS[choice.dtype].short
     if spec.name in _FLOAT32:
         return "fp32"
     return plain if spec.name == "features" else choice.stages[spec.stage]
@@ -215,7 +227,7 @@ def _copy_text(checkpoint: Path, folder: Path) -> None:
 
 
 def _runtime_version(runtime: str) -> str:
-    """Version of the library that will read the bundle; its absence is told before any work."""
+    """Version of the library that will read the bundle; its absence is an error before any work."""
     if runtime != "onnx":
         return str(import_tensorrt(runtime).__version__)
     try:

@@ -6,33 +6,33 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from mindomni_rt.bundle.contracts import PROFILES
-from mindomni_rt.bundle.manifest import Manifest, open_bundle, read_manifest
-from mindomni_rt.errors import MindOmniError
+from mindomni_rt.bundle.manifest import check_name, open_bundle, read_manifest
+from mindomni_rt.commands import Parser, front_door
 
-from .targets import DEVICES, PRECISIONS, choose, parse_target, stages_of
+from .describe import describe
+from .log import build_log
+from .targets import PRECISIONS, choose, parse_target, stages_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 for a bundle that fails verification, 2 for a mistake in what was asked."""
-    options = _parser().parse_args(arguments)
+    """Exit code: 0, 1 for a bundle that fails verification, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    return front_door(lambda: _run(_parser().parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
     logging.basicConfig(level=level, format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.setLevel(level)
-    try:
-        return int(options.run(options))
-    except MindOmniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return int(options.run(options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export", description="From a checkpoint to a bundle.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m export", description="From a checkpoint to a bundle.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     plan = commands.add_parser("plan", help="what would be built and what it needs, before any work")
-    plan.add_argument("--device", required=True, choices=sorted(DEVICES))
+    plan.add_argument("--device", required=True, metavar="NAME", help="RTX 4090, orin, thor, h100, …")
     plan.add_argument("--checkpoint", type=Path, help="default: the published sizes")
     plan.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"])
     plan.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION")
@@ -108,33 +108,12 @@ def _build(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         progress=_progress if sys.stderr.isatty() else None,
     )
-    log = options.out.with_name(f"{options.out.name}.build.log")
-    with _logging_to(log):
+    check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
+    with build_log(options.out) as log:
         manifest = build(request)
     print(describe(manifest))
-    print(f"written to {options.out}; what was said while building: {log}")
+    print(f"written to {options.out}; log: {log}")
     return 0
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Writes all that the build and TensorRT say to a file, whatever the terminal shows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("export", "mindomni_rt")]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-    try:
-        yield
-    except Exception as error:
-        logging.getLogger("export").error("stopped: %s", error)
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
 
 
 def _progress(phase: str, done: int, steps: int) -> bool:
@@ -148,6 +127,8 @@ def _verify(options: argparse.Namespace) -> int:
 
     rows = verify(options.bundle, options.against, options.device)
     print(table(rows))
+    if options.against is None:
+        print("every stage ran; nothing was compared. Give --against CHECKPOINT to compare")
     return 0 if all(row.passed for row in rows) else 1
 
 
@@ -185,30 +166,3 @@ def _rehearse(options: argparse.Namespace) -> int:
     if options.out:
         record(rows, options.out)
     return 0
-
-
-def describe(manifest: Manifest) -> str:
-    """A manifest as a table."""
-    targets = ", ".join(manifest.targets) or "any device"
-    lines = [
-        f"format {manifest.format} · {manifest.runtime} {manifest.runtime_version} · {targets} · {manifest.dtype} · "
-        f"profile {manifest.profile.name}",
-        f"{'graph':15} {'file':22} {'precision':9} {'MB':>9} {'build s':>8} {'weight error':>12}  attention",
-    ]
-    shared: set[str] = set()
-    for name, graph in manifest.graphs.items():
-        files = [f for f in (graph.file, *graph.data) if f not in shared]
-        shared.update(files)
-        size = sum(manifest.files[f].bytes for f in files) / 1e6
-        report = graph.report
-        seconds = report.get("build_seconds", report.get("export_seconds", 0.0))
-        error = f"{report['weight_error']:.4f}" if "weight_error" in report else "-"
-        attention = "-"
-        if report.get("attention"):
-            attention = f"{report['attention']} {'fused' if report['fused_attention'] else 'decomposed'}"
-        lines.append(
-            f"{name:15} {graph.file:22} {graph.precision:9} {size:9.1f} {seconds:8.1f} {error:>12}  {attention}"
-        )
-    total = sum(entry.bytes for entry in manifest.files.values())
-    lines.append(f"{len(manifest.files)} files, {total / 1e6:.1f} MB (data that graphs share is counted once)")
-    return "\n".join(lines)

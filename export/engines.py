@@ -31,8 +31,14 @@ Progress = Callable[[str, int, int], bool]
 """(phase, steps done, steps) -> go on? Called from the builder's thread."""
 
 
+_SILENT = (
+    "gave no reason. Usual causes: no GPU on this machine (`tensorrt` builds on the device), too little GPU memory "
+    "(see `python -m export plan`), or a driver older than the library. -v shows TensorRT's own log"
+)
+
+
 class EngineBuildError(MindOmniError, RuntimeError):
-    """TensorRT refused a graph. The message carries what it said."""
+    """TensorRT refused a graph. The message carries its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +238,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _refusal(spec: GraphSpec, sms: Sequence[str], errors: list[str]) -> MindOmniError:
-    """What TensorRT said, as one of our errors."""
+    """TensorRT's reason as one of our errors."""
     said = " ".join(" ".join(errors).split())
     where = ", ".join(sms) or "this GPU"
     if "not supported by a dedicated kernel" in said:
@@ -242,7 +248,7 @@ def _refusal(spec: GraphSpec, sms: Sequence[str], errors: list[str]) -> MindOmni
         )
     if "HW-specific datatypes" in said:
         return UnsupportedDeviceError(f"{spec.name}: {where} lacks a type that the graph uses. TensorRT: {said[:300]}")
-    return EngineBuildError(f"{spec.name}: no engine for {where}. TensorRT: {said[:600] or 'gave no reason'}")
+    return EngineBuildError(f"{spec.name}: no engine for {where}. TensorRT: {said[:600] or _SILENT}")
 
 
 def default_cache() -> Path:
@@ -291,15 +297,18 @@ def _register(trt: Any, spec: GraphSpec, node: dict[str, int], sms: Sequence[str
     from mindomni_rt.kernels.tensorrt_plugin import register
 
     if len(sms) != 1:
-        raise EngineBuildError(f"{spec.name}: --attention triton builds for one architecture, not for {list(sms)}")
+        raise EngineBuildError(f"{spec.name}: --attention triton builds for one architecture, not for {', '.join(sms)}")
     logger.warning(
-        "%s: attention is our Triton kernel through tensorrt.plugin. This path has not been executed yet: certify the "
-        "engine with `python -m export verify`",
+        "%s: attention is our Triton kernel through tensorrt.plugin. No engine with it has been run yet: check this "
+        "one with `python -m export verify`",
         spec.name,
     )
     heads = node["heads"]
     plugins = importlib.import_module("tensorrt.plugin")
-    register(trt, plugins, int(sms[0].removeprefix("sm_")), node["head_dim"], heads, heads)
+    try:
+        register(trt, plugins, int(sms[0].removeprefix("sm_")), node["head_dim"], heads, heads)
+    except ValueError as error:
+        raise EngineBuildError(f"{spec.name}: --attention triton: {error}") from error
 
 
 def external_files(onnx: Path) -> list[str]:

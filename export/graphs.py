@@ -1,6 +1,6 @@
 """Stages as ONNX graphs: small wrappers over the reference modules, traced by torch.onnx.
 
-Each wrapper's `forward` takes the inputs of its contract (`mindomni_rt.contracts`) in order. What TensorRT and
+Each wrapper's `forward` takes the inputs of its contract (`mindomni_rt.bundle.contracts`) in order. What TensorRT and
 onnxruntime both take, and no more: Attention with 4-D inputs and an additive mask in the model's own type (or none),
 the KV cache updated by TensorScatter outside of it, rotary tables and masks from the host.
 """
@@ -26,11 +26,10 @@ from mindomni_rt.bundle.contracts import MASKED, OPSET, GraphSpec, graph_specs, 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.kernels.onnx_function import add_function, attend_by_node
 from mindomni_rt.model.attention import attention, segment_attention
+from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from .store import WeightStore, fold_transposes, write_graph
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,7 +84,8 @@ class LanguageGraph(nn.Module):
         layers = len(self.language.layers)
         keys, values = list(caches[:layers]), list(caches[layers:])
         embeds = self.language.embed_tokens(token_ids)
-        x = torch.cat([embeds[0], image_embeds]).index_select(0, source).unsqueeze(0)
+        # F.embedding is one Gather; index_select would reshape its index first.
+        x = F.embedding(source, torch.cat([embeds[0], image_embeds])).unsqueeze(0)
         place = start + torch.arange(token_ids.shape[1], device=x.device)
         visible = torch.arange(keys[0].shape[2], device=x.device)[None] <= place[:, None]
         mask = additive(visible, x.dtype)[None, None]
@@ -97,7 +97,7 @@ class LanguageGraph(nn.Module):
                 return attention(q, keys[index], values[index], mask=mask)
 
             x = layer(x, cos, sin, attend)
-        logits = self.language.logits(x.index_select(1, scored)).float()
+        logits = self.language.logits(F.embedding(scored, x[0])).float()
         return (logits, x, *keys, *values)
 
 
@@ -122,8 +122,7 @@ class ConnectorGraph(nn.Module):
         linear, *blocks = self.connector
         x = linear(hidden)
         for block in blocks:
-            # As many keys as queries, so SDPA's own causality is the right one.
-            x = block(x, cos, sin, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            x = block(x, cos, sin, lambda q, k, v: attention(q, k, v, causal=True))
         return x
 
 

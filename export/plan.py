@@ -1,4 +1,4 @@
-"""What a build would make and what running it would take, told before any work. All figures are predictions."""
+"""What a build would make and what a request would take on a device. All figures are predictions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from mindomni_rt.bundle.contracts import profile
 from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.checkpoint.layout import open_checkpoint
+from mindomni_rt.devices.table import Device, find_device
 from mindomni_rt.errors import OutOfMemoryError
-from mindomni_rt.memory.footprint import Precision, weight_bytes
-from mindomni_rt.memory.layers import PART_OF, STAGES, Workload
-from mindomni_rt.memory.planner import RESERVE, Plan, gigabytes, parse_bytes
+from mindomni_rt.memory.footprint import weight_bytes
+from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.planner import Plan, gigabytes, parse_bytes
 from mindomni_rt.memory.planner import plan as fit
+from mindomni_rt.memory.precision import Precision
+from mindomni_rt.stages import PART_OF, STAGES
 
-from .targets import ARCHITECTURES, DEVICES, QUANTIZED, Choice, Device, Target, choose
+from .targets import ARCHITECTURES, QUANTIZED, Choice, Target, choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +51,14 @@ def plan_build(
     size: image side in pixels. budget: such as "8GiB"; None is the device's memory. Raises UnsupportedDeviceError,
     BadRequestError, and OutOfMemoryError that names the nearest choice which fits.
     """
-    device = DEVICES[device_name]
+    device = find_device(device_name)
     architecture = ARCHITECTURES[device.sm]
     choice = choose(Target(runtime=architecture.runtime, sms=(device.sm,)), precision, stages)
     config = open_checkpoint(checkpoint).config if checkpoint else published()
     work = Workload(height=size, width=size)
     stored = Precision.of_stages(choice.stages, choice.dtype)
-    limit = device.memory if budget is None else parse_bytes(budget)
-    reserve = RESERVE[device.shared] + _cache_beyond(config, work, size)
+    limit = device.bytes if budget is None else parse_bytes(budget)
+    reserve = device.reserve + _cache_beyond(config, work, size)
     try:
         memory = fit(config, work, precision=stored, budget=limit, reserve=reserve)
     except OutOfMemoryError as error:
@@ -103,8 +106,8 @@ def report(plan: BuildPlan) -> str:
     """The plan as text."""
     memory = plan.memory
     lines = [
-        f"{plan.device.name} ({plan.device.sm}), {gigabytes(plan.device.memory)}"
-        + (" shared with the CPU" if plan.device.shared else ""),
+        f"{plan.device.name} ({plan.device.sm}), {gigabytes(plan.device.bytes)}"
+        + (" shared with the CPU" if plan.device.unified else ""),
         f"{memory.work.width}x{memory.work.height}, {memory.work.steps} steps, {memory.work.condition_tokens} tokens; "
         "all figures are predictions",
         "",
@@ -121,7 +124,7 @@ def report(plan: BuildPlan) -> str:
             f"{move.stage:10} {', '.join(move.drop) or '-':12} {', '.join(move.load) or '-':12} "
             f"{gigabytes(move.peak):>10}"
         )
-    budget = memory.budget or plan.device.memory
+    budget = memory.budget or plan.device.bytes
     lines += [
         "",
         f"stays loaded: {', '.join(memory.resident) or 'nothing'}",

@@ -1,7 +1,8 @@
 """Weights (and activations) of a graph's matrix products in 8 and 4 bits, as Q/DQ nodes for TensorRT and onnxruntime.
 
-Only products inside the blocks (`…layers.N…`) are touched, and the language model's head, whose weights are rounded to
-8 bits: it is a ninth of what decoding reads. Embeddings, norms and time embeddings are small or sensitive. Rounding is
+Rounded are the products inside the blocks (`…layers.N…`), the language model's head to 8 bits (a ninth of what decoding
+reads), and its input table to 16. Norms, time and patch embeddings are small or sensitive and stay. A matrix that does
+not divide into the blocks of a 4-bit type takes 8 bits. Rounding is
 to nearest; activation ranges come from running the reference model on prompts (`calibrate`). The forms are those that
 TensorRT-RTX 1.7 was seen to take, with weights kept compressed in the plan.
 """
@@ -22,14 +23,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
+from .store import transposed
+
 logger = logging.getLogger(__name__)
-CALIBRATED = ("int8", "fp8", "nvfp4")
+CALIBRATED = tuple(name for name, kind in KINDS.items() if kind.calibrated)
 _INT8_MAX, _INT4_MAX, _FP8_MAX, _FP4_MAX = 127.0, 7.0, 448.0, 6.0
 _INT4_BLOCKS = (128, 64, 32, 16)  # TensorRT-RTX takes these; the largest that divides the matrix is the smallest plan
 _FP4_BLOCK = 16
-_HEAD = re.compile(r"\.lm_head\.weight(\.T)?$")
+_HEAD = re.compile(r"\.(lm_head|embed_tokens)\.weight(\.T)?$")  # one matrix where head and input table are tied
 _LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
 DEFAULT_PROMPTS = (
     "a red bicycle leaning against a yellow wall in the rain",
@@ -41,11 +45,12 @@ DEFAULT_PROMPTS = (
 
 @dataclass
 class QuantReport:
-    """What became of a graph's products. error: ‖Ŵ − W‖ / ‖W‖ over all quantized weights."""
+    """What became of a graph's products. in_8_bits: those of a 4-bit precision that do not divide into its blocks.
+    error: ‖Ŵ − W‖ / ‖W‖ over all rounded products."""
 
     precision: str
     quantized: int = 0
-    kept: int = 0
+    in_8_bits: int = 0
     _squares: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, found: NDArray[np.float32], weight: NDArray[np.float32]) -> None:
@@ -59,7 +64,7 @@ class QuantReport:
         return float(np.sqrt(lost / whole)) if whole else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quantized": self.quantized, "kept": self.kept, "weight_error": round(self.error, 5)}
+        return {"quantized": self.quantized, "in_8_bits": self.in_8_bits, "weight_error": round(self.error, 5)}
 
 
 def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> QuantReport:
@@ -68,19 +73,79 @@ def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> Qu
     Raises BadRequestError if a calibrated precision has no range for a product.
     """
     report = QuantReport(precision)
+    gemm_to_matmul(model)
     for node in list(model.graph):
         weight = _weight(node)
         if weight is None:
             continue
         name = re.sub(r"\.weight(\.T)?$", "", weight.name or "")
-        if precision in CALIBRATED and name not in ranges and not _HEAD.search(f".{name}.weight"):
+        head = bool(_HEAD.search(f".{name}.weight"))
+        if precision in CALIBRATED and name not in ranges and not head:
             raise BadRequestError(f"no calibration range for {name}; calibrate with prompts that reach it")
-        change = _int8wo if _HEAD.search(f".{name}.weight") else PASSES[precision]
+        change = _int8wo if head else PASSES[precision]
         change(_Site(model, node, weight, ranges.get(name, 0.0)), report)
+    _halve_tables(model)
     assert report.quantized, f"{precision}: no product of the graph was found to quantize"
-    if report.kept:
-        logger.warning("%s: %d products kept, their sizes do not divide into blocks", precision, report.kept)
+    if report.in_8_bits:
+        logger.warning("%s: %d products take 8 bits, being indivisible into blocks", precision, report.in_8_bits)
     return report
+
+
+def gemm_to_matmul(model: ir.Model) -> None:
+    """Rewrites each Gemm over a matrix that is to be rounded as MatMul (and Add for its bias).
+
+    A Linear over rows of a 2-D tensor is traced as Gemm, with its weight the other way round (transB).
+    """
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "Gemm" else None
+        if weight is None or weight.const_value is None or not _rounded_name(weight):
+            continue
+        alpha, beta = (node.attributes[n].as_float() if n in node.attributes else 1.0 for n in ("alpha", "beta"))
+        assert alpha == beta == 1.0, f"{weight.name}: Gemm with alpha {alpha}, beta {beta}"
+        trans_a, trans_b = (n in node.attributes and node.attributes[n].as_int() for n in ("transA", "transB"))
+        x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        nodes = []
+        if trans_a:
+            nodes.append(ir.node("Transpose", [x], {"perm": [1, 0]}))
+            x = nodes[-1].outputs[0]
+        nodes.append(ir.node("MatMul", [x, transposed(model.graph, weight) if trans_b else weight]))
+        if bias is not None:
+            nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias]))
+        out = nodes[-1].outputs[0]
+        out.shape, out.type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, [out])
+        if not weight.uses():
+            del model.graph.initializers[str(weight.name)]
+
+
+def _halve_tables(model: ir.Model) -> None:
+    """Stores the input table of a graph that computes in float32 in float16; rows are widened after they are taken."""
+    for node in list(model.graph):
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if table is None or table.const_value is None or len(table.const_value.shape) != 2:
+            continue
+        if table.const_value.dtype != ir.DataType.FLOAT or ".embed_tokens." not in f".{table.name}":
+            continue
+        half = table.const_value.numpy().astype(np.float16)
+        name = f"{table.name}.fp16"
+        small = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            shape=ir.Shape(half.shape),
+            const_value=ir.Tensor(half, dtype=ir.DataType.FLOAT16, name=name),
+        )
+        small = model.graph.initializers.setdefault(name, small)
+        taken, out = ir.node("Gather", [small, node.inputs[1]], dict(node.attributes)), node.outputs[0]
+        wide = ir.node("Cast", [taken.outputs[0]], {"to": ir.DataType.FLOAT})
+        wide.outputs[0].shape, wide.outputs[0].type = out.shape, out.type
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [taken, wide], node.outputs, wide.outputs)
+        if not table.uses():
+            del model.graph.initializers[str(table.name)]
+
+
+def _rounded_name(weight: ir.Value) -> bool:
+    name = f".{weight.name or ''}"
+    return bool(_LAYER.search(name) or _HEAD.search(name))
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
@@ -90,8 +155,7 @@ def _weight(node: ir.Node) -> ir.Value | None:
     weight = node.inputs[1]
     if weight is None or weight.const_value is None:
         return None
-    name = "." + (weight.name or "")
-    return weight if _LAYER.search(name) or _HEAD.search(name) else None
+    return weight if _rounded_name(weight) else None
 
 
 class _Site:
@@ -178,7 +242,8 @@ def _int4(site: _Site, report: QuantReport) -> None:
     inner, outer = site.values.shape
     block = next((b for b in _INT4_BLOCKS if inner % b == 0), None)
     if block is None:
-        report.kept += 1
+        report.in_8_bits += 1
+        _int8wo(site, report)
         return
     groups = site.values.reshape(inner // block, block, outer)
     scale = _rounded(np.maximum(np.abs(groups).max(axis=1), 1e-8) / np.float32(_INT4_MAX), site.type)
@@ -191,7 +256,8 @@ def _int4(site: _Site, report: QuantReport) -> None:
 def _nvfp4(site: _Site, report: QuantReport) -> None:
     inner, outer = site.values.shape
     if inner % _FP4_BLOCK:
-        report.kept += 1
+        report.in_8_bits += 1
+        _int8wo(site, report)
         return
     eight = ir.DataType.FLOAT8E4M3FN
     # Two levels: a float8 scale for each block of 16, one float32 scale for the tensor that brings those into range.

@@ -25,11 +25,12 @@ from mindomni_rt.bundle.contracts import graph_specs, profile
 from mindomni_rt.bundle.manifest import write_whole
 from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from . import quantize
 from .engines import build_engine
-from .graphs import DTYPES, export_graph
+from .graphs import export_graph
 from .store import WeightStore
 from .targets import Target, choose
 

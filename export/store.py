@@ -122,18 +122,24 @@ def fold_transposes(graph: ir.Graph) -> None:
             continue
         if len(source.shape or ()) != 2 or target.is_graph_output():
             continue
-        name = f"{source.name}.T"
-        weight = ir.Value(
-            name=name,
-            type=source.type,
-            shape=ir.Shape(tuple(source.shape)[::-1]),  # type: ignore[arg-type]
-            const_value=_transposed(source.const_value, name),
-        )
-        weight = graph.initializers.setdefault(name, weight)
+        weight = transposed(graph, source)
         target.replace_all_uses_with(weight)
         graph.remove(node, safe=True)
         if not source.uses():
             del graph.initializers[str(source.name)]
+
+
+def transposed(graph: ir.Graph, source: ir.Value) -> ir.Value:
+    """The transpose of a stored matrix as an initializer "NAME.T" of the graph, made once."""
+    assert source.const_value is not None and source.shape is not None
+    name = f"{source.name}.T"
+    weight = ir.Value(
+        name=name,
+        type=source.type,
+        shape=ir.Shape(tuple(source.shape)[::-1]),  # type: ignore[arg-type]
+        const_value=_transposed(source.const_value, name),
+    )
+    return graph.initializers.setdefault(name, weight)
 
 
 def _transposed(source: ir.TensorProtocol, name: str) -> ir.LazyTensor:

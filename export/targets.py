@@ -1,4 +1,4 @@
-"""Devices by name and architecture: which runtime serves them, what they can compute, what we choose and why.
+"""Architectures: which runtime serves each, what it computes, which precision is the default and why.
 
 The architectures' abilities are NVIDIA's; that a TensorRT-RTX build accepts or refuses each pair was tried for every
 sm_75 to sm_121 entry without a GPU. Speeds and quality on devices are not measured here.
@@ -6,24 +6,17 @@ sm_75 to sm_121 entry without a GPU. Speeds and quality on devices are not measu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mindomni_rt.bundle.contracts import STAGES
+from mindomni_rt.devices.table import find_device, load_devices
 from mindomni_rt.errors import BadRequestError, UnsupportedDeviceError
+from mindomni_rt.memory.precision import FLOATS, KINDS
+from mindomni_rt.stages import STAGES
 
-GIB = 2**30
-PRECISIONS = {
-    "fp32": "float32, for checking",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "int8": "8-bit integer weights and activations, calibrated",
-    "int8wo": "8-bit integer weights, one scale a channel",
-    "fp8": "8-bit float (E4M3) weights and activations, calibrated",
-    "int4": "4-bit integer weights in groups",
-    "nvfp4": "4-bit float weights and activations in blocks of 16",
-    "mixed": "float32, attention's matrices in float16: of stage vae where there are no float32 ones",
-}
+# "mixed" is of stage vae alone: float32 with the attention's matrices in float16, where there are no float32 products.
+PRECISIONS = (*(k.short for k in KINDS.values()), "mixed")
 # Stages whose matrices are quantized; the others keep the bundle's own type. The vision tower runs once an image and
 # the connector is 3 % of the weights: nothing to gain. The VAE is convolutions, and float16 overflows in SDXL's.
 QUANTIZED = ("language", "prefix", "denoiser")
@@ -77,49 +70,6 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
-    """A product. memory: bytes that it is sold with; on Jetson and DGX Spark, shared with the CPU."""
-
-    name: str
-    sm: str
-    memory: int
-    shared: bool = False
-
-
-_DEVICES = (
-    ("rtx2060", "sm_75", 6, False),
-    ("rtx2080ti", "sm_75", 11, False),
-    ("t4", "sm_75", 16, False),
-    ("a100", "sm_80", 80, False),
-    ("rtx3060", "sm_86", 12, False),
-    ("rtx3070", "sm_86", 8, False),
-    ("rtx3080", "sm_86", 10, False),
-    ("rtx3090", "sm_86", 24, False),
-    ("rtx-a6000", "sm_86", 48, False),
-    ("orin-nano", "sm_87", 8, True),
-    ("orin-nx", "sm_87", 16, True),
-    ("agx-orin", "sm_87", 64, True),
-    ("rtx4060", "sm_89", 8, False),
-    ("rtx4070", "sm_89", 12, False),
-    ("rtx4080", "sm_89", 16, False),
-    ("rtx4090", "sm_89", 24, False),
-    ("l4", "sm_89", 24, False),
-    ("l40s", "sm_89", 48, False),
-    ("h100", "sm_90", 80, False),
-    ("h200", "sm_90", 141, False),
-    ("b200", "sm_100", 180, False),
-    ("agx-thor", "sm_110", 128, True),
-    ("rtx5060", "sm_120", 8, False),
-    ("rtx5070", "sm_120", 12, False),
-    ("rtx5080", "sm_120", 16, False),
-    ("rtx5090", "sm_120", 32, False),
-    ("rtx-pro-6000", "sm_120", 96, False),
-    ("dgx-spark", "sm_121", 128, True),
-)
-DEVICES = {n: Device(name=n, sm=sm, memory=gib * GIB, shared=shared) for n, sm, gib, shared in _DEVICES}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Target:
     """What to build for: "cpu" (ONNX graphs) or engines of one runtime for one or more architectures."""
 
@@ -132,23 +82,32 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """ "cpu", "sm_89", "rtx4090", or several of one runtime: "sm_86,rtx4090". Raises UnsupportedDeviceError."""
-    names = [n.strip().lower() for n in text.split(",") if n.strip()]
-    if names in (["cpu"], ["onnx"]):
+    """ "cpu", "sm_89", "RTX 4090", or several of one runtime: "sm_86,rtx4090". Raises UnsupportedDeviceError."""
+    names = [n.strip() for n in text.split(",") if n.strip()]
+    if [n.lower() for n in names] in (["cpu"], ["onnx"]):
         return Target(runtime="onnx")
+    if not names:
+        raise UnsupportedDeviceError(f"target {text!r}: expected cpu, an architecture such as sm_89, or a device")
     sms: list[str] = []
     for name in names:
-        sm = DEVICES[name].sm if name in DEVICES else name if name.startswith("sm_") else f"sm_{name}"
-        if sm not in ARCHITECTURES:
-            raise UnsupportedDeviceError(
-                f"target {name!r}: expected cpu, one of {', '.join(ARCHITECTURES)}, or a device: {', '.join(DEVICES)}"
-            )
+        sm = _architecture_of(name)
         sms += [sm] if sm not in sms else []
     runtimes = {ARCHITECTURES[sm].runtime for sm in sms}
     if len(runtimes) != 1:
         listed = ", ".join(f"{sm} ({ARCHITECTURES[sm].runtime})" for sm in sms) or "none"
         raise UnsupportedDeviceError(f"target {text!r}: one bundle holds engines of one runtime; these need {listed}")
     return Target(runtime=runtimes.pop(), sms=tuple(sms))
+
+
+def _architecture_of(name: str) -> str:
+    """ "sm_89" of "sm_89", "89" or a device's name. Raises UnsupportedDeviceError."""
+    digits = re.fullmatch(r"(?:sm_?)?(\d+)", name.lower())
+    if digits and f"sm_{digits[1]}" in ARCHITECTURES:
+        return f"sm_{digits[1]}"
+    device = load_devices().named(name)
+    if device is None and digits and name.lower().startswith("sm"):
+        raise UnsupportedDeviceError(f"target {name!r}: expected one of {', '.join(ARCHITECTURES)}")
+    return (device or find_device(name)).sm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +118,7 @@ class Choice:
     stages: Mapping[str, str]
 
 
-_DTYPE_OF = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPE_OF = {KINDS[name].short: name for name in FLOATS}
 _NAME_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}
 # onnxruntime on the CPU: no bfloat16 at all, and no kernels for the 8- and 4-bit floats that serve anyone.
 _CPU = ("fp32", "fp16", "int8", "int8wo", "int4", "mixed")
@@ -225,13 +184,6 @@ def _check(target: Target, precision: str) -> None:
             raise UnsupportedDeviceError(
                 f"precision {precision} on {architecture.sm}: it has {', '.join(architecture.precisions)}"
             )
-
-
-def memory_of(device: str) -> int:
-    """Bytes of a device's memory. Raises UnsupportedDeviceError for an unknown name."""
-    if device not in DEVICES:
-        raise UnsupportedDeviceError(f"device {device!r}: expected one of {', '.join(DEVICES)}")
-    return DEVICES[device].memory
 
 
 def stages_of(names: Sequence[str]) -> dict[str, str]:

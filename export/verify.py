@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
 from mindomni_rt.backends.compiled.backend import CompiledBackend
 from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
-from mindomni_rt.errors import MindOmniError
+from mindomni_rt.bundle.manifest import is_bundle, read_manifest
+from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.errors import BadBundleError, BadRequestError, MindOmniError
 from mindomni_rt.inputs.images import ImagePatches
 from mindomni_rt.inputs.positions import mrope_positions
 from mindomni_rt.loading import load
@@ -37,7 +39,8 @@ BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison. cosine and error (‖a − b‖ / ‖b‖) are None where there was nothing to compare with."""
+    """One output. cosine and error (‖a − b‖ / ‖b‖) are None where there was nothing to compare with; passed then means
+    that the stage ran and its output is finite."""
 
     stage: str
     output: str
@@ -54,15 +57,30 @@ def verify(bundle: Path, checkpoint: Path | None = None, device: str = "auto") -
     Inputs are random but fixed; each stage gets the reference's own input, so that an error shows where it arises.
     Raises BadBundleError, UnsupportedDeviceError, BadCheckpointError.
     """
+    if (bundle / "mllm").is_dir() and not is_bundle(bundle):
+        raise BadBundleError(f"{bundle} is a checkpoint: verify takes a bundle, and the checkpoint as --against")
+    read_manifest(bundle)
     backend = load(bundle, device=device).backend
     assert isinstance(backend, CompiledBackend)
     reference = load_torch(checkpoint, "cpu", "float32") if checkpoint else None
+    if reference is not None:
+        _same_model(backend.config, reference.config, checkpoint)
     rows = []
     for (stage, output, found), expected in zip(
         _run(backend, reference), _expected(reference), strict=False
     ):  # endless
         rows.append(_row(backend, stage, output, found, expected))
     return rows
+
+
+def _same_model(bundle: ModelConfig, checkpoint: ModelConfig, where: Path | None) -> None:
+    """Raises BadRequestError naming the parts in which two models differ in shape."""
+    parts = [f.name for f in fields(bundle) if getattr(bundle, f.name) != getattr(checkpoint, f.name)]
+    if parts:
+        raise BadRequestError(
+            f"--against {where}: another model than the bundle's; {', '.join(parts)} differ. Give the checkpoint "
+            "that it was built from"
+        )
 
 
 def _row(backend: CompiledBackend, stage: str, output: str, found: Any, expected: Any) -> Row:
@@ -150,7 +168,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         cosine = "-" if row.cosine is None else f"{row.cosine:.6f}"
         error = "-" if row.error is None else f"{row.error:.2e}"
-        result = "pass" if row.passed else "FAIL"
+        result = "FAIL" if not row.passed else "ran" if row.error is None else "pass"
         lines.append(
             f"{row.stage:10} {row.output:12} {row.precision:9} {cosine:>10} {error:>10} {row.bound:8.0e}  {result}"
         )

@@ -138,7 +138,7 @@ def join_kernel(
 
 
 def decode_attention_torch(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
-    """The meaning of `decode_attention`, over the whole capacity under a mask: nothing is read back to the host."""
+    """Reference implementation of `decode_attention`: the whole capacity under a mask, nothing is read by the host."""
     tokens, group = q.shape[2], q.shape[1] // keys.shape[1]
     place = torch.arange(keys.shape[2], device=q.device)
     visible = length - tokens + torch.arange(tokens, device=q.device)

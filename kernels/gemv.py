@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, for_sm, sm_of, use_triton
+from .parts import by_parts, unpacked_rows
 from .quantize import Rows
 from .spec import Spec, make_spec, pointers
 from .triton_compat import tl, triton
@@ -59,10 +60,11 @@ def gemv_kernel(
 
 
 def weight_only_torch(x: Tensor, weight: Rows, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `gemv` on an int8 weight, unpacked 4096 outputs at a time to bound the copy."""
-    parts = zip(weight.values.split(4096), weight.scale.split(4096), strict=True)
-    out = torch.cat([torch.nn.functional.linear(x, Rows(v, s).dequantize(x.dtype)) for v, s in parts], dim=-1)
-    return out if bias is None else out + bias
+    """Reference implementation of `gemv` on an int8 weight, unpacked some outputs at a time to bound the copy."""
+    n, k = weight.values.shape
+    # Twice in float32 while it is scaled.
+    rows, tensors = unpacked_rows(k, 8), (weight.values, weight.scale)
+    return by_parts(x, n, rows, tensors, lambda *p: Rows(*p).dequantize(x.dtype), bias)
 
 
 def gemv(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, for_sm, interpreting, sm_of, use_triton
+from .parts import by_parts, unpacked_rows
 from .spec import Spec, make_spec, pointers
 from .triton_compat import tl, triton
 
@@ -58,7 +59,7 @@ class Int4Weight:
         half = self.group // 2
         low_high = self.packed.unflatten(1, (-1, half))
         q = torch.cat([low_high & 15, low_high >> 4], dim=-1).to(self.scale.dtype)
-        return (q * self.scale.unsqueeze(-1) + self.minimum.unsqueeze(-1)).flatten(1)
+        return q.mul_(self.scale.unsqueeze(-1)).add_(self.minimum.unsqueeze(-1)).flatten(1)
 
 
 def quantize_int4(weight: Tensor, group: int = 128, clips: tuple[float, ...] = CLIPS) -> Int4Weight:
@@ -182,11 +183,12 @@ def product_kernel(
 
 
 def int4_linear_torch(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `int4_linear`: unpack, multiply; 4096 outputs at a time to bound the copy."""
+    """Reference implementation of `int4_linear`: unpack, multiply; some outputs at a time to bound the copy."""
+    n, k = weight.shape
     tensors = (weight.packed, weight.scale, weight.minimum)
-    parts = zip(*(t.split(4096) for t in tensors), strict=True)
-    out = torch.cat([torch.nn.functional.linear(x, Int4Weight(*p).dequantize().to(x.dtype)) for p in parts], dim=-1)
-    return out if bias is None else out + bias
+    # A byte each beside the numbers in the type of the scales, which may then be turned into that of x.
+    element = weight.scale.element_size() + max(x.element_size() if x.dtype != weight.scale.dtype else 0, 1)
+    return by_parts(x, n, unpacked_rows(k, element), tensors, lambda *p: Int4Weight(*p).dequantize().to(x.dtype), bias)
 
 
 def int4_linear(

@@ -239,7 +239,7 @@ def _statistics(condition: Pair, time: Pair, image: Pair, fp8: bool) -> tuple[Te
 def int8_attention_torch(
     q: Tensor, condition: Pair, time: Pair, image: Pair, lengths: Tensor | None = None, pv: str = "fp8"
 ) -> Tensor:
-    """The meaning of `int8_attention`, with every rounding but that of P against a running maximum."""
+    """Reference implementation of `int8_attention`, with every rounding but that of P against a running maximum."""
     batch, group = q.shape[0], q.shape[1] // image[0].shape[1]
     mean, v_scale = _statistics(condition, time, image, pv == "fp8")
     share = batch // condition[0].shape[0]

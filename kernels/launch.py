@@ -90,7 +90,7 @@ def interpreting() -> bool:
 
 
 def use_triton(impl: str, tensor: Tensor, supported: bool = True, need: str = "") -> bool:
-    """Resolves `impl`. "auto" is Triton on CUDA where the shape is supported, else the plain meaning.
+    """Resolves `impl`. "auto" is Triton on CUDA where the shape is supported, else the reference implementation.
 
     Raises ValueError for an unknown name, or when "triton" is forced where it cannot run.
     """

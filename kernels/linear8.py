@@ -1,7 +1,7 @@
 """Matrix products of 8-bit rows: (a · scale_a) (w · scale_w)ᵀ with one scale a token and one a channel.
 
 int8 accumulates exactly in int32; fp8 in float32. The scales and the bias are applied while the result is in registers,
-which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). The library's own products are
+which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). cuBLAS' products are
 a third implementation: torch._scaled_mm (fp8, Ada and later) and torch._int_mm, the only one on Turing (Triton has no
 int8 product there).
 """
@@ -89,7 +89,7 @@ def quantize_weight(weight: Tensor, kind: str) -> Rows:
 
 
 def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """The meaning of `linear8`: sums in float64 (exact for int8), then the scales."""
+    """Reference implementation of `linear8`: sums in float64 (exact for int8), then the scales."""
     out = (a.values.double() @ weight.values.double().T).float() * a.scale * weight.scale[:, 0]
     return (out if bias is None else out + bias.float()).to(dtype)
 
@@ -97,7 +97,7 @@ def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None
 def linear8_library(
     a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
 ) -> Tensor:
-    """The same by the library's own products, with their limits on shapes (K and N multiples of 16).
+    """The same by torch._int_mm or torch._scaled_mm, with their limits on shapes (K and N multiples of 16).
 
     fast: fp8 sums in the tensor cores' own, shorter registers (Hopper), at some precision.
     """
@@ -125,8 +125,8 @@ def linear8(
 ) -> Tensor:
     """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
 
-    impl: "triton", "torch" (the meaning), "library", or "auto": on CUDA the library for fp8 and Triton for int8 (the
-    library on Turing), the meaning elsewhere. Raises ValueError for shapes or types that do not fit.
+    impl: "triton", "torch" (the reference), "library", or "auto": on CUDA the library for fp8 to bfloat16 and int8 on
+    Turing, else Triton; the reference elsewhere. Raises ValueError for shapes or types that do not fit.
     """
     if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
         raise ValueError(
@@ -135,7 +135,9 @@ def linear8(
         )
     integer = a.values.dtype == torch.int8
     device = a.values.device
-    if impl == "library" or (impl == "auto" and a.values.is_cuda and not (integer and tensor_cores(device))):
+    # With a scale a row the library's fp8 product gives bfloat16 alone (all but some builds, on Hopper).
+    ours = tensor_cores(device) if integer else dtype != torch.bfloat16
+    if impl == "library" or (impl == "auto" and a.values.is_cuda and not ours):
         return linear8_library(a, weight, dtype, bias)
     if not use_triton(impl, a.values):
         return linear8_torch(a, weight, dtype, bias)

@@ -96,7 +96,7 @@ def norm_gemv_torch(
     bias: Tensor | None = None,
     gate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The meaning of `norm_gemv`: one after the other."""
+    """Reference implementation of `norm_gemv`: one after the other."""
     normed, total = add_norm_torch(x, norm, eps, residual)
     assert isinstance(normed, Tensor)
     out = gemv(normed, weight, bias, impl="torch")

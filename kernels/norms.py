@@ -61,7 +61,7 @@ def norm_kernel(
 def add_norm_torch(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, quantize: str | None = None
 ) -> tuple[Tensor | Rows, Tensor]:
-    """The meaning of `add_norm`."""
+    """Reference implementation of `add_norm`."""
     total = x if residual is None else x + residual
     if quantize is None:
         return torch.nn.functional.rms_norm(total, (total.shape[-1],), weight, eps), total

@@ -40,7 +40,7 @@ def attend_by_node(
 
 
 def function(opset: int = 24) -> FunctionProto:
-    """The node's meaning: join the segments, attend, join the heads. opset: of the standard operators, 23 or later."""
+    """The node in standard operators: join the segments, attend, join the heads. opset: theirs, 23 or later."""
     node = helper.make_node
     nodes = [
         node("Shape", ["q"], ["batch"], start=0, end=1),
@@ -63,7 +63,7 @@ def function(opset: int = 24) -> FunctionProto:
 
 
 def add_function(model: ModelProto) -> ModelProto:
-    """Gives a graph that has the node the node's meaning, in place. Raises ValueError for a graph without the node."""
+    """Adds the function that defines the node to a graph, in place. Raises ValueError for a graph without the node."""
     if not any(n.domain == DOMAIN and n.op_type == NAME for n in model.graph.node):
         raise ValueError(f"the graph has no {DOMAIN}::{NAME} node")
     if not any(f.domain == DOMAIN and f.name == NAME for f in model.functions):

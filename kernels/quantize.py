@@ -83,7 +83,7 @@ def rows_kernel(
 
 
 def quantize_rows_torch(x: Tensor, kind: str) -> Rows:
-    """The meaning of `quantize_rows`."""
+    """Reference implementation of `quantize_rows`."""
     largest = LARGEST[kind]
     wide = x.float()
     scale = (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(LEAST_SCALE)

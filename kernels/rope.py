@@ -93,7 +93,7 @@ def rope_torch(
     cache: tuple[Tensor, Tensor] | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The meaning of `rope`, on copies; only the cache is written."""
+    """Reference implementation of `rope`, on copies; only the cache is written."""
     q, k, v = split_heads(x, heads, kv_heads)
     tokens = x.shape[1]
     if start is not None:
@@ -124,7 +124,7 @@ def rope(
     start: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotates q and k of a projection and tells where they are. x may be overwritten.
+    """Rotates q and k of a projection and returns views of them. x may be overwritten.
 
     x (B, S, (Hq + 2 Hkv) D), contiguous; cos, sin float32 (S, D/2) or (B, S, D/2). Returns q (B, Hq, S, D) and k, v
     (B, Hkv, S, D). With a cache (keys, values, each (B, Hkv, C, D)) and start, int32 (1,) on the device, tables are

@@ -199,7 +199,7 @@ def segment_attention_torch(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The meaning of `segment_attention`: row by row, the segments side by side under one softmax."""
+    """Reference implementation of `segment_attention`: row by row, the segments side by side under one softmax."""
     batch, heads = q.shape[:2]
     share = batch // condition[0].shape[0]
     rows = []

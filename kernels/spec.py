@@ -1,4 +1,4 @@
-"""What a kernel's module says about compiling it ahead of time; `aot` does it."""
+"""Description of one kernel for ahead-of-time compilation; `aot` compiles it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def swiglu_kernel(
 
 
 def swiglu_torch(x: Tensor, quantize: str | None = None) -> Tensor | Rows:
-    """The meaning of `swiglu`."""
+    """Reference implementation of `swiglu`."""
     if quantize is None:
         gate, up = x.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up

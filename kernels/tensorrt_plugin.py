@@ -1,11 +1,12 @@
 """Registers `mindomni::SegmentAttention` with TensorRT's `tensorrt.plugin`, ahead of time.
 
 The engine then carries the kernel image and launches it itself: no Python at run time. For `tensorrt` (Jetson, data
-centre); TensorRT-RTX has no such interface and uses its own fused attention. Written against the documented interface
-of TensorRT 10.8 and later; **never executed**: where this was written there was neither that wheel nor a GPU.
-"""
+centre); TensorRT-RTX has no such interface and uses its own fused attention. Registration, autotuning and the launch
+data pass the checks of TensorRT 11.4's own Python code (tests/kernels/test_tensorrt_plugin.py). **No engine with this
+plugin has been built or run**: that needs the TensorRT library and a GPU.
 
-from __future__ import annotations
+This module does without `from __future__ import annotations`: TensorRT reads the annotations as types, not as text.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -22,8 +23,18 @@ PLUGIN = f"{DOMAIN}::{NAME}"
 def register(trt: Any, trtp: Any, sm: int, head_dim: int, heads: int, kv_heads: int) -> None:
     """Makes the plugin known to this process. trt, trtp: the modules `tensorrt` and `tensorrt.plugin`.
 
-    A process builds engines for one SM: the image is compiled for it. Raises ValueError for shapes without a kernel.
+    A process builds engines with the plugin for one SM and one size of heads, because TensorRT registers a name once.
+    Raises ValueError when asked for another.
     """
+    settings = (sm, head_dim, heads, kv_heads)
+    known = getattr(getattr(trtp.op, DOMAIN, None), NAME, None)
+    if known is not None:
+        if known.register_func.settings != settings:
+            raise ValueError(
+                f"{PLUGIN} is registered for (SM, head size, heads, key heads) {known.register_func.settings}, not for "
+                f"{settings}: build the other engine in a process of its own"
+            )
+        return
 
     @trtp.register(PLUGIN)
     def describe(
@@ -38,6 +49,8 @@ def register(trt: Any, trtp: Any, sm: int, head_dim: int, heads: int, kv_heads: 
         out = trtp.from_shape_expr((q.shape_expr[0], q.shape_expr[2], heads * head_dim), dtype=q.dtype)
         return (out,)
 
+    describe.settings = settings  # type: ignore[attr-defined]
+
     @trtp.autotune(PLUGIN)
     def formats(
         q: trtp.TensorDesc,
@@ -48,7 +61,7 @@ def register(trt: Any, trtp: Any, sm: int, head_dim: int, heads: int, kv_heads: 
         image_k: trtp.TensorDesc,
         image_v: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
-    ) -> list[Any]:
+    ) -> list[trtp.AutoTuneCombination]:
         """One type for all, 16 bits, contiguous."""
         kinds = "FP16" if sm < 80 else "FP16|BF16"
         return [trtp.AutoTuneCombination(", ".join([kinds] * (len(INPUTS) + 1)), "LINEAR")]
@@ -64,7 +77,7 @@ def register(trt: Any, trtp: Any, sm: int, head_dim: int, heads: int, kv_heads: 
         image_v: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
-    ) -> tuple[str, str, Any, Any]:
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         dtype = "bf16" if q.dtype == trt.bfloat16 else "fp16"
         made = image(sm, dtype, head_dim, heads, kv_heads)
         logger.info(

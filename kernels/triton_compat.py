@@ -1,4 +1,7 @@
-"""Triton where it is installed. Without it (a CPU build of PyTorch, Windows) the plain meanings import and run."""
+"""`triton` and `triton.language` where Triton is installed, stand-ins that only import where it is not.
+
+Without Triton (a CPU build of PyTorch, Windows) the kernels' modules import and their reference implementations run.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,6 @@ else:
     TritonError = RuntimeError  # type: ignore[misc,assignment]
 
 REFUSALS: tuple[type[Exception], ...] = (RuntimeError, ValueError, TritonError)
-"""What a launch raises when a kernel does not fit a device: registers, memory, an instruction it lacks."""
+"""What a launch raises where a kernel does not fit the device: registers, shared memory, a missing instruction."""
 
 __all__ = ["HAS_TRITON", "REFUSALS", "tl", "triton"]

@@ -21,12 +21,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, load
+from . import __version__, doctor, load
 from .checkpoint.hub import resolve
 from .checks import shown
 from .errors import BadRequestError, MindOmniError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
+from .model.random import command as random_checkpoint
 from .options import HANDED_OVER, USER_ERROR, build_parser, parse_interval, parse_size
 from .request import Request, UnderstandRequest
 
@@ -273,4 +274,22 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     return 0
 
 
-_COMMANDS = {"generate": _generate, "edit": _generate, "understand": _understand, "info": _info, "demo": _demo}
+def _report(outcome: tuple[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    """Prints a command's outcome, (text, data), in the form asked for."""
+    text, data = outcome
+    if options.json:
+        _print_json(data)
+    else:
+        print(text)
+    return 0
+
+
+_COMMANDS = {
+    "generate": _generate,
+    "edit": _generate,
+    "understand": _understand,
+    "info": _info,
+    "demo": _demo,
+    "doctor": lambda options: _report(doctor.run(options), options),
+    "random-checkpoint": lambda options: _report(random_checkpoint.run(options), options),
+}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import __version__
+from . import __version__, doctor
 from .checks import shown
 from .errors import BadRequestError
+from .model.random import command as random_checkpoint
 from .request import Request
 
 USER_ERROR = 2
@@ -24,6 +25,8 @@ EXAMPLES = """examples:
   mindomni edit photo.jpg "make it winter" --model MODEL --out b.png
   mindomni understand "What is in this picture?" --image photo.jpg --model MODEL
   mindomni info --model MODEL
+  mindomni doctor --model MODEL
+  mindomni random-checkpoint FOLDER --layers 2
   mindomni export build MODEL --target cpu --out BUNDLE
   mindomni plan --help
   mindomni bench latency --help
@@ -64,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto")
     model.add_argument("--dtype", help="float32, bfloat16 or float16")
     model.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
-    model.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts that do not fit take turns")
+    model.add_argument(
+        "--memory-budget", metavar="SIZE", default="auto", help="such as 8GiB (default: what is free): parts take turns"
+    )
 
     write = _Parser(add_help=False)
     write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
@@ -102,6 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     understand = commands.add_parser("understand", parents=[common, model, write], help="a question to words")
     understand.add_argument("prompt")
     understand.add_argument("--image")
+    random_checkpoint.add_arguments(
+        commands.add_parser("random-checkpoint", parents=[common], help=random_checkpoint.HELP)
+    )
+    doctor.add_arguments(commands.add_parser("doctor", parents=[common], help=doctor.HELP))
     commands.add_parser("info", parents=[common, model], help="what a checkpoint or bundle holds")
     demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
     demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")

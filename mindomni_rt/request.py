@@ -104,7 +104,7 @@ class Request:
     """Lossy: only steps that begin in [start, end) are guided."""
     solver: Annotated[str, OneOf(SOLVERS)] = "euler"
     """Lossy: "multistep" is of second order, for 25 to 28 steps."""
-    step_cache: Annotated[float, Number(0, 10)] = 0.0
+    step_cache: Annotated[float, Number(0, 1e9)] = 0.0
     """Lossy: a step that changes less than this reuses most of the one before; 0 is off."""
     draft_tokens: Annotated[int, Whole(0, 16)] = 0
     """Tokens guessed and verified at once while thinking; the text stays the same. 0 is off."""

@@ -230,7 +230,7 @@ def test_a_prompt_of_bytes_that_are_no_text() -> None:
 
 @pytest.mark.parametrize("threads", ["2,1", "", "many", "0", "9" * 50])
 def test_thread_counts_of_every_kind(tmp_path: Path, threads: str) -> None:
-    from mindomni_rt.loading import cpu_threads
+    from mindomni_rt.memory.host import cpu_threads
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", threads)

@@ -131,9 +131,10 @@ def _gpu_step(options: argparse.Namespace) -> int:
     result: dict[str, Any] = gpu_step(pretrain, rgpo)
     print(json.dumps(result, indent=2))
     if options.out:
-        from .loop.logs import commit
+        from mindomni_rt.checkout import commit
 
-        record = {"commit": commit(), "result": result, "pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
+        sizes = {"pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
+        record = {"commit": commit() or "unknown", "result": result, **sizes}
         save_json(options.out, record)
     return 0
 

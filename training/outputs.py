@@ -67,8 +67,10 @@ def save_checkpoint(model: MindOmniModel, out: Path, source: Path | None = None)
 
     try:
         save_model(model, out, source=source)
-    except MindOmniError:
-        raise
+    except MindOmniError as error:
+        if not isinstance(error.__cause__, (OSError, SafetensorError)):
+            raise
+        raise StorageError(f"model {out} could not be written: {write_failure(error.__cause__)}") from error
     except (OSError, SafetensorError) as error:
         raise StorageError(f"model {out} could not be written: {write_failure(error)}") from error
 

@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
+from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 
 from .outputs import save_checkpoint, save_json, save_text
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
 SHOWN = ("image", "text", "image_of_text", "format")
 
 _CARD = """# shapes-world
 
-A small MindOmni in the published layout, trained from nothing by `training/run_small.sh` on a synthetic world: riddles
+A small MindOmni in the published layout, trained from scratch by `training/run_small.sh` on a synthetic world: riddles
 ("draw (5 - 2) things of the colour of a lemon, shaped like a wheel"), changes of a reference picture, captions, and
 questions about pictures. It shows that the code of all three stages works. It says nothing about the full size.
 
@@ -45,7 +43,7 @@ for, though stages 0 and 2 have seen them); 95 % Wilson intervals. `riddles` and
 same riddles without thinking. `image`: the picture shows what was asked for. `text`: the answer names it.
 `image_of_text`: the picture shows what the answer names.
 
-`python -m training evaluate FOLDER --against FOLDER/evaluation.json` does it again and fails where intervals part.
+`python -m training evaluate FOLDER --against FOLDER/evaluation.json` repeats it and fails if intervals do not overlap.
 Without thinking the model is as good as stage 2 had time to make it: longer stages 2 close a part of the gap
 (`docs/log.md`).
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The small model from nothing to assets: autoencoder and reward model, stage 0 (ours), stages 1 to 3, evaluation.
+# The small model from scratch to assets: autoencoder and reward model, stage 0 (ours), stages 1 to 3, evaluation.
 # Every stage resumes where it stopped: run the same command again. RUNS, PYTHON, SEED, COUNT (prompts of an
 # evaluation, for each of three seeds; 100 and one seed before stage 2) and ASSETS (a folder for the packed model) may be
 # set. A second copy in the same folder waits for the first.

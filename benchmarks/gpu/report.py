@@ -95,8 +95,8 @@ def _stages(sections: Sections) -> Iterator[str]:
     rows += [(f"guided step {first}², {kind}", f"decoder={kind}", "step_s", eager) for kind in ("fp8", "int8")]
     rows += [
         ("token", "decoding", "token_s", theirs),
-        ("token, int8 weights", "language=int8,head=int8", "token_s", theirs),
-        ("token, int4 weights", "language=int4,head=int8", "token_s", theirs),
+        ("token, int8 weights", "language=int8wo,head=int8wo", "token_s", theirs),
+        ("token, int4 weights", "language=int4,head=int8wo", "token_s", theirs),
         ("whole request", "request", "total_s", eager_request(sections)),
     ]
     timed = [(name, pick(sections, section, key), other) for name, section, key, other in rows]
@@ -166,7 +166,7 @@ def _targets(data: Mapping[str, Any]) -> Iterator[str]:
         "step": pick(sections, "ours 1024", "step_s"),
         "step fp8": pick(sections, "decoder=fp8", "step_s"),
         "token": token,
-        "token int4": _ratio(token, pick(sections, "language=int4,head=int8", "token_s")),
+        "token int4": _ratio(token, pick(sections, "language=int4,head=int8wo", "token_s")),
         "request": total,
         "faster": _ratio(eager_request(sections), total),
     }

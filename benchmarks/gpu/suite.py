@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindomni_rt.backends.fast.load import RESERVE, choose
+from mindomni_rt.backends.fast.load import DEDICATED, choose
 from mindomni_rt.backends.torch.backend import TorchBackend
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.memory.footprint import COMPUTE, Precision, weight_bytes
+from mindomni_rt.memory.footprint import weight_bytes
 from mindomni_rt.memory.layers import parameters
 from mindomni_rt.memory.planner import gigabytes, plan
-from mindomni_rt.memory.precision import parse_precision
+from mindomni_rt.memory.precision import COMPUTE, Precision, parse_precision
 
 from ..machine import commit, describe_machine, versions
 from ..measure import Meter, Record, ceilings, judged, relative_error
@@ -58,7 +58,7 @@ LOSSY: dict[str, dict[str, Any]] = {
     "guidance in [0, 0.6)": {"guidance_interval": (0.0, 0.6)},
     "step cache 0.1": {"step_cache": 0.1},
 }
-PRECISIONS = ("decoder=fp8", "decoder=int8", "language=int8,head=int8", "language=int4,head=int8")
+PRECISIONS = ("decoder=fp8", "decoder=int8", "language=int8wo,head=int8wo", "language=int4,head=int8wo")
 PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(dtype="bfloat16", sides=(1024, 512), steps=50, prompt=100, new=300, negative=100),
     "toy": dict(dtype="float32", sides=(96, 64), steps=4, prompt=9, new=8, negative=5),
@@ -279,7 +279,7 @@ class Suite:
         gc.collect()
         found = self.request(backend)
         del found["latents"]
-        room = budget - (RESERVE if self.cuda else 0)
+        room = budget - (DEDICATED if self.cuda else 0)
         return {**found, "precision": str(precision), "resident": resident, "loads": backend.residency.loads,
                 "room_bytes": room, "under": found["peak_bytes"] <= room}  # fmt: skip
 

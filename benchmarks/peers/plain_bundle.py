@@ -65,7 +65,7 @@ class PlainBundle:
             }
             out = self.run("language", feeds)
             caches = {old: out[made] for old, made in spec.in_place}
-            chosen = self.run("choose", {"logits": out["logits"][0], "seen": seen, "penalty": penalty})
+            chosen = self.run("choose", {"logits": out["logits"], "seen": seen, "penalty": penalty})
             tokens, seen, filled = chosen["token"], chosen["new_seen"], filled + count
             yield int(tokens[0, 0])
 

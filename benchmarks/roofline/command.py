@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindomni_rt.checkpoint.config import ModelConfig, published
+from mindomni_rt.devices.table import Device, Sheet, load_devices, with_figures
 from mindomni_rt.errors import OutOfMemoryError
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.layers import STAGES, Workload
-from mindomni_rt.memory.planner import RESERVE, gigabytes, plan
+from mindomni_rt.memory.planner import gigabytes, plan
 from mindomni_rt.options import parse_size
 
-from ..devices import Device, Sheet, choose, load_devices
 from ..results import Result, all_results
 from .costs import SCHEMES, Op, Scheme, StageCost, request_costs
 
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     sheet, config = load_devices(), published()
     width, height = parse_size(options.size)
     work = Workload(height=height, width=width, steps=options.steps, new_tokens=options.new_tokens)
-    choices = [(device, scheme) for device in choose(options.device, sheet) for scheme in DEFAULT_SCHEMES]
+    choices = [(device, scheme) for device in with_figures(options.device, sheet) for scheme in DEFAULT_SCHEMES]
     found = [b for d, s in choices if (b := bound(config, work, d, s, sheet.efficiency)) is not None]
     memory = {(d.name, s): memory_note(config, work, d, s) for d, s in choices}
     sys.stdout.write(f"published sizes, {describe(work)}\n\n{table(found, memory)}\n")
@@ -169,9 +169,8 @@ def memory_note(config: ModelConfig, work: Workload, device: Device, scheme: str
     """Whether a request fits the device: what its weights stay or are swapped at, by the planner. A prediction."""
     weights = _STORED[scheme]
     precision = Precision(language=weights[0], head=weights[1], decoder=weights[2], vae="bfloat16")
-    budget, reserve = round(device.memory * 1e9), RESERVE[device.unified]
     try:
-        found = plan(config, work, precision=precision, budget=budget, reserve=reserve)
+        found = plan(config, work, precision=precision, budget=device.bytes, reserve=device.reserve)
     except OutOfMemoryError:
         return "does not fit"
     return f"{gigabytes(found.peak)}, {'all loaded' if not found.moved else 'swaps ' + gigabytes(found.moved)}"

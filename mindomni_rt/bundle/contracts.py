@@ -17,9 +17,9 @@ from types import MappingProxyType
 
 from ..checkpoint.config import ModelConfig
 from ..errors import BadRequestError
-from ..sampling.tiling import TILE
+from ..stages import STAGES as STAGES
+from ..stages import VAE_TILE as TILE
 
-STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 OPSET = 24  # the first with TensorScatter, which updates a KV cache in place
 # A masked score. Not -inf: a finite number is exact in every type here, and exp of it is 0 in all of them.
 MASKED = -30000.0
@@ -154,7 +154,7 @@ def _language(config: ModelConfig) -> GraphSpec:
             *(TensorSpec(name=f"values_{i}", axes=cache) for i in layers),
         ),
         outputs=(
-            TensorSpec(name="logits", axes=(1, "scores", config.language.vocab_size), dtype="float32"),
+            TensorSpec(name="logits", axes=("scores", config.language.vocab_size), dtype="float32"),
             TensorSpec(name="hidden", axes=(1, "sequence", stack.hidden_size)),
             *(TensorSpec(name=f"new_keys_{i}", axes=cache) for i in layers),
             *(TensorSpec(name=f"new_values_{i}", axes=cache) for i in layers),

@@ -370,6 +370,13 @@ def _take_name(temporary: Path, folder: Path, overwrite: bool) -> None:
         shutil.rmtree(old)
 
 
+def check_name(folder: Path, overwrite: bool) -> None:
+    """Raises BadBundleError unless a bundle may be written to `folder`, OSError where the path cannot be used."""
+    if not folder.name or folder.name == "..":
+        raise BadBundleError(f"--out {folder}: expected the name of a new folder")
+    _check_free(folder, overwrite)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes manifest.json so that it is on disk before the folder takes its name."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:

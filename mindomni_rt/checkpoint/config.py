@@ -69,7 +69,7 @@ class StackConfig(_Checked):
     """A stack of transformer blocks: pre-norm RMSNorm, rotary attention, gated SiLU MLP."""
 
     hidden_size: Width
-    num_layers: Count
+    num_layers: Annotated[int, Whole(0, 1024)]  # a connector without blocks is a linear map
     num_heads: Count
     num_kv_heads: Count
     intermediate_size: Wide

@@ -35,7 +35,7 @@ def resolve(
     if exists:
         raise BadCheckpointError(f"{text} is a file; expected a checkpoint or bundle folder, or a hub id")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.startswith((".", "/")):
-        raise BadCheckpointError(f"no folder at {shown(text, 200)}, and it is not a hub id of the form owner/name")
+        raise BadCheckpointError(f"no folder at {text[:200]}, and it is not a hub id of the form owner/name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..checkpoint.config import DecoderConfig, LanguageConfig, RopeConfig
+from ..checkpoint.config import DecoderConfig, LanguageConfig, RopeConfig, StackConfig
 from ..errors import BadRequestError
 
 Floats = NDArray[np.float32]
@@ -115,6 +115,13 @@ def time_features(times: ArrayLike, dim: int = 256) -> Floats:
     frequencies = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
     angles = t * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def text_tables(stack: StackConfig, positions: Ints, following: int, count: int) -> tuple[Floats, Floats]:
+    """Rotary tables (S + count, D/2) of a prompt at positions (3, S) and of `count` tokens from `following` on."""
+    ahead = np.broadcast_to(following + np.arange(count), (3, count))
+    places = np.concatenate([positions, ahead], axis=1)
+    return rope_tables(stack.rope, stack.head_dim, places, places.shape[1])
 
 
 @dataclass(frozen=True)

@@ -5,57 +5,14 @@ Activations follow the reference backend's code, tensor by tensor; the tests hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ..checkpoint.config import ModelConfig, StackConfig, VAEConfig
-from ..errors import BadRequestError
-from .layers import PART_OF, STAGES, Layer, Workload, parameters, vae_decoder
-
-# Bits a weight, scales included: 4.25 is one 16-bit scale and zero for 128 weights, 4.5 one 8-bit scale for 16.
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4.25, "nvfp4": 4.5}
-COMPUTE = {"float32": 4, "bfloat16": 2, "float16": 2}
-VAE_TILE = 128  # latents a side that are decoded whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """How weights are stored and what is computed in. head: of the output embedding; vae: weights and activations."""
-
-    compute: str = "bfloat16"
-    language: str = "bfloat16"
-    decoder: str = "bfloat16"
-    head: str = "bfloat16"
-    vae: str = "float32"
-
-    def __post_init__(self) -> None:
-        tables: dict[str, Iterable[str]] = {
-            "compute": COMPUTE,
-            "vae": COMPUTE,
-            "language": BITS,
-            "decoder": BITS,
-            "head": BITS,
-        }
-        for name, table in tables.items():
-            if getattr(self, name) not in table:
-                raise BadRequestError(f"{name} precision {getattr(self, name)!r}: expected one of {', '.join(table)}")
-
-    @classmethod
-    def uniform(cls, dtype: str, vae: str = "float32") -> Precision:
-        """One type for everything but the VAE, as an unquantized checkpoint runs."""
-        return cls(compute=dtype, language=dtype, decoder=dtype, head=dtype, vae=vae)
-
-    @classmethod
-    def of_stages(cls, stages: Mapping[str, str], compute: str) -> Precision:
-        """From what `export build` calls the precision of each stage; compute: what unquantized parts are in."""
-        names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8wo": "int8", "mixed": "float32"}
-        language, decoder, vae = (names.get(stages[s], stages[s]) for s in ("language", "denoiser", "vae"))
-        head = compute if language in COMPUTE else "int8"
-        return cls(compute=compute, language=language, decoder=decoder, head=head, vae=vae)
-
-    def __str__(self) -> str:
-        return f"language {self.language}, head {self.head}, decoder {self.decoder}, vae {self.vae}"
+from ..stages import PART_OF, STAGES, VAE_TILE
+from .layers import Layer, Workload, parameters, vae_decoder
+from .precision import BITS, COMPUTE
+from .precision import Precision as Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +27,20 @@ class StageMemory:
 
 
 def weight_bytes(config: ModelConfig, precision: Precision) -> dict[str, int]:
-    """Bytes of each part's weights. Norms, biases, embeddings and the small layers stay in the compute type."""
+    """Bytes of each part's weights. Norms, biases and the small layers stay in the compute type.
+
+    A head that shares its matrix with the input table is a matrix of its own once it is rounded.
+    """
     found = {}
     compute = COMPUTE[precision.compute]
     for part, count in parameters(config).items():
         linear = {"language": precision.language, "decoder": precision.decoder}.get(part, precision.compute)
         rest = COMPUTE[precision.vae] if part == "vae" else compute
-        size = count.linear * BITS[linear] / 8 + (count.other + count.embedding) * rest
-        found[part] = round(size + count.head * BITS[precision.head] / 8)
+        table = COMPUTE[precision.embedding] if part == "language" else rest
+        tied = part == "language" and config.language.tie_embeddings and precision.head not in COMPUTE
+        head = count.embedding if tied else count.head
+        size = count.linear * BITS[linear] / 8 + count.other * rest + count.embedding * table
+        found[part] = round(size + head * BITS[precision.head] / 8)
     return found
 
 

@@ -1,6 +1,6 @@
 """What each stage is made of, as numbers: matrix products, convolutions, and the sizes that a request gives them.
 
-The memory planner and the cost model both read this page, so weights counted for one are the weights counted for the
+The memory planner and the cost model both read this module, so weights counted for one are the weights counted for the
 other. Everything follows from `ModelConfig`; the tests count the parameters of the modules themselves against it.
 """
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from ..checkpoint.config import DecoderConfig, ModelConfig, StackConfig, VAEConfig, VisionConfig
 from ..errors import BadRequestError
+from ..stages import PART_OF as PART_OF
+from ..stages import PARTS as PARTS
+from ..stages import STAGES as STAGES
 
-STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
-PARTS = ("vision", "language", "connector", "decoder", "vae")
-PART_OF = {stage: "decoder" if stage in ("prefix", "denoiser") else stage for stage in STAGES}
 PIXELS_PER_TOKEN = 16  # a side: 8 of the VAE times 2 of the patch
 
 

@@ -13,21 +13,20 @@ from itertools import combinations
 
 from ..checkpoint.config import ModelConfig
 from ..errors import BadRequestError, OutOfMemoryError
-from .footprint import Precision, StageMemory, stage_memory
-from .layers import PART_OF, PARTS, Workload
+from ..stages import PART_OF, PARTS
+from .footprint import StageMemory, stage_memory
+from .layers import Workload
+from .precision import Precision
 
 # From the most exact to the smallest; a refusal names the first that fits.
 LADDER = (
     Precision(),
     Precision(vae="bfloat16"),
-    Precision(language="int8", head="int8", vae="bfloat16"),
-    Precision(language="int8", head="int8", decoder="int8", vae="bfloat16"),
-    Precision(language="int4", head="int8", decoder="int8", vae="bfloat16"),
-    Precision(language="int4", head="int8", decoder="int4", vae="bfloat16"),
+    Precision(language="int8wo", head="int8wo", vae="bfloat16"),
+    Precision(language="int8wo", head="int8wo", decoder="int8", vae="bfloat16"),
+    Precision(language="int4", head="int8wo", decoder="int8", vae="bfloat16"),
+    Precision(language="int4", head="int8wo", decoder="int4", vae="bfloat16"),
 )
-# Not ours to use: CUDA's context, libraries' workspaces and the desktop on a card of its own; the system on memory that
-# the CPU shares. An allowance, to be measured on each device.
-RESERVE = {False: 700 * 10**6, True: 2000 * 10**6}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -24,7 +24,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         causal = False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and queries > 1, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=bool(causal and queries > 1), enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

@@ -175,7 +175,8 @@ class DiffusionDecoder(nn.Module):
                 segments += [(time_keys[layer].unsqueeze(2), time_values[layer].unsqueeze(2)), (k, v)]
             return segment_attention(q, segments, workspace, mask)
 
-        x = self.llm.layers(self.image_features(latents, positions), cos, sin, attend)
+        # Not through __call__, which would hold the first block's input until the last is done.
+        x = self.llm.layers.forward(self.image_features(latents, positions), cos, sin, attend)
         return self.velocity(x, modulation, *latents.shape[-2:])
 
     def image_features(self, latents: Tensor, positions: Tensor) -> Tensor:

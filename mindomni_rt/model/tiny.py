@@ -21,7 +21,7 @@ from ..inputs.prompts import LATENT_TOKEN, SYSTEM_THINK
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 _EXTRA = ["<img>", "</img>", LATENT_TOKEN]
-_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path, texts: list[str], vocab_size: int = 512) -> di
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in _SPECIAL + _EXTRA])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": _TEMPLATE}), encoding="utf-8")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
     return {t: int(tokenizer.token_to_id(t) or 0) for t in _SPECIAL + _EXTRA}
 
 

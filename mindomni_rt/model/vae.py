@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..checkpoint.config import VAEConfig
 from ..errors import BadCheckpointError
-from ..sampling.tiling import TILE, tiled
+from ..sampling.tiling import tiled
+from ..stages import VAE_TILE as TILE
 
 
 class _Resnet(nn.Module):

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ..errors import BadRequestError
 
 A = TypeVar("A", bound=Any)
-TILE = 128  # latents a side: a 1024-pixel image goes through the VAE whole
 _OVERLAP = 0.25
 
 

@@ -93,7 +93,7 @@ def test_eight_bit_products_are_chosen_once_a_shape(caplog: pytest.LogCaptureFix
     assert "no such product" in caplog.text
 
 
-@pytest.mark.parametrize("precision", [None, "language=int8", "language=int4"])
+@pytest.mark.parametrize("precision", [None, "language=int8wo", "language=int4"])
 def test_fused_rows(precision: str | None) -> None:
     """Norm, product and gate as one kernel give the text that they give apart; chosen when it is faster."""
     pipe = mindomni_rt.load(PARITY, device="cpu", fast=True, precision=precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import mindomni_rt
 from mindomni_rt import BadRequestError, Pipeline
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest
 from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
+from mindomni_rt.backends.fast.pinned import pack, pinned
 from mindomni_rt.backends.fast.residency import Residency
 from mindomni_rt.memory.footprint import Precision, stage_memory
 from mindomni_rt.memory.layers import Workload
@@ -191,6 +193,43 @@ def test_residency_moves_and_tells() -> None:
     assert residency.loaded == {"a"}
     for name, modules in parts.items():
         assert torch.equal(modules[0].weight, values[name])
+
+
+def test_pinned_blocks() -> None:
+    """Blocks are powers of two, tensors lie apart inside them, and all together take hardly more than the tensors."""
+    generator = np.random.default_rng(0)
+    layer = [2 * 3584 * 4608, 2 * 3584 * 3584, 2 * 3584 * 37888, 2 * 3584 * 18944, 7168, 7168]
+    for sizes in ([], [1], [2 * 152064 * 3584, *28 * layer], list(map(int, generator.integers(1, 1 << 28, 200)))):
+        blocks = pack(sizes)
+        placed = [at for _, places in blocks for at in places]
+        assert sorted(placed) == list(range(len(sizes)))
+        for room, places in blocks:
+            assert room & (room - 1) == 0
+            spans = sorted((at, at + sizes[i]) for i, at in places.items())
+            assert all(end <= start for (_, end), (start, _) in pairwise(spans)) and spans[-1][1] <= room
+            assert all(at % 64 == 0 for at, _ in spans)
+        if len(sizes) > 1:
+            assert sum(room for room, _ in blocks) <= 1.03 * sum(sizes)
+
+
+def test_host_copies_keep_values_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    tensors = [
+        torch.randn(7, 3),
+        image,
+        torch.randn(5).to(torch.float8_e4m3fn),
+        torch.randn(4, 6)[:, ::2],
+        torch.ones(()),
+    ]
+    found = {id(tensor): host for tensor, host in pinned(tensors)}
+    for tensor in tensors:
+        host = found[id(tensor)]
+        assert host.dtype == tensor.dtype and torch.equal(host.float(), tensor.float())
+    assert found[id(image)].stride() == image.stride()
+    assert len({host.untyped_storage().data_ptr() for host in found.values()}) < len(tensors)
 
 
 def test_no_budget_is_small_enough() -> None:

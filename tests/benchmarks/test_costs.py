@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindomni_rt.benchmarks.devices import load_devices
 from mindomni_rt.benchmarks.roofline.command import bound, kernel_seconds
 from mindomni_rt.benchmarks.roofline.costs import (
     SCHEMES,
@@ -18,6 +17,7 @@ from mindomni_rt.benchmarks.roofline.costs import (
 )
 from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import load_devices, with_figures
 from mindomni_rt.memory.layers import PARTS, Workload, block_linears, parameters
 
 CONFIG = published()
@@ -81,11 +81,11 @@ def test_floors(device, scheme, seconds):
 
 def test_predictions_lie_above_floors():
     sheet = load_devices()
-    for device in sheet.devices.values():
+    for device in with_figures(None, sheet):
         for scheme in ("bf16", "w8a8", "w4a4+attn8"):
             found = bound(CONFIG, Workload(), device, scheme, sheet.efficiency)
             if found is None:
-                assert scheme == "w4a4+attn8" and device.key == "h200"  # Hopper multiplies no 4-bit numbers
+                assert scheme == "w4a4+attn8" and device.sm == "sm_90"  # Hopper multiplies no 4-bit numbers
                 continue
             assert all(found.prediction[s] >= found.floor[s] for s in found.floor)
 
@@ -189,11 +189,11 @@ def test_no_measured_result_beats_its_floor():
 
 @pytest.mark.parametrize(
     ("device", "scheme", "starts"),
-    [("h200", "bf16", "27."), ("rtx4060", "bf16", "does not fit"), ("rtx4060", "w4a4+attn8", "7.")],
+    [("h200", "bf16", "27."), ("rtx4060", "bf16", "does not fit"), ("rtx4060", "w4a4+attn8", "8.")],
 )
 def test_memory_notes(device, scheme, starts):
     from mindomni_rt.benchmarks.roofline.command import memory_note
 
     note = memory_note(CONFIG, Workload(), load_devices().devices[device], scheme)
-    assert note.startswith(starts)  # bf16: 24.9 GB of weights and 2 GB of buffers; 4 bits: swapped below 8 GB
+    assert note.startswith(starts)  # bf16: 24.9 GB of weights and 2 GB of buffers; 4 bits: swapped below 8.59 GB
     assert ("swaps" in note) == (device == "rtx4060" and scheme == "w4a4+attn8")

@@ -166,5 +166,5 @@ def test_a_prompt_that_the_model_cannot_take_is_named(tmp_path: Path, capsys: py
     path, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "run"
     path.write_text(LINE + "\n" + LINE.replace("a red bell", "two <|image_pad|>") + "\n" + LINE + "\n")
     assert main(["quality", "geneval", str(PARITY), "--prompts", str(path), "--out", str(out), *PAINT]) == 2
-    assert f"{path}, line 2: the prompt holds 1 image placeholders" in capsys.readouterr().err
+    assert f"{path}, line 2: prompt holds the image placeholder" in capsys.readouterr().err
     assert "partial: 1 of 3 items" in (out / "report.md").read_text()

@@ -17,9 +17,10 @@ from mindomni_rt.benchmarks.figures import log_axis, new_figure
 from mindomni_rt.benchmarks.results import FOLDER
 from mindomni_rt.benchmarks.schema import KINDS, problems
 from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.export.plan import plan_build
 from mindomni_rt.memory.layers import Workload
-from mindomni_rt.memory.planner import RESERVE, parse_bytes, plan
+from mindomni_rt.memory.planner import parse_bytes, plan
 
 COMMANDS = ["latency", "peers", "counts", "quality", "gpu", "plan", "roofline", "compare", "lossy", "check"]
 LATENCY = FOLDER / "2026-11-25-cpu-latency.json"

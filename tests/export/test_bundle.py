@@ -370,6 +370,27 @@ def test_what_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out" / MANIFEST).read_text() == "second"
 
 
+def test_control_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-m", "export", "build", str(PARITY), "--target", "cpu", "--out", str(out)]
+    # A shell that starts the tests in the background has them ignore SIGINT, and a child would inherit that.
+    build = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob(".bundle.partial-*/*.onnx")):
+        assert build.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    build.send_signal(signal.SIGINT)
+    error = build.communicate(timeout=120)[1]
+    assert build.returncode == 130 and error == "error: interrupted\n", error
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle.build.log"]
+
+
 def test_a_failing_build_keeps_the_old_bundle(bundle: Path) -> None:
     before = read_manifest(bundle)
     with pytest.raises(OSError, match="disk"), writing(bundle, overwrite=True) as folder:

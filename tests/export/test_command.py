@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,8 @@ def test_verify_passes_and_fails(
     out = capsys.readouterr().out
     assert out.count("pass") == 10 and "FAIL" not in out
     assert main(["verify", str(bundles("fp32"))]) == 0
+    out = capsys.readouterr().out
+    assert "nothing was compared" in out and "pass" not in out and out.count("  ran") == 10
     # A bundle whose denoiser is not this checkpoint's: right hashes, wrong numbers.
     wrong = Path(shutil.copytree(bundles("fp32"), tmp_path / "wrong"))
     data = bytearray((wrong / "decoder.data").read_bytes())
@@ -47,21 +50,80 @@ def test_a_users_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         ["build", str(PARITY), "--target", "toaster", "--out", str(tmp_path / "out")],
         ["inspect", str(tmp_path)],
         ["verify", str(tmp_path / "absent")],
+        ["verify", str(PARITY)],
+        ["build", str(PARITY), "--target", "cpu", "--out", "."],
+        ["build", str(PARITY), "--target", "cpu", "--out", "/"],
+        ["build", str(PARITY), "--target", "cpu", "--out", str(tmp_path / ("x" * 300))],
+        ["build", str(PARITY), "--target", "cpu", "--out", "/proc/nothing/bundle"],
+        ["build", str(PARITY), "--target", "cpu", "--out", str(PARITY / "connector.safetensors" / "bundle")],
+        ["plan", "--device", "toaster"],
         ["plan", "--device", "rtx4060", "--memory-budget", "1GB"],
         ["rehearse", "decoder", "--target", "cpu", "--layers", "99"],
     )
     for arguments in mistakes:
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and "Traceback" not in error, error
+        assert error.startswith("error: ") and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
     assert "stopped" in (tmp_path / "out.build.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["built"], ["build"], ["verify"], ["build", "x", "--target", "cpu", "--out", "y", "--precision", "z"]],
+)
+def test_parser_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+def test_verify_against_another_model(
+    bundles: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_random_checkpoint(tmp_path / "other")
+    assert main(["verify", str(bundles("fp32")), "--against", str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert "another model than the bundle's" in error and error.count("\n") == 1
+
+
+def test_a_refused_build_leaves_the_bundles_log_alone(
+    bundles: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(bundles("fp32"), tmp_path / "b"))
+    log = tmp_path / "b.build.log"
+    log.write_text("of the good build")
+    arguments = ["build", str(PARITY), "--target", "cpu", "--out", str(out)]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("exists") == 1
+    assert main(["build", str(tmp_path / "absent"), *arguments[2:], "--overwrite"]) == 2
+    assert capsys.readouterr().err.count("absent") == 1
+    assert log.read_text() == "of the good build"
+    assert "stopped" in (tmp_path / "b.build-failed.log").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "b.build-failed.log", "b.build.log"]
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mindomni_rt.export.store import WeightStore
+
+    def full(self: WeightStore, data: bytes) -> tuple[int, int]:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(WeightStore, "add", full)
+    assert main(["build", str(PARITY), "--target", "cpu", "--out", str(tmp_path / "b")]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["b.build.log"]
 
 
 def test_inspect(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(bundles("fp32"))]) == 0
     out = capsys.readouterr().out
     assert "all hashes agree" in out and "denoiser.onnx" in out
+    assert "by stage, MB: vision" in out and "language weights, MB by type" in out and "float32" in out
     assert main(["inspect", "--json", str(bundles("fp32"))]) == 0
     assert json.loads(capsys.readouterr().out)["runtime"] == "onnx"
 

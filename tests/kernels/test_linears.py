@@ -6,6 +6,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 
+from mindomni_rt.kernels import parts
+from mindomni_rt.kernels.gemv import gemv
 from mindomni_rt.kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
 from mindomni_rt.kernels.launch import Launch
 from mindomni_rt.kernels.linear8 import linear8, quantize_weight
@@ -82,6 +84,19 @@ def test_four_bit_products(rows, n, k, group, dtype, bias):
     exact = x.double() @ wide.dequantize().T + (b.double() if bias else 0)
     assert error(int4_linear(x, weight, b, impl="triton"), exact) < TOLERANCE[dtype]
     assert error(int4_linear(x, weight, b, impl="torch"), exact) < TOLERANCE[dtype] * 3
+
+
+def test_unpacking_in_parts_is_the_product(monkeypatch):
+    """One part or many: the same numbers."""
+    x, w, b = draw(3, 64, dtype=torch.bfloat16), draw(40, 64, dtype=torch.bfloat16), draw(40, dtype=torch.bfloat16)
+    four, eight = quantize_int4(w), quantize_weight(w, "int8")
+    exact = [int4_linear(x, four, b, impl="torch"), gemv(x, eight, b, impl="torch")]
+    monkeypatch.setattr(parts, "UNPACKED", 64 * 8 * 7)
+    for whole, found in zip(
+        exact, (int4_linear(x, four, b, impl="torch"), gemv(x, eight, b, impl="torch")), strict=True
+    ):
+        assert error(found, whole) < 4e-3
+    assert parts.unpacked_rows(64, 8) == 7 and parts.unpacked_rows(10**9, 8) == 1
 
 
 def test_four_bit_packing():

@@ -17,7 +17,7 @@ from mindomni_rt.backends.fast.load import choose
 from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.memory.footprint import Precision
-from mindomni_rt.memory.precision import parse_precision, split_attention, stored
+from mindomni_rt.memory.precision import KINDS, parse_precision, plain_vae, split_attention, stored
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
@@ -26,12 +26,20 @@ from mindomni_rt.sampling.schedule import timesteps
 def test_names() -> None:
     assert parse_precision("fp8", "bfloat16") == Precision(decoder="fp8", vae="bfloat16")
     assert parse_precision("int8", "bfloat16") == Precision(
-        language="int8", head="int8", decoder="int8", vae="bfloat16"
+        language="int8wo", head="int8wo", decoder="int8", vae="bfloat16"
     )
     assert parse_precision("int4", "bfloat16").language == "int4"
     assert parse_precision("bfloat16", "bfloat16") == Precision()
     found = parse_precision("language=int4, decoder=fp8", "bfloat16")
     assert (found.language, found.decoder, found.head, found.vae) == ("int4", "fp8", "bfloat16", "float32")
+    assert parse_precision("decoder=fp8", "bfloat16", "bfloat16") == Precision(decoder="fp8", vae="bfloat16")
+    assert parse_precision("vae=float32", "bfloat16", "bfloat16") == Precision()
+    assert plain_vae("bfloat16", "cuda:1") == "bfloat16"
+    assert {plain_vae("bfloat16", "cpu"), plain_vae("float16", "cuda"), plain_vae("float32", "cuda")} == {"float32"}
+    assert parse_precision("language=bf16", "bfloat16") == Precision()  # either spelling
+    assert [k.bits for k in KINDS.values() if k.name in ("int8", "int8wo", "int4")] == [8, 8, 4.25]
+    with pytest.raises(BadRequestError, match="language in int8 while"):  # that is 8-bit activations
+        stored(parse_precision("language=int8", "bfloat16"))
     for text in ("int3", "language", "language=int3", "vision=int8", "float16"):
         with pytest.raises(BadRequestError, match=r"expected|one of them"):
             parse_precision(text, "bfloat16")
@@ -142,7 +150,7 @@ def test_what_stays_in_the_compute_type() -> None:
     ("budget", "language", "decoder"),
     [
         ("8GB", "int4", "int8"),
-        ("12GB", "int8", "bfloat16"),
+        ("12GB", "int8wo", "bfloat16"),
         ("16GB", "bfloat16", "bfloat16"),
         ("24GB", "bfloat16", "bfloat16"),
         ("40GB", "bfloat16", "bfloat16"),

@@ -10,7 +10,7 @@ from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.memory.footprint import Precision, stage_memory, weight_bytes
 from mindomni_rt.memory.layers import PART_OF, Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
-from mindomni_rt.memory.precision import parse_precision, split_attention
+from mindomni_rt.memory.precision import parse_precision, plain_vae, split_attention
 
 
 def chosen(
@@ -18,7 +18,7 @@ def chosen(
 ) -> tuple[Precision, tuple[str, ...]]:
     """(precision, parts that stay) of a load on a GPU. Raises OutOfMemoryError."""
     text, _ = split_attention(precision)
-    wanted = parse_precision(text, dtype) if text else None
+    wanted = parse_precision(text, dtype, plain_vae(dtype, "cuda")) if text else None
     if wanted is None and (budget is None or dtype != "bfloat16"):
         wanted = replace(Precision.uniform(dtype), vae="bfloat16" if dtype == "bfloat16" else "float32")
     found = plan(

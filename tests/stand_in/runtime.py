@@ -181,6 +181,7 @@ class Runtime:
         import torch
 
         torch.cuda._get_device_properties = self.properties  # type: ignore[attr-defined]
+        torch._C.__dict__["_cuda_endAllocateToPool"] = self._end_allocation  # torch.cuda.memory has set a dummy
 
     def properties(self, device: int) -> Any:
         major, minor = self.stand.capability
@@ -202,6 +203,12 @@ class Runtime:
     def _free(self, device: int) -> tuple[int, int]:
         total = self.stand.total_memory
         return total - self.allocator.used(device), total
+
+    def _end_allocation(self, device: int, pool: Any) -> None:
+        """As the allocator's: only for the pool that it serves."""
+        if self.allocator.capturing.get(threading.get_ident()) != tuple(pool):
+            raise RuntimeError("INTERNAL ASSERT FAILED: endAllocatePool: not currently recording to mempool_id")
+        self.allocator.end()
 
     def _new_pool(self) -> tuple[int, int]:
         self._next_pool += 1

@@ -24,10 +24,6 @@ IN_FLIGHT = 2  # steps that a cancelled request may still run
 STREAMS = 2  # the default one and one for captures
 
 
-def fault(text: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=text)
-
-
 def clean(found: dict[str, Any]) -> None:
     """Loaded, ran, nothing noted."""
     for part in (found, *found["again"]):
@@ -52,13 +48,11 @@ def loads(runs: Runs) -> dict[str, Any]:
     return found
 
 
-@fault('A1: torch.cuda.set_device("cuda") and set_per_process_memory_fraction want a device with an index')
 def test_the_default_device(runs: Runs) -> None:
     budget = {"load": {"device": "cuda", "memory_budget": "16GB"}, "requests": [["short", SHORT]]}
     clean(runs(folder=runs.thin, load={"device": "cuda"}, requests=[["short", SHORT]], again=[budget]))
 
 
-@fault("A4: cuDNN's TF32 is on by default, so the patch convolution of a float32 step rounds its operands to 10 bits")
 def test_float32_steps_do_without_tf32() -> None:
     folder = ROOT / "tests" / "fixtures" / "parity"
     model, _ = load_model(folder, torch.float32)
@@ -84,13 +78,11 @@ def _latents(backend: TorchCudaBackend, config: ModelConfig) -> np.ndarray:
     return backend.numpy(last.latents)
 
 
-@fault("A6: each weight is pinned apart, and torch up to 2.11 rounds pinned blocks up to powers of two")
 def test_pinned_memory_is_what_the_weights_take(runs: Runs) -> None:
     found = runs(load={"device": "cuda:0", "precision": "int4", "memory_budget": "8GB"})
     assert found["load"]["pinned"] <= 1.05 * found["load"]["pinned_wanted"]
 
 
-@fault("A2: a guest stays on the device while a resident part works; the plan drops it")
 def test_a_guest_goes_when_a_resident_part_works(runs: Runs) -> None:
     found = two_requests(runs, memory_budget="4GB", precision="int4")
     assert "decoder" in found["load"]["resident"] and "language" not in found["load"]["resident"]
@@ -99,13 +91,11 @@ def test_a_guest_goes_when_a_resident_part_works(runs: Runs) -> None:
     assert second["stages"]["denoiser"] < second["stages"]["language"]
 
 
-@fault("A7: off SM 90 fp8 products with a scale a row give bfloat16 only, and prefix runs before the choice is tuned")
 def test_float32_with_fp8_off_hopper(runs: Runs) -> None:
     load = {"device": "cuda:0", "dtype": "float32", "precision": "decoder=fp8"}
     clean(runs(folder=runs.thin, stand={"capability": [8, 9]}, load=load, requests=[["short", SHORT]]))
 
 
-@fault("A8: an error in a capture is caught by the choice of products, and torch up to 2.11 then goes on capturing")
 def test_an_error_in_a_capture_ends_it(runs: Runs) -> None:
     found = runs(
         folder=runs.thin,
@@ -117,7 +107,6 @@ def test_an_error_in_a_capture_ends_it(runs: Runs) -> None:
     clean(found)
 
 
-@fault("A9: the loop never waits for the device, so steps are told, and cancelled, far ahead of it")
 def test_steps_in_flight_are_bounded(runs: Runs) -> None:
     found = two_requests(runs)
     assert max(found["requests"][0]["ahead"]) <= IN_FLIGHT
@@ -129,13 +118,11 @@ def test_the_measured_peak_counts_pools(runs: Runs) -> None:
     assert second["measured"] >= 0.97 * second["peak"]
 
 
-@fault("A10: every capture and every measurement takes a stream of its own, each with a workspace of cuBLAS")
 def test_work_runs_on_few_streams(runs: Runs) -> None:
     found = two_requests(runs)
     assert len(found["streams"]) <= STREAMS
 
 
-@fault("A11: the current device belongs to the thread, and a worker's is 0 whatever device was loaded on")
 def test_the_second_device_from_a_worker_thread(runs: Runs) -> None:
     clean(
         runs(
@@ -148,21 +135,18 @@ def test_the_second_device_from_a_worker_thread(runs: Runs) -> None:
     )
 
 
-@fault("A11: torch.cuda.graph keeps one capture stream a process, which belongs to the first device that captured")
 def test_two_pipelines_on_two_devices(runs: Runs) -> None:
     again = [{"load": {"device": "cuda:1"}, "requests": [["short", SHORT]]}]
     stand, first = {"devices": 2}, {"device": "cuda:0"}
     clean(runs(folder=runs.thin, stand=stand, load=first, requests=[["short", SHORT]], keep=True, again=again))
 
 
-@fault("A11: the memory fraction of a budget stays when a pipeline without one is loaded")
 def test_a_budget_ends_with_its_pipeline(runs: Runs) -> None:
     found = loads(runs)
     assert found["load"]["fraction"][0] < 1
     assert found["again"][0]["load"]["fraction"] == [1.0]
 
 
-@fault('A12: a pair such as "decoder=fp8" makes the VAE float32, while plain loading on CUDA takes bfloat16')
 def test_pairs_leave_the_vae_alone(runs: Runs) -> None:
     plain, pair = (part["load"] for part in loads(runs)["again"])
     assert pair["vae"] == plain["vae"] == "bfloat16"

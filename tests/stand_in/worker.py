@@ -67,20 +67,20 @@ class Worker:
         return pipeline
 
     def _loaded(self, job: dict[str, Any], pipeline: Any) -> dict[str, Any]:
-        from mindomni_rt.backends.fast.load import RESERVE
+        from mindomni_rt.backends.fast.load import DEDICATED
 
         from .plans import chosen
 
         allocator, index = self.runtime.allocator, self._index(job)
         load = job["load"]
         precision, resident = chosen(
-            pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), RESERVE
+            pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), DEDICATED
         )
         self.plan = (pipeline.config, precision, resident)
         vae = pipeline.backend.model.vae.post_quant_conv.weight.dtype
         return {
             "error": "", "used": allocator.used(index), "peak": allocator.devices[index].used_top,
-            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": RESERVE,
+            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": DEDICATED,
             "fraction": list(allocator.fractions), "vae": str(vae).removeprefix("torch."),
             "resident": list(resident), "precision": str(precision),
         }  # fmt: skip

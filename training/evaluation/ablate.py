@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
+from mindomni_rt.checkout import commit
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
 
 from ..config import load_config
-from ..loop.logs import commit
 from ..loop.runs import finish, open_contexts, start
 from ..outputs import save_checkpoint, save_json, save_text
 from ..suites import Settings, evaluate
@@ -279,7 +279,7 @@ def _run_all(runs: Sequence[tuple[str, Arm, int]], options: argparse.Namespace) 
 def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
     record = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "machine": f"{_processor()}, 1 thread an arm, {options.jobs} at a time",
         "torch": torch.__version__,
         "scale": options.scale,

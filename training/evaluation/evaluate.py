@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from mindomni_rt.checkout import commit
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 
-from ..loop.logs import commit
 from ..loop.runs import choose_device, open_contexts
 from ..outputs import check_target, save_json
 from ..scores import departures, pool, table
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         shown = {name: value for name, value in asdict(settings).items() if name != "seed"}
         record = {
             "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
+            "commit": commit() or "unknown",
             "settings": {**shown, "seeds": options.seeds},
             "seconds": round(time.perf_counter() - began, 1),
             "scores": found,

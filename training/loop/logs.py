@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,27 +15,13 @@ from typing import Any
 import torch
 
 import mindomni_rt
+from mindomni_rt.checkout import commit
 
 from ..config import Config
 from ..errors import StorageError
 from ..stages.base import Sample
 from .board import Board
 from .rollout_dump import dump_rollouts
-
-
-def commit() -> str:
-    """The commit of the code that runs, "+" behind it with uncommitted changes; "unknown" outside a repository."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 class Log:
@@ -58,7 +43,7 @@ class Log:
             _cut(self._evaluations, start)
             record = {
                 "config": config.to_dict(),
-                "commit": commit(),
+                "commit": commit() or "unknown",
                 "version": mindomni_rt.__version__,
                 "torch": torch.__version__,
                 "python": sys.version.split()[0],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model

@@ -17,7 +17,8 @@ from ...checkpoint.config import ModelConfig
 from ...inputs.images import ImagePatches
 from ...inputs.positions import image_positions, prefix_tables, rope_tables
 from ...inputs.vision_layout import vision_layout
-from ...sampling.tiling import TILE, tiled
+from ...sampling.tiling import tiled
+from ...stages import VAE_TILE as TILE
 from ..base import DenoiseRequest, LanguageRequest
 from .denoise import CompiledDenoiseSession, CompiledPrefix
 from .graphs import Graphs

@@ -61,7 +61,7 @@ class Graphs:
         return given
 
     def _make_room(self, graph: str) -> None:
-        """Lets go of the weights of stages that are not to stay."""
+        """Frees the weights of stages that are not to stay loaded."""
         stage = self.specs[graph].stage
         for other in [g for g in self._loaded if self.specs[g].stage not in (stage, *self._resident)]:
             self.runner.release(other)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...bundle.contracts import resolve
 from ...checkpoint.config import LanguageConfig
 from ...errors import BadRequestError
-from ...inputs.positions import rope_tables
+from ...inputs.positions import text_tables
 from ...sampling.random import choose_tokens
 from ..base import LanguageRequest
 from .graphs import Graphs
@@ -49,9 +49,7 @@ class CompiledLanguageSession:
         self._scores = graphs.empty((1, rows, self._config.vocab_size), "float32")
         self._chosen, self._start = graphs.empty((1, rows), "int64"), graphs.empty((1,), "int64")
         self._no_image = graphs.empty((1, stack.hidden_size), graphs.dtype)
-        following = np.broadcast_to(request.next_position + np.arange(ahead), (3, ahead))
-        places = np.concatenate([request.positions, following], axis=1)
-        tables = rope_tables(stack.rope, stack.head_dim, places, places.shape[1])
+        tables = text_tables(stack, request.positions, request.next_position, ahead)
         self._cos, self._sin = (graphs.put(table[None]) for table in tables)
         self._text, self._tokens, self._draft = [int(t) for t in request.token_ids], list[int](), list[int]()
         self._last = self._chosen.rows(0, 1)
@@ -110,7 +108,7 @@ class CompiledLanguageSession:
                 **self._caches,
             },
             {
-                "logits": self._scores.rows(0, scored.shape[0]),
+                "logits": self._scores.rows(0, scored.shape[0]).reshape(scored.shape[0], self._config.vocab_size),
                 "hidden": self._hidden.rows(start, end),
                 **{new: self._caches[old] for old, new in self._in_place},
             },

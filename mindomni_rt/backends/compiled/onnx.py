@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from numpy.typing import NDArray
 
 from ...bundle.contracts import STAGES
 from ...bundle.manifest import Bundle, open_bundle
-from ...errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
+from ...errors import BadBundleError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
+from ...memory.host import cpu_threads
 from .backend import CompiledBackend
+from .providers import PROVIDERS, check_session, choose_device
 from .runner import NUMPY, DeviceArray
 
 logger = logging.getLogger(__name__)
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
 
 
@@ -45,22 +45,12 @@ def load_onnx(
         raise BadBundleError(
             f"{bundle.folder} holds engines of {bundle.manifest.runtime}, not ONNX graphs; use backend='tensorrt'"
         )
-    offered = onnxruntime.get_available_providers()
-    if device == "auto":
-        device = "cuda" if _PROVIDERS["cuda"] in offered else "cpu"
-    kind, _, index = device.partition(":")
-    if kind not in _PROVIDERS or (index and not index.isdigit()):
-        raise BadRequestError(f"device {device!r}: the onnx backend runs on cpu, cuda or cuda:N")
-    if _PROVIDERS[kind] not in offered:
-        raise UnsupportedDeviceError(
-            f"device {device!r}: this onnxruntime offers {', '.join(offered)}. Install onnxruntime-gpu instead of "
-            "onnxruntime, or use device='cpu'"
-        )
+    kind, index = choose_device(device, onnxruntime.get_available_providers())
     if kind == "cpu" and bundle.manifest.dtype == "bfloat16":
         raise UnsupportedDeviceError(
             "onnxruntime computes no bfloat16 on the CPU; build with --target cpu --precision fp32 or fp16"
         )
-    return CompiledBackend(OnnxRunner(bundle, kind, int(index or 0), threads), bundle.manifest, resident)
+    return CompiledBackend(OnnxRunner(bundle, kind, index, threads), bundle.manifest, resident)
 
 
 class OnnxRunner:
@@ -71,7 +61,7 @@ class OnnxRunner:
     def __init__(self, bundle: Bundle, kind: str = "cpu", index: int = 0, threads: int | None = None) -> None:
         self.device = kind if kind == "cpu" else f"{kind}:{index}"
         self._bundle, self._kind, self._index = bundle, kind, index
-        self._threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or len(_cores())
+        self._threads = threads or cpu_threads()
         self._sessions: dict[str, _Session] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
@@ -118,15 +108,16 @@ class OnnxRunner:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # The arena would keep each stage's peak for good.
         options.enable_cpu_mem_arena = False
-        providers: list[Any] = [_PROVIDERS[self._kind]]
+        providers: list[Any] = [PROVIDERS[self._kind]]
         if self._kind == "cuda":
-            providers = [(_PROVIDERS["cuda"], {"device_id": self._index}), _PROVIDERS["cpu"]]
+            providers = [(PROVIDERS["cuda"], {"device_id": self._index}), PROVIDERS["cpu"]]
         path = self._bundle.path(self._bundle.manifest.graphs[graph].file)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's errors share no base below Exception
             raise BadBundleError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
-        logger.info("%s on %s", graph, session.get_providers()[0])
+        session.disable_fallback()  # an operator that fails on CUDA must not run on the CPU from then on
+        check_session(graph, self._kind, session.get_providers())
         return _Session(session, self._kind, self._index)
 
     def release(self, graph: str) -> None:
@@ -165,10 +156,3 @@ def _host(array: DeviceArray) -> NDArray[Any]:
     """An array on the CPU as numpy sees it."""
     memory = (ctypes.c_byte * array.nbytes).from_address(array.pointer)
     return np.ctypeslib.as_array(memory).view(NUMPY[array.dtype]).reshape(array.shape)
-
-
-def _cores() -> set[int]:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,18 @@ RUNTIMES = ("tensorrt_rtx", "tensorrt")
 
 
 def load_tensorrt(
-    bundle: str | Path | Bundle, device: str = "auto", resident: Collection[str] = STAGES, cuda_graphs: bool = True
+    bundle: str | Path | Bundle,
+    device: str = "auto",
+    resident: Callable[[], Collection[str]] = lambda: STAGES,
+    cuda_graphs: bool = True,
 ) -> CompiledBackend:
     """A bundle of engines on a GPU.
 
-    device: "auto" and "cuda" are the first GPU, "cuda:N" another. resident: stages whose engines stay loaded; the
-    others leave when the next stage runs. cuda_graphs False enqueues every step anew. The order of checks is: device
-    name, runtime and its version, GPU and its architecture, then every file's hash; only then an engine is read. Raises
-    BadRequestError, BadBundleError, UnsupportedDeviceError, MissingExtraError.
+    device: "auto" and "cuda" : the first GPU, "cuda:N" another; resident: called when the GPU is known to serve, gives
+    the stages whose engines stay loaded, the others are released when the next stage runs. cuda_graphs False enqueues
+    every step anew. The order of checks is: device name, runtime and its version, GPU and its architecture, then every
+    file's hash; only then an engine is read. Raises BadRequestError, BadBundleError, UnsupportedDeviceError,
+    MissingExtraError.
     """
     index = parse_device(device)
     manifest = bundle.manifest if isinstance(bundle, Bundle) else read_manifest(Path(bundle))
@@ -56,7 +60,7 @@ def load_tensorrt(
     gpu = open_gpu(index)
     manifest.check_device(f"sm_{gpu.arch}")
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    return CompiledBackend(TensorRTRunner(trt, bundle, gpu, cuda_graphs), manifest, resident)
+    return CompiledBackend(TensorRTRunner(trt, bundle, gpu, cuda_graphs), manifest, resident())
 
 
 def parse_device(device: str) -> int:
@@ -287,7 +291,7 @@ class _KernelCache:
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Writes the cache, whole or not at all. A full disk costs the next start its time and is told, no more."""
+        """Writes the cache, whole or not at all. A failure is logged: the next process compiles again."""
         if self._cache is None:
             return
         try:

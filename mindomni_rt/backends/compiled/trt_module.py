@@ -34,7 +34,7 @@ def make_logger(trt: Any, errors: list[str] | None = None) -> Any:
         trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
         trt.ILogger.Severity.ERROR: logging.ERROR,
         trt.ILogger.Severity.WARNING: logging.WARNING,
-        trt.ILogger.Severity.INFO: logging.DEBUG,  # a build tells hundreds of these
+        trt.ILogger.Severity.INFO: logging.DEBUG,  # a build logs hundreds of these
         trt.ILogger.Severity.VERBOSE: 5,
     }
 

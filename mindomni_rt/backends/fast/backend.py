@@ -25,12 +25,13 @@ from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel
 from ..base import DenoiseRequest, LanguageRequest
 from ..torch.backend import TorchBackend, TorchPrefix
+from ..torch.device import is_cuda, limit_memory, on_device, with_index
 from .attention import Attention, candidates, choose, eight_bit, ours
 from .buffers import Shape, StepBuffers
 from .denoise import FastDenoiseSession
-from .graph import memory_of
+from .graph import GraphPool, memory_of
 from .language import ROUND, DecodeState, FastLanguageSession
-from .linear import Linear, LinearDense, LinearW8A8, make_linear
+from .linear import Linear, LinearDense, LinearW8A8, PatchLinear, make_linear
 from .residency import Residency
 from .stack import FastBlock, FastStack
 from .step_cache import StepCache
@@ -42,12 +43,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class FastOptions:
     """How the fast path runs. impl: which kernels ("auto", "triton", "torch"); attention: "auto" measures, else one of
-    `precision.ATTENTIONS`; resident: parts that stay on the device, None for all."""
+    `precision.ATTENTIONS`; resident: parts that stay on the device, None for all; limited: a budget limits the memory
+    of this process, until `close`."""
 
     precision: Precision = field(default_factory=Precision)
     impl: str = "auto"
     attention: str = "auto"
     resident: tuple[str, ...] | None = None
+    limited: bool = False
 
 
 class TorchCudaBackend(TorchBackend):
@@ -62,6 +65,7 @@ class TorchCudaBackend(TorchBackend):
         report: LoadReport | None = None,
         options: FastOptions | None = None,
     ) -> None:
+        device = with_index(device)
         super().__init__(model, device, report)
         self.options = options or FastOptions(precision=Precision.uniform(self.dtype))
         kept, impl = stored(self.options.precision), self.options.impl
@@ -77,9 +81,11 @@ class TorchCudaBackend(TorchBackend):
         # Each takes the place of a module that is called alike.
         language.layers, decoder.llm.layers = self.language_stack, self.decoder_stack  # type: ignore[assignment]
         language.lm_head = self.head  # type: ignore[assignment]
+        for name in ("x_embedder", "input_x_embedder"):
+            setattr(decoder, name, PatchLinear(getattr(decoder, name).proj))
         if self.options.precision.vae == "bfloat16":
             model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.graph_pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
+        self.graph_pool = GraphPool()
         self._buffers: dict[Shape, StepBuffers] = {}
         self._state: DecodeState | None = None
         self._caches: dict[Shape, StepCache] = {}
@@ -95,16 +101,21 @@ class TorchCudaBackend(TorchBackend):
         self.residency = Residency(modules, device, resident, self._moved)
 
     def _moved(self, part: str) -> None:
+        """What plans count with a part goes with it. A session that runs keeps its buffers and captures anew."""
         if part == "decoder":
             for buffers in self._buffers.values():
                 buffers.drop_graphs()
+            self._buffers.clear()
+            self._caches.clear()
         if part == "language":
             self._state = None
 
+    @on_device
     def vision(self, image: ImagePatches) -> Tensor:
         self.residency.need("vision")
         return super().vision(image)
 
+    @on_device
     @torch.inference_mode()
     def connector(self, hidden: Tensor, image_latents: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
         if image_latents:
@@ -116,6 +127,7 @@ class TorchCudaBackend(TorchBackend):
             condition[:, start : start + rows.shape[1]] = rows
         return condition
 
+    @on_device
     def language(self, request: LanguageRequest) -> FastLanguageSession:
         self.residency.need("language")
         # A guess may reach past the last token wanted.
@@ -127,12 +139,13 @@ class TorchCudaBackend(TorchBackend):
         if self._state is None or self._state.capacity < capacity:
             self._state = None  # freed before the larger one is made
             self._state = DecodeState(self.model.language, self.language_stack, capacity, self.device, self.graph_pool)
-        if "language" not in self._tuned and self.device.startswith("cuda"):
+        if "language" not in self._tuned and is_cuda(self.device):
             self._tuned.add("language")
             choose_one_row(p for p in (*_linears(self.language_stack), self.head) if isinstance(p, LinearDense))
             choose_fused_rows(self.language_stack)
         return self._state
 
+    @on_device
     @torch.inference_mode()
     def prefix(
         self,
@@ -161,6 +174,7 @@ class TorchCudaBackend(TorchBackend):
         self.model.decoder.prefix_pass(condition, features, cos, sin, visible, keep)
         return PrefixKV(keys, values, time_keys, time_values)
 
+    @on_device
     @torch.inference_mode()
     def denoiser(self, request: DenoiseRequest) -> FastDenoiseSession:
         self._need_decoder()
@@ -191,11 +205,11 @@ class TorchCudaBackend(TorchBackend):
             )
         buffers = self._buffers[shape]
         buffers.load(prefixes, latents)
-        if "decoder" not in self._tuned and self.device.startswith("cuda"):
+        if "decoder" not in self._tuned and is_cuda(self.device):
             self._tuned.add("decoder")
             rows = shape.branches * shape.images * buffers.tokens
             choose_w8a8((p for p in _linears(self.decoder_stack) if isinstance(p, LinearW8A8)), rows)
-        if self.options.attention == "auto" and self.device.startswith("cuda"):
+        if self.options.attention == "auto" and is_cuda(self.device):
             if shape not in self._attention:
                 self._attention[shape] = self._measured_attention(buffers)
             buffers.use_attention(self._attention[shape])
@@ -240,13 +254,25 @@ class TorchCudaBackend(TorchBackend):
         tried = candidates(torch.device(self.device), stack.head_dim, self.options.impl)
         return tried[choose(tried, q, k, v, buffers.segments(0, buffers.shape.branches, True))]
 
+    @on_device
     def vae(self, latents: Tensor) -> NDArray[np.float32]:
         self.residency.need("vae")
         return super().vae(latents)
 
+    @on_device
     def vae_encode(self, pixels: NDArray[np.float32]) -> Tensor:
         self.residency.need("vae")
         return super().vae_encode(pixels)
+
+    @on_device
+    def finite(self, array: Tensor) -> bool:
+        return super().finite(array)
+
+    def close(self) -> None:
+        limited = "options" in vars(self) and self.options.limited
+        super().close()
+        if limited:
+            limit_memory(self.device, 1.0)
 
 
 def _linears(stack: FastStack) -> Iterator[Linear]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...inputs.positions import image_positions, image_tables
 from ...model.decoder import DiffusionDecoder, PrefixKV
 from .attention import Attention, Segments
-from .graph import Replay
+from .graph import GraphPool, Replay
 from .stack import FastStack
 
 ROUND = 128  # prefix capacities are multiples of this, so that prompts of like length share buffers and graphs
@@ -54,10 +54,10 @@ class StepBuffers:
         attention: Attention,
         dtype: torch.dtype,
         device: str,
-        pool: Any = None,
+        pool: GraphPool | None = None,
     ) -> None:
         self._decoder, self._stack, self.shape, self._attention = decoder, stack, shape, attention
-        self._dtype, self._device, self._pool = dtype, device, pool
+        self._dtype, self.device, self._pool = dtype, device, pool
         config, sizes = decoder.config, decoder.config.stack
         self._patch = config.patch_size
         self.tokens = (shape.height // self._patch) * (shape.width // self._patch)
@@ -95,7 +95,7 @@ class StepBuffers:
             self.values[:, branch, :, : prefix.length] = prefix.values[:, 0]
             tables = image_tables(self._decoder.config, prefix.length, self.tokens)
             rows = slice(branch * each, (branch + 1) * each)
-            self.cos[rows], self.sin[rows] = (torch.from_numpy(t).to(self._device) for t in tables)
+            self.cos[rows], self.sin[rows] = (torch.from_numpy(t).to(self.device) for t in tables)
         self.latents.copy_(torch.from_numpy(np.ascontiguousarray(latents, np.float32)))
 
     def at_step(self, prefixes: list[PrefixKV], modulation: Tensor, step: int) -> None:
@@ -140,7 +140,7 @@ class StepBuffers:
     def graph(self, key: Any, step: Callable[[], None]) -> Replay:
         """A captured step by key; captured on first use, when every buffer it reads is filled."""
         if key not in self._graphs:
-            self._graphs[key] = Replay(step, self._device, self._pool)
+            self._graphs[key] = Replay(step, self.device, self._pool)
             self._graphs[key].prepare()
         return self._graphs[key]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from ...sampling.schedule import Step, guide
 from ..torch.backend import TorchPrefix
+from ..torch.device import is_cuda, on_device, working_on
 from .buffers import StepBuffers
 from .graph import memory_of
 from .step_cache import StepCache
 
 logger = logging.getLogger(__name__)
+IN_FLIGHT = 2  # steps that the device has yet to finish when one is told: no more, so that progress is true
 
 
 class FastDenoiseSession:
@@ -34,8 +37,10 @@ class FastDenoiseSession:
     ) -> None:
         self.buffers = buffers
         self._kept, self._modulation = [p.kv for p in prefixes], prefixes[0].modulation
-        self._need, self._cache = need, cache
+        self._need, self._cache, self.device = need, cache, buffers.device
+        self._events: deque[torch.cuda.Event] = deque()
 
+    @on_device
     @torch.inference_mode()
     def step(self, step: Step) -> None:
         with memory_of("denoiser"):
@@ -46,7 +51,19 @@ class FastDenoiseSession:
             move += step.previous_weight * self.velocity
         self.buffers.latents += move
         self.velocity = velocity
+        self._bound()
 
+    def _bound(self) -> None:
+        """Waits until at most `IN_FLIGHT` steps are not finished."""
+        if not is_cuda(self.device):
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > IN_FLIGHT:
+            self._events.popleft().synchronize()
+
+    @on_device
     @torch.inference_mode()
     def velocities(self, step: Step) -> Tensor:
         """Velocities (branches, n, 4, h, w) at the current latents, a view of the buffer."""
@@ -62,9 +79,10 @@ class FastDenoiseSession:
 
     @property
     def latents(self) -> Tensor:
-        with torch.inference_mode():
+        with working_on(self.device), torch.inference_mode():
             return self.buffers.latents.clone()
 
+    @on_device
     @torch.inference_mode()
     def ahead(self, time: float) -> Tensor:
         return self.buffers.latents + time * self.velocity

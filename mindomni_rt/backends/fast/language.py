@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from mindomni_rt.kernels.decode_attention import decode_attention
 
-from ...inputs.positions import rope_tables
+from ...inputs.positions import text_tables
 from ...model.attention import attention
 from ...model.cache import StaticCache
 from ...model.language import LanguageModel
 from ..base import LanguageRequest
+from ..torch.device import on_device
 from ..torch.language import sample
-from .graph import Replay, memory_of
+from .graph import GraphPool, Replay, memory_of
 from .stack import CacheSlot, FastStack
 
 LAG = 4  # steps that are queued before the first is read
@@ -35,8 +35,10 @@ ROUND = 256  # cache capacities are multiples of this, so that requests of like 
 class DecodeState:
     """Static buffers of one capacity and the graphs over them. `model.layers` is the stack given beside it."""
 
-    def __init__(self, model: LanguageModel, stack: FastStack, capacity: int, device: str, pool: Any = None) -> None:
-        self._model, self._stack, self._device, self._pool = model, stack, device, pool
+    def __init__(
+        self, model: LanguageModel, stack: FastStack, capacity: int, device: str, pool: GraphPool | None = None
+    ) -> None:
+        self._model, self._stack, self.device, self._pool = model, stack, device, pool
         config, dtype = model.config.stack, model.embed_tokens.weight.dtype
         self.capacity = capacity
         self.cache = StaticCache(config, capacity, 1, dtype, device)
@@ -57,7 +59,7 @@ class DecodeState:
     def inputs(self, tokens: int) -> Tensor:
         """The buffer (1, S) of the tokens that a step takes."""
         if tokens not in self._inputs:
-            self._inputs[tokens] = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
+            self._inputs[tokens] = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
         return self._inputs[tokens]
 
     def choose(self, logits: Tensor, index: Tensor, sampled: bool) -> Tensor:
@@ -78,18 +80,16 @@ class DecodeState:
         """The prompt's hidden states into their place; the last row's logits (V,)."""
         model, stack = self._model, self._model.config.stack
         count = len(request.token_ids)
-        following = request.next_position + np.arange(self.capacity - count)
-        positions = np.concatenate([request.positions, np.broadcast_to(following, (3, len(following)))], axis=1)
-        tables = rope_tables(stack.rope, stack.head_dim, positions, positions.shape[1])
+        tables = text_tables(stack, request.positions, request.next_position, self.capacity - count)
         self.cos.copy_(torch.from_numpy(tables[0]))
         self.sin.copy_(torch.from_numpy(tables[1]))
-        ids = torch.from_numpy(np.asarray(request.token_ids, np.int64)).to(self._device)
+        ids = torch.from_numpy(np.asarray(request.token_ids, np.int64)).to(self.device)
         self.seen.zero_()
         self.seen[ids] = True
         self.penalty.fill_(request.repetition_penalty)
         self.temperature.fill_(request.temperature or 1.0)
         if len(request.uniforms):
-            self.uniforms[: len(request.uniforms)] = torch.from_numpy(request.uniforms).to(self._device)
+            self.uniforms[: len(request.uniforms)] = torch.from_numpy(request.uniforms).to(self.device)
         self.start.zero_()
         self.count.zero_()
 
@@ -154,7 +154,7 @@ class DecodeState:
         if key not in self._graphs:
             graph = Replay(
                 (lambda: self.one(sampled)) if tokens == 1 else (lambda: self.several(tokens, sampled)),
-                self._device,
+                self.device,
                 self._pool,
             )
             state = (self.start, self.count, self.seen, self.chosen)
@@ -174,6 +174,7 @@ class FastLanguageSession:
     @torch.inference_mode()
     def __init__(self, state: DecodeState, request: LanguageRequest) -> None:
         self.request, self.room, self._state = request, request.max_new_tokens, state
+        self.device = state.device
         self._prompt, self._sampled = len(request.token_ids), request.temperature > 0
         self._counted = 0  # tokens that the device counts as text
         self._chosen: list[int] = []
@@ -183,6 +184,7 @@ class FastLanguageSession:
         with memory_of("language"):
             self._logits: Tensor | None = state.prefill(request)
 
+    @on_device
     @torch.inference_mode()
     def advance(self, draft: Sequence[int] = ()) -> None:
         state, count = self._state, 1 + len(draft)
@@ -201,6 +203,7 @@ class FastLanguageSession:
         self._unread.append((place, event))
         self._counted += 1 if not draft else 0
 
+    @on_device
     def read(self) -> list[int]:
         place, event = self._unread.popleft()
         if event is not None:
@@ -208,6 +211,7 @@ class FastLanguageSession:
         self._chosen = self._copies[place].tolist()
         return self._chosen
 
+    @on_device
     @torch.inference_mode()
     def keep(self, count: int) -> None:
         drafted, self._chosen = len(self._chosen) > 1, self._chosen[:count]
@@ -215,6 +219,7 @@ class FastLanguageSession:
             self._state.keep(self._chosen)
             self._counted += count
 
+    @on_device
     def hidden(self, written: int = 0) -> Tensor:
         """A copy: the buffer serves the next request."""
         with torch.inference_mode():

@@ -117,6 +117,23 @@ class LinearW4A16(Linear):
         return int4_linear(x, Int4Weight(self.packed, self.scale, self.minimum), self.bias, impl=self.impl)
 
 
+class PatchLinear(nn.Module):
+    """A patch embedding as a linear product over patches: the convolution's, whose float32 cuDNN rounds to TF32.
+
+    Holds the convolution, so that its tensors keep their names.
+    """
+
+    def __init__(self, proj: nn.Conv2d) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, 4, h, w) -> (B, N, C), rows first."""
+        size = self.proj.kernel_size[0]
+        patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
 def one_row_impl(impl: str, x: Tensor) -> str:
     """A kernel for one row cannot be forced on more."""
     return impl if impl != "triton" or x.numel() == x.shape[-1] else "auto"

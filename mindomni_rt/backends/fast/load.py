@@ -10,18 +10,19 @@ import torch
 
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.layout import open_checkpoint
+from ...devices.table import RESERVE
 from ...errors import UnsupportedDeviceError
-from ...memory import planner
 from ...memory.footprint import Precision
 from ...memory.layers import Workload
 from ...memory.planner import LADDER, gigabytes, parse_bytes, plan
-from ...memory.precision import parse_precision, split_attention
+from ...memory.precision import parse_precision, plain_vae, split_attention
 from ...model.mindomni import load_model
 from ..torch.backend import DTYPES
+from ..torch.device import is_cuda, limit_memory, with_index, working_on
 from .backend import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
-RESERVE = planner.RESERVE[False]
+DEDICATED = RESERVE[False]
 
 
 def load_fast(
@@ -32,21 +33,24 @@ def load_fast(
     memory_budget without a precision takes the most exact of `planner.LADDER` that fits, and the log says which.
     Raises BadCheckpointError, BadRequestError, OutOfMemoryError.
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint, device = open_checkpoint(Path(path)), with_index(device)
     precision, attention = split_attention(precision)
     chosen, resident = choose(checkpoint.config, dtype, precision, memory_budget, device)
-    if device.startswith("cuda"):
+    if is_cuda(device):
         check_device(chosen, torch.cuda.get_device_capability(device))
-        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors are on
+        limit_memory(device, 1.0 if memory_budget is None else _share(memory_budget, device))
     model, report = load_model(checkpoint, DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
-    if memory_budget is not None and device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = (parse_bytes(memory_budget) - RESERVE) / total
-        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
-    return TorchCudaBackend(
-        model, device, report, FastOptions(precision=chosen, resident=resident, attention=attention)
+    options = FastOptions(
+        precision=chosen, resident=resident, attention=attention, limited=memory_budget is not None and is_cuda(device)
     )
+    with working_on(device):
+        return TorchCudaBackend(model, device, report, options)
+
+
+def _share(memory_budget: str | float, device: str) -> float:
+    """A budget as a share of a GPU's memory, what the driver and libraries take left out."""
+    return (parse_bytes(memory_budget) - DEDICATED) / torch.cuda.get_device_properties(device).total_memory
 
 
 def check_device(precision: Precision, capability: tuple[int, int]) -> None:
@@ -74,17 +78,17 @@ def choose(
 
     Raises OutOfMemoryError when nothing fits.
     """
+    vae = plain_vae(dtype, device)
+    wanted: Precision | None
     if precision is not None:
-        wanted: Precision | None = parse_precision(precision, dtype)
+        wanted = parse_precision(precision, dtype, vae)
     else:
-        wanted = None if memory_budget is not None and dtype == "bfloat16" else Precision.uniform(dtype)
-        if wanted is not None and device.startswith("cuda") and dtype == "bfloat16":
-            wanted = replace(wanted, vae="bfloat16")  # SDXL's VAE overflows in float16, not in bfloat16
+        wanted = None if memory_budget is not None and dtype == "bfloat16" else Precision.uniform(dtype, vae)
     if memory_budget is None:
         assert wanted is not None
         return wanted, None
     budget = parse_bytes(memory_budget)
-    reserve = RESERVE if device.startswith("cuda") else 0
+    reserve = DEDICATED if is_cuda(device) else 0
     work = replace(work or Workload(), joint=True)
     found = plan(config, work, precision=wanted, budget=budget, reserve=reserve)
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning

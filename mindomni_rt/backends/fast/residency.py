@@ -1,16 +1,19 @@
 """Which parts of a model are on the device. Weights move between stages, never inside one.
 
-Host copies stay (pinned where there is a GPU), so dropping a part costs nothing and loading it is one copy. What was
-captured over a part's weights is told to go when the part moves.
+Host copies stay (pinned where there is a GPU), so dropping a part costs nothing and loading it is one copy. `moved` is
+called when a part moves: graphs that were captured over its weights are no longer valid.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from ..torch.device import is_cuda
+from .pinned import pinned
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +40,10 @@ class Residency:
                 for tensor in self._tensors(name):
                     tensor.data = tensor.data.to(device)
             else:
-                self._host[name] = [(t, self._pinned(t)) for t in self._tensors(name)]
-                for tensor, host in self._host[name]:
+                self._host[name] = []
+                for tensor, host in self._copies(self._tensors(name)):
                     tensor.data = host
+                    self._host[name].append((tensor, host))
 
     def _tensors(self, name: str) -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -48,9 +52,11 @@ class Residency:
                 found[id(tensor)] = tensor
         return [t for t in found.values() if not t.is_meta]
 
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        host = tensor.detach().to("cpu")
-        return host.pin_memory() if self._device.startswith("cuda") and torch.cuda.is_available() else host
+    def _copies(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tensor, its copy on the host)."""
+        if is_cuda(self._device) and torch.cuda.is_available():
+            return pinned(tensors)
+        return ((tensor, tensor.detach().to("cpu")) for tensor in tensors)
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -58,10 +64,12 @@ class Residency:
         return self._resident | ({self._guest} if self._guest else frozenset())
 
     def need(self, part: str) -> None:
-        """Brings a part to the device, first dropping the one that is visiting."""
-        if part in self._resident or part == self._guest:
+        """Brings a part to the device, first dropping the one that is visiting: a plan never counts two."""
+        if part == self._guest:
             return
         self.drop()
+        if part in self._resident:
+            return
         for tensor, host in self._host[part]:
             tensor.data = host.to(self._device, copy=True, non_blocking=True)
         self._guest = part

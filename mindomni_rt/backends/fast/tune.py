@@ -17,6 +17,7 @@ import torch
 from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from ...errors import UnsupportedDeviceError
+from .graph import captured
 from .linear import LinearDense, LinearW8A8
 from .stack import FastBlock, FastStack
 
@@ -27,15 +28,8 @@ P = TypeVar("P", LinearDense, LinearW8A8)
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median milliseconds of `run` replayed as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    """Median milliseconds of `run` replayed as a CUDA graph on the current device."""
+    graph = captured(run, torch.cuda.current_device())
     times = []
     for _ in range(RUNS + 1):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,6 +71,12 @@ def _fastest(
     logger.info("%s: %s (%s)", label, best, ", ".join(f"{name} {t:.4f} ms" for name, t in times.items()))
 
 
+def _rows(rows: int, width: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Random rows where `like` is. Its own generator: a failed capture leaves the device's default one unusable."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(rows, width, dtype=dtype or like.dtype, device=like.device, generator=generator)
+
+
 def choose_one_row(products: Iterable[LinearDense], clock: Clock = milliseconds) -> None:
     """Sets `one_row` of each layer to the faster of "cublas" and "gemv" for its shape."""
     groups: dict[tuple[int, int, bool], list[LinearDense]] = defaultdict(list)
@@ -88,7 +88,7 @@ def choose_one_row(products: Iterable[LinearDense], clock: Clock = milliseconds)
 
     for (n, k, _), group in groups.items():
         weight = group[0].weight
-        x = torch.randn(1, k, dtype=weight.dtype, device=weight.device)
+        x = _rows(1, k, weight)
         _fastest(group, f"one row of {n}x{k}", ("cublas", "gemv"), choose, x, clock)
 
 
@@ -105,7 +105,7 @@ def choose_w8a8(products: Iterable[LinearW8A8], rows: int, clock: Clock = millis
         product.how = name
 
     for (n, k), group in groups.items():
-        x = torch.randn(rows, k, dtype=group[0].dtype, device=group[0].values.device)
+        x = _rows(rows, k, group[0].values, group[0].dtype)
         few = group[:4]  # bound by arithmetic, not by reading the weight
         _fastest(few, f"{few[0].rows} rows of {n}x{k}", ("library", "triton"), choose, x, clock)
         for product in group[4:]:
@@ -118,7 +118,7 @@ def choose_fused_rows(stack: FastStack, clock: Clock = milliseconds) -> None:
     if any(p.row_weight() is None for block in blocks for p in (block.qkv, block.gate_up)):
         return
     like = blocks[0].norm1
-    x = torch.randn(1, stack.config.hidden_size, dtype=like.dtype, device=like.device)
+    x = _rows(1, stack.config.hidden_size, like)
     times = {}
     for fused in (False, True):
 

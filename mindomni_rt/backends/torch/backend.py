@@ -24,6 +24,7 @@ from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel, load_model
 from ..base import DenoiseRequest, DenoiseSession, LanguageRequest, LanguageSession
 from .denoise import Branch, TorchDenoiseSession
+from .device import with_index
 from .language import TorchLanguageSession
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def choose_device(device: str = "auto", dtype: str | None = None) -> tuple[str, str]:
-    """(device, dtype) by name: "auto" is CUDA where there is one; dtype None is bfloat16 there and float32 on the CPU.
+    """(device, dtype) by name: "auto" is CUDA where there is one, "cuda" becomes "cuda:N" of the current device; dtype
+    None is bfloat16 there and float32 on the CPU.
 
     Raises BadRequestError, UnsupportedDeviceError.
     """
@@ -45,7 +47,7 @@ def choose_device(device: str = "auto", dtype: str | None = None) -> tuple[str, 
     dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
     if dtype not in DTYPES:
         raise BadRequestError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    return device, dtype
+    return with_index(device), dtype
 
 
 def load_torch(path: Path, device: str = "auto", dtype: str | None = None) -> TorchBackend:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...inputs.positions import rope_tables
+from ...inputs.positions import text_tables
 from ...model.cache import StaticCache
 from ...model.language import LanguageModel
 from ...sampling.random import choose_tokens
@@ -41,9 +41,7 @@ class TorchLanguageSession:
         capacity = self._prompt + ahead
         self._hidden = torch.empty(1, capacity, stack.hidden_size, dtype=dtype, device=device)
         self._cache = StaticCache(stack, capacity, 1, dtype, device)
-        following = np.broadcast_to(request.next_position + np.arange(ahead), (3, ahead))
-        places = np.concatenate([request.positions, following], axis=1)
-        tables = rope_tables(stack.rope, stack.head_dim, places, places.shape[1])
+        tables = text_tables(stack, request.positions, request.next_position, ahead)
         self._cos, self._sin = (torch.from_numpy(t).to(device) for t in tables)
         self._text = [int(t) for t in request.token_ids]
         self._chosen: list[int] = []

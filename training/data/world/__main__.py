@@ -1,4 +1,4 @@
-"""`python -m training.data.world FOLDER`: the world's autoencoder and its reward model, trained from nothing."""
+"""`python -m training.data.world FOLDER`: the world's autoencoder and its reward model, trained from scratch."""
 
 from __future__ import annotations
 

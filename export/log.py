@@ -1,0 +1,48 @@
+"""The log of a build, beside its bundle: NAME.build.log, or NAME.build-failed.log where a good one stands already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LOGGERS = ("mindomni_rt",)
+
+
+@contextmanager
+def build_log(bundle: Path) -> Iterator[Path]:
+    """Writes all messages of a build and of TensorRT to a file, whatever the terminal shows; yields its final path.
+
+    While the build runs the file has a name of its own, so that two builds of one bundle do not share it. A build that
+    fails does not replace the log of the bundle that exists.
+    """
+    path = bundle.with_name(f"{bundle.name}.build.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    running = Path(name)
+    running.chmod(0o644)
+    handler = logging.FileHandler(running, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield path
+    except BaseException as error:
+        # To the file alone: the command prints the error once.
+        handler.handle(logging.makeLogRecord({"levelname": "ERROR", "levelno": 40, "msg": f"stopped: {error!r}"}))
+        if bundle.exists() and path.exists():
+            path = path.with_name(f"{bundle.name}.build-failed.log")
+        raise
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.close()
+        running.replace(path)

@@ -1,0 +1,290 @@
+"""What a checkpoint runs in on the machine at hand, decided before a weight is read.
+
+The rule for a CPU. Weights that are used in their stored type stay mapped to the file: they are page cache, which the
+kernel takes back, not memory of the process. A stage reads the weights of its part again and again, so there must be
+room for that part beside the process's own memory, but not for all parts at once. Weights that are converted are the
+process's own, all of them, for as long as it lives. Of the language model's input table a row is read for a token, so
+it needs no room while it is mapped. The VAE computes in float32.
+
+The rule for a GPU is the planner's: the largest set of parts that leaves room for the work stays, the others wait in
+pinned memory of the host and take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.layout import PARTS, Checkpoint
+from ..errors import BadRequestError, OutOfMemoryError
+from .bundle_need import predicted_need
+from .footprint import Precision, stage_memory, weight_bytes
+from .layers import PART_OF, Workload, parameters
+from .machine import Machine
+from .planner import LADDER, gigabytes, parse_bytes, plan
+from .precision import parse_precision, plain_vae, split_attention
+
+logger = logging.getLogger(__name__)
+HOST_RESERVE = 500 * 10**6  # the interpreter, torch and its buffers
+GPU_RESERVE = 600 << 20  # a CUDA context and the libraries' workspaces
+BUDGETS = "auto, a size such as 8GiB, or None for no limit"
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How to load. dtype, precision, budget: arguments of the torch backend; stays: stages of a bundle that stay
+    loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most, a prediction, of which
+    `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for."""
+
+    device: str
+    dtype: str | None
+    precision: str | None = None
+    budget: str | float | None = None
+    stays: tuple[str, ...] | None = None
+    side: int = 1024
+    peak: int = 0
+    mapped: int = 0
+    free: int | None = None
+    why: str = ""
+    lossy: bool = False
+
+    def summary(self) -> str:
+        """One line."""
+        mapped = f" ({gigabytes(self.mapped)} of it mapped weights)" if self.mapped else ""
+        free = f" of {gigabytes(self.free)} free" if self.free is not None else ", free memory unknown"
+        return f"{self.device}, {self.dtype}: {self.why}; predicted peak {gigabytes(self.peak)}{mapped}{free}"
+
+    def log(self) -> None:
+        """One line; a warning where the choice costs quality or much speed."""
+        logger.log(logging.WARNING if self.lossy else logging.INFO, "%s", self.summary())
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one stage on a CPU: of the process, and of mapped weights that it reads again and again."""
+
+    stage: str
+    own: int
+    mapped: int
+
+    @property
+    def total(self) -> int:
+        return self.own + self.mapped
+
+
+def stored_types(checkpoint: Checkpoint) -> dict[str, str]:
+    """The type that most elements of each part are stored in."""
+    found = {}
+    for part in PARTS:
+        counts: dict[str, int] = {}
+        for entry in checkpoint.tensors[part].values():
+            size = 1
+            for side in entry.shape:
+                size *= side
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + size
+        kind = max(counts, key=lambda name: counts[name], default="F32")
+        found[part] = _TYPES.get(kind, kind)
+    return found
+
+
+def cpu_needs(config: ModelConfig, stored: Mapping[str, str], dtype: str, work: Workload) -> list[Need]:
+    """What each stage of a request needs on a CPU when the model computes in dtype, by the rule above."""
+    precision = Precision.uniform(dtype, vae="float32")
+    weights = weight_bytes(config, precision)
+    mapped = {part: stored[part] == ("float32" if part == "vae" else dtype) for part in weights}
+    own = HOST_RESERVE + sum(size for part, size in weights.items() if not mapped[part])
+    found = []
+    for stage in stage_memory(config, work, precision):
+        if stage.stage == "vision" and not work.patches[0]:
+            continue
+        part = PART_OF[stage.stage]
+        reads = weights[part] if mapped[part] else 0
+        if reads and part == "language" and not config.language.tie_embeddings:
+            reads -= parameters(config)[part].embedding * (4 if dtype == "float32" else 2)
+        found.append(Need(stage.stage, own + stage.state + stage.activations, reads))
+    return found
+
+
+def budget_bytes(memory_budget: str | float | None, free: int | None) -> int | None:
+    """Bytes that may be used: what is free for "auto", the smaller of the two for a size, None for no limit."""
+    if memory_budget is None:
+        return None
+    if isinstance(memory_budget, str) and memory_budget.strip().lower() == "auto":
+        return free
+    try:
+        asked = parse_bytes(memory_budget)
+    except BadRequestError as error:
+        raise BadRequestError(f"memory_budget {memory_budget!r}: expected {BUDGETS}") from error
+    return asked if free is None else min(asked, free)
+
+
+def fit_checkpoint(
+    checkpoint: Checkpoint,
+    machine: Machine,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    precision: str | None = None,
+    memory_budget: str | float | None = "auto",
+) -> Fit:
+    """The most exact way to run a checkpoint that fits this machine.
+
+    device "auto" is the first GPU where there is one, else the CPU. dtype and precision given are kept to. Raises
+    OutOfMemoryError before anything is read, naming what would fit; BadRequestError, UnsupportedDeviceError.
+    """
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise BadRequestError(f"dtype {dtype!r}: expected one of float32, float16, bfloat16")
+    if device == "auto":
+        device = "cuda" if machine.gpus else "cpu"
+    limit = budget_bytes(memory_budget, machine.free(device))
+    if device == "cpu":
+        return _fit_cpu(checkpoint, machine, dtype, limit)
+    found = _fit_gpu(checkpoint, machine, device, dtype, precision, limit)
+    # A size that was asked for limits what runs beside the model too, though all of it fits; what is free does not.
+    asked = memory_budget is not None and str(memory_budget).strip().lower() != "auto"
+    return replace(found, budget=limit) if asked else found
+
+
+def cpu_types(stored: str, bfloat16: bool) -> tuple[str, ...]:
+    """Types to try on a CPU, the first choice first. bfloat16: whether it multiplies them at speed."""
+    if stored == "bfloat16" and bfloat16:
+        return ("bfloat16",)
+    return tuple(dict.fromkeys(("float32", stored if stored in ("bfloat16", "float16") else "bfloat16")))
+
+
+def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit: int | None) -> Fit:
+    config, stored = checkpoint.config, stored_types(checkpoint)
+    first = dtype or cpu_types(stored["language"], machine.bfloat16)[0]
+    for kind, side in _cpu_choices(dtype, stored["language"], machine.bfloat16):
+        worst = max(cpu_needs(config, stored, kind, Workload(height=side, width=side)), key=lambda need: need.total)
+        if limit is not None and worst.total > limit:
+            continue
+        why = (
+            "the stored type, mapped from the file" if kind == stored["language"] else f"stored as {stored['language']}"
+        )
+        slow = kind != "float32" and not machine.bfloat16
+        if slow and dtype is None:
+            why += ", float32 does not fit; this CPU computes it slowly"
+        if side < 1024:
+            why += f", images up to {side}x{side}"
+        return Fit(
+            device="cpu",
+            dtype=kind,
+            side=side,
+            peak=worst.total,
+            mapped=worst.mapped,
+            free=limit,
+            why=why,
+            lossy=(slow and dtype is None) or side < 1024,
+        )
+    assert limit is not None
+    needs = cpu_needs(config, stored, first, Workload(height=256, width=256))
+    worst = max(needs, key=lambda need: need.total)
+    raise OutOfMemoryError(
+        f"{checkpoint.path} does not fit in {first}: stage {worst.stage} needs {gigabytes(worst.total)} of memory, "
+        f"{gigabytes(limit)} are free; nothing was loaded. {_instead(checkpoint, stored, machine, dtype, limit)}"
+    )
+
+
+def _cpu_choices(dtype: str | None, stored: str, bfloat16: bool) -> Iterator[tuple[str, int]]:
+    """(type, image side) to try: types first, then smaller images."""
+    for side in (1024, 512, 256):
+        for kind in (dtype,) if dtype else cpu_types(stored, bfloat16):
+            yield kind, side
+
+
+def _instead(checkpoint: Checkpoint, stored: Mapping[str, str], machine: Machine, dtype: str | None, limit: int) -> str:
+    """What would fit: the stored type, then a bundle with 8-bit and with 4-bit weights."""
+    kind = stored["language"]
+    if dtype is not None and kind != dtype:
+        worst = max(cpu_needs(checkpoint.config, stored, kind, Workload()), key=lambda need: need.total)
+        if worst.total <= limit:
+            return f"This fits: dtype={kind!r} (the stored type, peak {gigabytes(worst.total)})"
+    least = 0
+    for name in ("int8", "int4"):
+        for side in (1024, 512, 256):
+            least = predicted_need(checkpoint.config, name, Workload(height=side, width=side))
+            if least <= limit:
+                return (
+                    f"This fits: a bundle in {name} (peak {gigabytes(least)}, images up to {side}x{side}), made by: "
+                    f"python -m export build {checkpoint.path} --target cpu --precision {name} --out BUNDLE"
+                )
+    return f"Nothing fits: a bundle in int4 needs {gigabytes(least)}; close other programs or use a larger machine"
+
+
+def _fit_gpu(
+    checkpoint: Checkpoint, machine: Machine, device: str, dtype: str | None, precision: str | None, limit: int | None
+) -> Fit:
+    config, gpu = checkpoint.config, machine.gpu(device)
+    dtype = dtype or ("bfloat16" if gpu.capability >= (8, 0) else "float16")
+    asked, attention = split_attention(precision)
+    work = replace(Workload(), joint=True)
+    ladder = [parse_precision(asked, dtype, plain_vae(dtype, "cuda"))] if asked else list(_ladder(dtype))
+    for place, choice in enumerate(ladder):
+        try:
+            found = plan(config, work, precision=choice, budget=limit, reserve=GPU_RESERVE)
+        except OutOfMemoryError:
+            continue
+        waiting = sum(size for part, size in weight_bytes(config, choice).items() if part not in found.resident)
+        if gpu.free is not None and machine.host and waiting + HOST_RESERVE > machine.host.free:
+            continue
+        default = place == 0 and not asked and not found.moved
+        pairs = [] if default else [precision_text(choice)] if asked is None else [asked]
+        pairs += [f"attention={attention}"] if attention != "auto" else []
+        moved = f", {gigabytes(found.moved)} move in each request" if found.moved else ""
+        return Fit(
+            device=device,
+            dtype=dtype,
+            precision=",".join(pairs) or None,
+            budget=limit if found.moved else None,
+            peak=found.peak,
+            free=limit,
+            why=f"{choice}{moved}",
+            lossy=not asked and bool(place or found.moved),
+        )
+    assert limit is not None
+    try:
+        plan(config, work, precision=ladder[-1], budget=limit, reserve=GPU_RESERVE)
+        reason = f"the parts that wait need more than the {gigabytes(machine.free('cpu') or 0)} free on the host"
+    except OutOfMemoryError as error:
+        reason = str(error)
+    raise OutOfMemoryError(
+        f"{checkpoint.path} does not fit {device} ({gpu.name}): {reason}. {_on_cpu(checkpoint, machine)}"
+    )
+
+
+def _on_cpu(checkpoint: Checkpoint, machine: Machine) -> str:
+    try:
+        found = _fit_cpu(checkpoint, machine, None, machine.free("cpu"))
+    except OutOfMemoryError:
+        return "Nothing was loaded"
+    return f"Nothing was loaded. On the CPU this fits: {found.summary()}"
+
+
+def _ladder(dtype: str) -> Iterator[Precision]:
+    """Precisions to try on a GPU, the fast path's default first. float32 asked for is kept to.
+
+    SDXL's VAE overflows in float16: it is float32 there.
+    """
+    if dtype == "float32":
+        yield Precision.uniform(dtype)
+        return
+    vae = "bfloat16" if dtype == "bfloat16" else "float32"
+    seen = []
+    for step in LADDER:
+        kinds = {
+            part: dtype if getattr(step, part) == step.compute else getattr(step, part)
+            for part in ("language", "head", "decoder")
+        }
+        choice = Precision(compute=dtype, vae=vae, **kinds)
+        if choice not in seen:
+            seen.append(choice)
+            yield choice
+
+
+def precision_text(precision: Precision) -> str:
+    """The argument of `load` that means this precision."""
+    return ",".join(f"{part}={getattr(precision, part)}" for part in ("language", "head", "decoder", "vae"))

@@ -1,0 +1,151 @@
+"""What a bundle promises is what its graphs hold: read from the files by onnx, apart from the code that wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import PARITY
+from onnx import TensorProto, helper, numpy_helper
+
+from mindomni_rt.bundle.contracts import graph_specs
+from mindomni_rt.bundle.manifest import read_manifest
+from mindomni_rt.export.store import WeightStore
+from mindomni_rt.export.weights import BuildError, bytes_by_type, check_weights, promise, read_weights
+
+FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+TYPES = {"int8": TensorProto.INT8, "int8wo": TensorProto.INT8, "int4": TensorProto.INT4, "fp32": TensorProto.FLOAT,
+         "fp16": TensorProto.FLOAT16}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8wo", "int4"])
+def test_types_of_weights(bundles: Callable[[str], Path], precision: str) -> None:
+    bundle = bundles(precision)
+    manifest = read_manifest(bundle)
+    for name, entry in manifest.graphs.items():
+        tensors = onnx.load(str(bundle / f"{name}.onnx")).graph.initializer
+        rounded = name in ("language", "prefix", "denoiser", "denoiser_first") and precision not in ("fp32", "fp16")
+        large = {t.name: t.data_type for t in tensors if len(t.dims) == 2 and ".scale" not in t.name}
+        blocks = [kind for n, kind in large.items() if ".layers." in n or n.startswith("connector.")]
+        if name in ("language", "denoiser", "prefix", "connector"):
+            assert blocks
+        assert set(blocks) <= {TYPES[precision] if rounded else TYPES["fp16" if precision == "fp16" else "fp32"]}
+        if name == "language" and rounded:
+            head = [kind for n, kind in large.items() if "lm_head" in n]
+            table = [kind for n, kind in large.items() if "embed_tokens" in n]
+            assert head == [TensorProto.INT8] and table == [TensorProto.FLOAT16]
+            assert entry.report["weights"] == {
+                "products": precision, "head": "int8wo", "table": "float16", "rest": "float32",
+            }  # fmt: skip
+        assert sum(entry.report["bytes_by_type"].values()) == sum(
+            -(-int(np.prod(t.dims, dtype=np.int64)) * (4 if t.data_type == TensorProto.INT4 else 8 * _size(t)) // 8)
+            for t in tensors
+        ) + sum(_constants(bundle / f"{name}.onnx"))
+    assert {manifest.graphs[n].report["weights"]["rest"] for n in ("vision", "connector")} <= {"float32", "float16"}
+
+
+def _size(tensor: TensorProto) -> int:
+    return 1 if tensor.data_type == TensorProto.INT4 else numpy_helper.to_array(tensor).itemsize
+
+
+def _constants(path: Path) -> list[int]:
+    nodes = onnx.load(str(path)).graph.node
+    return [
+        numpy_helper.to_array(a.t).nbytes
+        for n in nodes
+        if n.op_type == "Constant"
+        for a in n.attribute
+        if a.HasField("t")
+    ]
+
+
+def linear(op: str, name: str, data_type: int, tmp_path: Path, **attributes: int) -> Path:
+    """A graph of one product over a stored matrix."""
+    weight = helper.make_tensor(
+        name, data_type, [32, 32], bytes(32 * 32 * 4 if data_type == 1 else 32 * 32 * 2), raw=True
+    )
+    inputs = [name, "x"] if op == "Gather" else ["x", name]
+    node = helper.make_node(op, inputs, ["y"], **attributes)
+    x = helper.make_tensor_value_info("x", TensorProto.INT64 if op == "Gather" else data_type, [2, 32])
+    y = helper.make_tensor_value_info("y", data_type, None)
+    path = tmp_path / "g.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [x], [y], [weight])), str(path))
+    return path
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Gemm", "Gather", "Einsum"])
+def test_a_matrix_that_was_forgotten_is_an_error(op: str, tmp_path: Path) -> None:
+    """Whatever the node type and the name: only listed small matrices may stay in the compute type."""
+    from mindomni_rt.checkpoint.config import published
+
+    spec = graph_specs(published())["language"]
+    more = {"equation": "ij,kj->ik"} if op == "Einsum" else {}
+    promised = promise(spec, "int4", "float32")
+    for name in ("language.lm_head.weight", "language.layers.0.mlp.up_proj.weight.T", "val_17"):
+        found = read_weights(linear(op, name, TensorProto.FLOAT, tmp_path, **more))  # type: ignore[arg-type]
+        assert bytes_by_type(found) == {"float32": 4096}
+        with pytest.raises(BuildError, match=r"is stored in float32, the manifest would say"):
+            check_weights(spec, found, promised)
+    table = read_weights(linear("Gather", "language.embed_tokens.weight", TensorProto.FLOAT16, tmp_path))
+    check_weights(spec, table, promised)
+    with pytest.raises(BuildError):
+        check_weights(spec, table, promise(spec, "fp32", "float32"))
+
+
+@pytest.mark.parametrize(("trans_a", "trans_b", "bias"), [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, False)])
+def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool) -> None:
+    """onnx's own evaluator before and after: the same numbers up to the rounding, and no float matrix left."""
+    import onnx_ir as ir
+    from onnx.reference import ReferenceEvaluator
+
+    from mindomni_rt.export.quantize import quantize
+
+    draw = np.random.default_rng(0)
+    weight = draw.standard_normal((24, 16) if trans_b else (16, 24)).astype(np.float32)
+    x = draw.standard_normal((16, 5) if trans_a else (5, 16)).astype(np.float32)
+    tensors = [numpy_helper.from_array(weight, "language.lm_head.weight")]
+    tensors += [numpy_helper.from_array(draw.standard_normal(24).astype(np.float32), "bias")] if bias else []
+    node = helper.make_node("Gemm", ["x", *(t.name for t in tensors)], ["y"], transA=trans_a, transB=trans_b)
+    ends = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", x.shape), ("y", (5, 24))))
+    first, last = ends
+    model = helper.make_model(
+        helper.make_graph([node], "g", [first], [last], tensors), opset_imports=[helper.make_opsetid("", 21)]
+    )
+    wanted = ReferenceEvaluator(model).run(None, {"x": x})[0]
+    changed = ir.from_proto(model)
+    quantize(changed, "int4", {})
+    found = ReferenceEvaluator(ir.to_proto(changed)).run(None, {"x": x})[0]
+    assert [v.name for v in changed.graph.outputs] == ["y"] and "Gemm" not in {n.op_type for n in changed.graph}
+    assert {v.const_value.dtype for v in changed.graph.initializers.values() if len(v.shape) == 2} == {ir.DataType.INT8}
+    assert 1e-5 < np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
+    import dataclasses
+
+    import onnxruntime
+
+    from mindomni_rt.export.graphs import export_graph
+    from mindomni_rt.model.connector import Connector
+    from mindomni_rt.model.mindomni import load_model
+
+    model, _ = load_model(PARITY, torch.float32)
+    before = model.config.connector
+    stack = dataclasses.replace(before.stack, num_heads=before.stack.num_heads, num_kv_heads=1)
+    config = dataclasses.replace(before, stack=stack)
+    assert stack.num_heads > 1
+    model.config = dataclasses.replace(model.config, connector=config)
+    model.connector = Connector(config).eval().requires_grad_(False)
+    with WeightStore(tmp_path / "connector.data") as store:
+        file = export_graph(model, "connector", "float32", tmp_path, store)
+    hidden = np.random.default_rng(0).standard_normal((1, 9, config.input_size)).astype(np.float32)
+    angles = np.linspace(0, 1, 9 * stack.head_dim // 2).reshape(9, -1).astype(np.float32)
+    tables = np.cos(angles), np.sin(angles)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found = session.run(None, dict(zip(("hidden", "cos", "sin"), (hidden, *tables), strict=True)))[0]
+    wanted = model.connector(*map(torch.from_numpy, (hidden, *tables))).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
