@@ -20,6 +20,8 @@ from typing import Any
 from .runs import ROOT, Runs
 
 TABLE = ROOT / "benchmarks" / "results" / "kernel-resources.json"
+REFUSED = {75: ("linear8.linear8_kernel", "int8_attention.attend_kernel")}
+"""What an SM's compiler refuses. The choice of products tries it there, logs it and takes the library's."""
 SHORT = dict(num_inference_steps=3, max_new_tokens=6)
 REQUESTS: list[Any] = [
     ["drafts", dict(draft_tokens=4, num_inference_steps=3, max_new_tokens=30)],
@@ -67,6 +69,8 @@ def resources(launched: Iterable[dict[str, Any]], sm: int) -> dict[str, dict[str
     found = {}
     for data in launched:
         launch = Launch.from_json({k: v for k, v in data.items() if k != "count"})
+        if launch.kernel in REFUSED.get(sm, ()):
+            continue
         module, function = launch.kernel.split(".")
         spec = Spec(
             name=launch.name,
