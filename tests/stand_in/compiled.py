@@ -21,7 +21,7 @@ from .runs import ROOT, Runs
 
 TABLE = ROOT / "benchmarks" / "results" / "kernel-resources.json"
 REFUSED = {75: ("linear8.linear8_kernel", "int8_attention.attend_kernel")}
-"""What an SM's compiler refuses. The choice of products tries it there, logs it and takes the library's."""
+"""What an SM's compiler refuses. The choice of products tries it there, logs it and takes torch's own."""
 SHORT = dict(num_inference_steps=3, max_new_tokens=6)
 REQUESTS: list[Any] = [
     ["drafts", dict(draft_tokens=4, num_inference_steps=3, max_new_tokens=30)],
