@@ -26,7 +26,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
+from .backends.base import OPTIONAL, Array, Backend, DenoiseRequest, LanguageRequest, Prefix
 from .errors import BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
 from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
@@ -189,7 +189,8 @@ class Pipeline:
         lacking = [n for n in request.optional() if n not in self.backend.capabilities]
         if lacking:
             raise BadRequestError(
-                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
+                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; "
+                f"{OPTIONAL[lacking[0]]}"
             )
         return self._turn.during(self._generate(request, cancel))
 

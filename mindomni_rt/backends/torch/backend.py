@@ -77,7 +77,7 @@ class TorchBackend:
     """The six stages on PyTorch modules. Runs wherever they are; float32 on the CPU is the reference."""
 
     name = "torch"
-    capabilities = frozenset({"draft_tokens"})
+    capabilities = frozenset({"draft_tokens", "first_step"})
 
     def __init__(self, model: MindOmniModel, device: str = "cpu", report: LoadReport | None = None) -> None:
         self.model, self.device, self.report = model, device, report
