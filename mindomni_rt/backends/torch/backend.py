@@ -19,6 +19,7 @@ from ...errors import BadRequestError, OutOfMemoryError, UnsupportedDeviceError
 from ...inputs.images import ImagePatches
 from ...inputs.positions import image_positions, image_tables, prefix_tables, rope_tables
 from ...inputs.vision_layout import vision_layout
+from ...memory.machine import read_machine
 from ...model.attention import Workspace
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel, load_model
@@ -26,6 +27,7 @@ from ..base import DenoiseRequest, DenoiseSession, LanguageRequest, LanguageSess
 from .denoise import Branch, TorchDenoiseSession
 from .device import with_index
 from .language import TorchLanguageSession
+from .widen import widen
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,6 +61,9 @@ def load_torch(path: Path, device: str = "auto", dtype: str | None = None) -> To
     # The VAE stays in float32: that is what the released code computes, and SDXL's overflows in float16.
     model, report = load_model(path, DTYPES[dtype], device, vae_dtype=torch.float32)
     logger.info("%s", report)
+    if device == "cpu" and read_machine(with_gpus=False).widens(dtype):
+        logger.info("weights in %s, computed in float32: this CPU has no fast %s products", dtype, dtype)
+        widen(model)
     return TorchBackend(model, device=device, report=report)
 
 
@@ -82,8 +87,8 @@ class TorchBackend:
     def __init__(self, model: MindOmniModel, device: str = "cpu", report: LoadReport | None = None) -> None:
         self.model, self.device, self.report = model, device, report
         self.config: ModelConfig = model.config
-        self.torch_dtype = model.language.embed_tokens.weight.dtype
-        self.dtype = str(self.torch_dtype).removeprefix("torch.")
+        self.torch_dtype = model.language.norm.weight.dtype  # of activations; weights may be narrower (`widen`)
+        self.dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
         self.image_positions: Callable[[int, int], Tensor] = lru_cache(maxsize=4)(self._image_positions)
 
     def tensors(self, *arrays: NDArray[Any]) -> tuple[Tensor, ...]:
