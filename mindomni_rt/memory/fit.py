@@ -13,8 +13,8 @@ pinned memory of the host and take turns.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 HOST_RESERVE = 500 * 10**6  # the interpreter, torch and its buffers
 WIDE = 100 * 10**6  # a slice of a weight in float32, and the norms and biases
 GPU_RESERVE = 600 << 20  # a CUDA context and the libraries' workspaces
+SIDES = (3072, 2048, 1536, 1024, 768, 512, 256)
+"""Sides of square images to name in advice, in pixels."""
 BUDGETS = "auto, a size such as 8GiB, or None for no limit"
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -38,7 +40,8 @@ _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 class Fit:
     """How to load. dtype, precision, budget: arguments of the torch backend; stays: stages of a bundle that stay
     loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most, a prediction, of which
-    `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for."""
+    `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for;
+    needs: bytes at most of a request as loaded here, a prediction (None: unknown)."""
 
     device: str
     dtype: str | None
@@ -51,6 +54,22 @@ class Fit:
     free: int | None = None
     why: str = ""
     lossy: bool = False
+    needs: Callable[[Workload], int] | None = field(default=None, repr=False, compare=False)
+
+    def check(self, work: Workload) -> None:
+        """Raises OutOfMemoryError for a request that would not fit, before any of its work."""
+        if self.needs is None or self.free is None:
+            return
+        needed = self.needs(work)
+        if needed <= self.free:
+            return
+        fits = [side for side in SIDES if self.needs(replace(work, height=side, width=side, images=1)) <= self.free]
+        advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "close other programs and load again"
+        what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
+        raise OutOfMemoryError(
+            f"{what}: {gigabytes(needed)} of memory needed, {gigabytes(self.free)} were free when the model was loaded; "
+            f"{advice}"
+        )
 
     def summary(self) -> str:
         """One line."""
@@ -169,6 +188,10 @@ def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit:
         worst = max(needs, key=lambda need: need.total)
         if limit is not None and worst.total > limit:
             continue
+
+        def needed(work: Workload, kind: str = kind, wide: bool = wide) -> int:
+            return max(need.total for need in cpu_needs(config, stored, kind, work, wide))
+
         why = (
             "the stored type, mapped from the file" if kind == stored["language"] else f"stored as {stored['language']}"
         )
@@ -188,6 +211,7 @@ def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit:
             free=limit,
             why=why,
             lossy=rounded or side < 1024,
+            needs=needed,
         )
     assert limit is not None
     needs = cpu_needs(config, stored, first, Workload(height=256, width=256), machine.widens(first))

@@ -340,3 +340,17 @@ def test_load_says_what_it_chose_and_refuses_before_reading(
     monkeypatch.setattr("mindomni_rt.backends.torch.backend.load_torch", None)
     with pytest.raises(OutOfMemoryError, match="nothing was loaded"):
         mindomni_rt.load(folder, device="cpu")
+
+
+def test_a_request_that_would_not_fit_is_refused_before_its_work() -> None:
+    found = fit_checkpoint(checkpoint(), host(16), device="cpu")
+    assert found.side == 1024 and found.needs is not None
+    found.check(Workload(height=1024, width=1024))
+    assert found.needs(Workload()) == found.peak  # what the choice was made by
+    # 64 images' float32 noise, velocities and blocks of 4096 tokens each: more than the gigabyte that is left.
+    with pytest.raises(OutOfMemoryError, match=r"64 images of 1024x1024: .* one image of \d+x\d+ fits"):
+        found.check(Workload(images=64))
+    with pytest.raises(OutOfMemoryError, match=r"1 image of 4096x4096"):
+        fit_checkpoint(checkpoint(), host(15.1), device="cpu").check(Workload(height=4096, width=4096))
+    unknown = fit_checkpoint(checkpoint(), Machine(host=None), device="cpu")
+    unknown.check(Workload(images=256))  # nothing is known, nothing refused
