@@ -67,8 +67,7 @@ class Fit:
         advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "close other programs and load again"
         what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
         raise OutOfMemoryError(
-            f"{what}: {gigabytes(needed)} of memory needed, {gigabytes(self.free)} were free when the model was loaded; "
-            f"{advice}"
+            f"{what}: {gigabytes(needed)} of memory needed, {gigabytes(self.free)} were free at loading; {advice}"
         )
 
     def summary(self) -> str:
