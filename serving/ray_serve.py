@@ -17,8 +17,8 @@ from .ray_cluster import cluster, resources
 from .settings import Settings
 
 NAME = "mindomni"
-# One request is painted and one waits at each replica. All others wait at Ray's router, where a lost replica cannot take
-# them with it, and where they go to whichever is free first.
+# One request is painted and one waits at each replica. All others wait at Ray's router, where a lost replica cannot
+# take them with it, and from where they go to whichever is free first.
 ONGOING = 2
 
 

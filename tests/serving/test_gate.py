@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving_tools import PROMPT, Served, png, serving
+from serving_tools import BUNDLE, PROMPT, Served, png, serving
 
+import mindomni_rt
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.serving.settings import Settings
 
@@ -307,7 +308,7 @@ def test_a_client_that_leaves_stops_its_request(served: Served, stream: bool) ->
 
 def test_full_queue_and_loading_over_http() -> None:
     hold = threading.Event()
-    with serving(load=lambda: hold.wait(60)) as served, served.http() as http:
+    with serving(load=lambda: hold.wait(60) and mindomni_rt.load(BUNDLE)) as served, served.http() as http:
         assert http.get("/health").status_code == 200 and http.get("/ready").status_code == 503
         answer = http.post(PATH, json={"prompt": "x"})
         assert answer.status_code == 503 and error(answer)["code"] == "loading" and answer.headers["retry-after"]
@@ -316,12 +317,12 @@ def test_full_queue_and_loading_over_http() -> None:
         client = served.client()
         bodies = [slow(prompt=str(i), n=8) for i in range(2)]
         threads = [threading.Thread(target=served.http().post, args=(PATH,), kwargs={"json": b}) for b in bodies]
-        for thread in threads:
-            thread.start()
         end = time.monotonic() + 20
-        while not (served.engine._running and served.engine._waiting):
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        for thread, place in zip(threads, ("_running", "_waiting"), strict=True):
+            thread.start()
+            while not getattr(served.engine, place):
+                assert time.monotonic() < end
+                time.sleep(0.005)
         with pytest.raises(openai.RateLimitError) as caught:
             client.images.generate(prompt="x")
         assert int(caught.value.response.headers["retry-after"]) >= 1
