@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from mindomni_rt.checks import shown
@@ -14,7 +17,7 @@ from .app import create_app
 from .engine import Engine
 from .model import Model
 from .ray_cluster import cluster, resources
-from .settings import Settings
+from .settings import KEY, Settings
 
 NAME = "mindomni"
 # One request is painted and one waits at each replica. All others wait at Ray's router, where a lost replica cannot
@@ -68,6 +71,29 @@ def application(model: Model, settings: Settings, replicas: tuple[int, int], nee
         health_check_timeout_s=60,
         **options,
     ).bind()
+
+
+def configured(arguments: dict[str, Any]) -> Any:
+    """The deployment of a Ray Serve configuration file, by its `args`; deploy/rayservice.yaml has an example.
+
+    model: a path or hub id; options, defaults: as of `Model`; settings: fields of `Settings`; replicas: "1:8"; needs: a
+    replica's resources. The API key is MINDOMNI_API_KEY of the environment. Raises BadRequestError.
+    """
+    if "model" not in arguments:
+        raise BadRequestError("args of the application have no model: expected a path or hub id")
+    _only(arguments, {"model", "options", "defaults", "settings", "replicas", "needs"}, "args of the application")
+    found = arguments.get("settings", {})
+    _only(found, {f.name for f in fields(Settings)} - {"api_key"}, "settings of the application")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    settings = Settings(api_key=os.environ.get(KEY) or None, **given)
+    model = Model(path=arguments["model"], options=arguments.get("options", {}), defaults=arguments.get("defaults", {}))
+    replicas = parse_replicas(str(arguments.get("replicas", "1")))
+    return application(model, settings, replicas, arguments.get("needs", {"num_gpus": 1}))
+
+
+def _only(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    if not set(given) <= known:
+        raise BadRequestError(f"{where}: {', '.join(sorted(set(given) - known))}: expected some of {sorted(known)}")
 
 
 def run(

@@ -18,10 +18,9 @@ from . import model
 from .app import create_app
 from .engine import Engine
 from .protocol import patient
-from .settings import Settings, options
+from .settings import KEY, Settings, options
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
-KEY = "MINDOMNI_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
