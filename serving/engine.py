@@ -130,14 +130,18 @@ class Engine:
             self.cancel(job)
 
     def stop(self, grace: float = 0.0) -> None:
-        """Refuses new jobs from now on. Accepted ones have `grace` seconds; then they end with an error."""
+        """Refuses new jobs from now on. Accepted ones have `grace` seconds; then they end with an error.
+
+        A second call sets the time anew.
+        """
         with self._change:
             if self.state in ("loading", "ready"):
                 self.state = "stopping"
-            if self._timer is None:
-                self._timer = threading.Timer(grace, self._abort)
-                self._timer.daemon = True
-                self._timer.start()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = threading.Timer(grace, self._abort)
+            self._timer.daemon = True
+            self._timer.start()
             self._change.notify_all()
 
     def join(self, timeout: float | None = None) -> None:
