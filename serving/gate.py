@@ -79,7 +79,8 @@ class Gate:
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN:
             self._check_page(headers)
-            if scope["method"] != "OPTIONS":  # a browser asks before it sends a page's key
+            # A browser asks by OPTIONS before it sends a page's key.
+            if scope["method"] != "OPTIONS" and not (self._settings.open_metrics and scope["path"] == "/metrics"):
                 self._check_key(headers)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
