@@ -24,6 +24,7 @@ from typing import Any
 from . import __version__, doctor, load
 from .checkpoint.hub import resolve
 from .checks import shown
+from .demo import DEMO_MODELS, DEMO_SETTINGS
 from .errors import BadRequestError, MindOmniError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
@@ -32,10 +33,6 @@ from .options import HANDED_OVER, USER_ERROR, build_parser, parse_interval, pars
 from .request import Request, UnderstandRequest
 
 INTERRUPTED = 130
-# A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
-_INSTALLED = Path(__file__).with_name("assets")
-_ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
-DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,11 +263,10 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
-    # The small model draws 96x96 pixels and was trained to need no guidance.
-    events = pipe.stream(
-        prompt, height=96, width=96, num_inference_steps=20, guidance_scale=1.0, max_new_tokens=48, seed=7
-    )
-    _finish(_follow(events, options), paths, options)
+    _finish(_follow(pipe.stream(prompt, seed=7, **DEMO_SETTINGS), options), paths, options)
+    if not (options.json or options.quiet):
+        print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
+        print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")
     return 0
 
 
