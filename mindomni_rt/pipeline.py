@@ -302,7 +302,14 @@ class Pipeline:
             yield TextEvent(text, kind, index)
         thinking, answer = split_thought(stream.text)
         reason: FinishReason = "length" if cut else "stop"
-        written = Round(text=stream.text, thinking=thinking, answer=answer, finish_reason=reason, token_ids=tokens)
+        written = Round(
+            text=stream.text,
+            thinking=thinking,
+            answer=answer,
+            finish_reason=reason,
+            token_ids=tokens,
+            prompt_tokens=len(language.token_ids),
+        )
         return written, hidden
 
     def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ from mindomni_rt.request import Request, as_request
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
 
+logger = logging.getLogger(__name__)
+_WARM_UP: dict[str, Any] = dict(height=256, width=256, num_inference_steps=1, guidance_scale=1.0, think=False, seed=0)
 _SET_BY_REQUEST = ("prompt", "image", "latents", "output", "preview_every", "seed")
 
 
@@ -39,8 +42,17 @@ class Model:
         as_request(Request, "-", self.defaults)
 
     def load(self) -> Pipeline:
-        """Reads the weights. Raises what `mindomni_rt.load` raises."""
-        return load(self.path, **self.options)
+        """Reads the weights and runs every stage but vision once, so that no client waits for that.
+
+        Raises what `mindomni_rt.load` raises.
+        """
+        pipe = load(self.path, **self.options)
+        try:
+            for _ in pipe.stream(Request(prompt="warm-up", **_WARM_UP)):
+                pass
+        except BadRequestError as error:  # a bundle may take no image as small as this
+            logger.info("not warmed up: %s", error)
+        return pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:

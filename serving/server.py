@@ -1,19 +1,124 @@
-"""An HTTP server in OpenAI's form."""
+"""An HTTP server in OpenAI's form: images, edits and chat, on one device, one request or batch at a time."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
 
 from mindomni_rt.errors import BadRequestError
 
 from . import model
+from .app import create_app
+from .engine import Engine
+from .protocol import patient
+from .settings import Settings, options
+
+_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+KEY = "MINDOMNI_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this command."""
+    """The model, where to listen, who may call, and every limit of `Settings`."""
     model.add_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--api-key", metavar="KEY", help=f"what clients must send; better in the environment, as {KEY}")
+    parser.add_argument("--no-auth", action="store_true", help="listen beyond this machine without a key")
+    parser.add_argument("--name", action="append", default=[], help="of the model as clients know it; repeatable")
+    parser.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="page that may call")
+    parser.add_argument(
+        "--fetch-host", action="append", default=[], metavar="HOST", help="from which pictures may be downloaded"
+    )
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    parser.add_argument("-q", "--quiet", action="store_true", help="log errors alone")
+    for name, (kind, default) in options().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"(default: {default})")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs it. Raises MindOmniError."""
-    raise BadRequestError(f"{model.chosen(options).path}: this command is not there yet")
+def settings_of(given: argparse.Namespace) -> Settings:
+    """Raises BadRequestError."""
+    key = given.api_key or os.environ.get(KEY) or None
+    local = given.host in _LOCAL
+    if key is None and not local and not given.no_auth:
+        raise BadRequestError(
+            f"--host {given.host} is open to other machines: set {KEY} (or --api-key), or say --no-auth"
+        )
+    return Settings(
+        api_key=key,
+        names=tuple(given.name),
+        hosts=_LOCAL if local else (),
+        origins=tuple(given.allow_origin),
+        fetch_hosts=tuple(given.fetch_host),
+        log_prompts=given.log_prompts,
+        **{name: getattr(given, name) for name in options()},
+    )
+
+
+class _Server(uvicorn.Server):
+    """At the first signal no request is accepted any more, and accepted ones have their time. A second ends all."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+        super().__init__(config)
+        self._engine, self._grace = engine, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Of SIGINT and SIGTERM."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._engine.stop(0.0 if self.force_exit else self._grace)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Serves until a signal comes. Raises MindOmniError for what cannot be served, also after loading began."""
+    logging.basicConfig(
+        level=logging.ERROR if given.quiet else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    settings, chosen = settings_of(given), model.chosen(given)
+    server: _Server | None = None
+
+    def failed() -> None:
+        if server is not None:
+            server.should_exit = True
+
+    engine = Engine(chosen.load, max_queue=settings.max_queue, max_batch=settings.max_batch, on_failure=failed)
+    app = create_app(engine, settings, chosen)
+    config = uvicorn.Config(
+        app,
+        http=patient(settings),
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=int(settings.grace) + 10,
+    )
+    server = _Server(config, engine, settings.grace)
+    with _listen(given.host, given.port) as listening:
+        host, port = listening.getsockname()[:2]
+        logging.getLogger(__name__).info(
+            "%s at http://%s:%d/v1", app.state.server.names[0], f"[{host}]" if ":" in host else host, port
+        )
+        server.run(sockets=[listening])
+    if engine.failure is not None:
+        raise engine.failure
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise BadRequestError(f"--port {port}: expected 0 to 65535")
+    try:
+        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        made = socket.create_server(family[4][:2], family=family[0], backlog=1024)
+    except (OSError, UnicodeError) as error:
+        raise BadRequestError(f"--host {host} --port {port}: {getattr(error, 'strerror', error)}") from error
+    return made
