@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -33,9 +34,11 @@ def differences() -> list[str]:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    importlib.import_module("utils.extra_config")  # before comfy.utils, which hides it
     import folder_paths
     import server
-    from comfy import model_management, utils
+    from comfy import model_management
+    from comfy import utils as comfy_utils
     from comfy_api.latest import ComfyExtension, io
 
     ours, found = stub("comfy_api.latest"), []
@@ -63,8 +66,8 @@ def differences() -> list[str]:
         expect(name, not parameters(getattr(model_management, name)))
     expect("soft_empty_cache", callable(model_management.soft_empty_cache))
     expect("InterruptProcessingException", issubclass(model_management.InterruptProcessingException, BaseException))
-    expect("ProgressBar", {"total", "node_id"} <= parameters(utils.ProgressBar))
-    expect("update_absolute", {"value", "total", "preview"} <= parameters(utils.ProgressBar.update_absolute))
+    expect("ProgressBar", {"total", "node_id"} <= parameters(comfy_utils.ProgressBar))
+    expect("update_absolute", {"value", "total", "preview"} <= parameters(comfy_utils.ProgressBar.update_absolute))
     expect("send_progress_text", {"text", "node_id"} <= parameters(server.PromptServer.send_progress_text))
     for name in ("add_model_folder_path", "get_folder_paths"):
         mine = parameters(getattr(stub("folder_paths"), name))
