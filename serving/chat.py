@@ -89,7 +89,7 @@ def _content(content: Any) -> tuple[str, list[Any]]:
             texts.append(part["text"])
         elif kind == "image_url":
             found = part.get("image_url")
-            pictures.append(found.get("url") if isinstance(found, dict) else found)
+            pictures.append(found.get("url") or "" if isinstance(found, dict) else found or "")
         else:
             raise bad("messages: expected parts of type 'text' (with text) and 'image_url'", "messages")
     return "\n".join(texts), pictures

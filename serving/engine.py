@@ -56,8 +56,17 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="mindomni-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to load the model."""
-        self._thread.start()
+        """Begins to load the model; does nothing where that has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def wait_loaded(self) -> None:
+        """Waits until the model is loaded. Raises what loading raised."""
+        with self._change:
+            while self.state == "loading":
+                self._change.wait()
+        if self.failure is not None:
+            raise self.failure
 
     def submit(self, job: Job) -> None:
         """Puts a job into the queue. Raises ApiError where it is full, or the engine is not ready."""
@@ -129,7 +138,7 @@ class Engine:
                 self._timer = threading.Timer(grace, self._abort)
                 self._timer.daemon = True
                 self._timer.start()
-            self._change.notify()
+            self._change.notify_all()
 
     def join(self, timeout: float | None = None) -> None:
         """Waits for the thread's end after `stop`."""
@@ -157,6 +166,7 @@ class Engine:
         with self._change:
             if self.state == "loading":
                 self.state = "ready"
+            self._change.notify_all()
         try:
             while group := self._next():
                 self._run(pipe, group)
@@ -167,6 +177,7 @@ class Engine:
         with self._change:
             self.state, self.failure = "failed", error
             refused, self._waiting = self._waiting, []
+            self._change.notify_all()
         for job in refused:
             job.put(errors.broken())
         if self._on_failure is not None:

@@ -11,7 +11,7 @@ from mindomni_rt.errors import BadRequestError, MindOmniError, OutOfMemoryError
 INVALID, SERVER = "invalid_request_error", "server_error"
 # Where a field of `Request` has another name at the door.
 _PARAMS = {"height": "size", "width": "size", "num_images": "n", "the prompt": "prompt", "latents": None}
-_NAMED = re.compile(r"(the prompt|[a-z][a-z_]*)(?: = | has \d+ characters| holds )")
+_NAMED = re.compile(r"(the prompt|[a-z][a-z_]*)(?: = | has \d+ | holds | is )")
 _NO_RETRY = {"x-should-retry": "false"}  # openai's clients repeat a request that failed with 5xx, unless told this
 
 

@@ -37,7 +37,7 @@ class Pictures:
 
     async def at(self, address: object) -> Picture:
         """A data URI, or an address on a host that is allowed."""
-        if not isinstance(address, str):
+        if not isinstance(address, str) or not address:
             raise bad("image_url.url: expected a data URI", "image_url")
         if address.startswith("data:"):
             return await self.of(self._data(address))

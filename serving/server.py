@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mindomni_rt.errors import BadRequestError
 
@@ -17,10 +18,9 @@ from . import model
 from .app import create_app
 from .engine import Engine
 from .protocol import patient
-from .settings import Settings, options
+from .settings import KEY, Settings, options
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
-KEY = "MINDOMNI_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fetch-host", action="append", default=[], metavar="HOST", help="from which pictures may be downloaded"
     )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
+    parser.add_argument(
+        "--replicas", metavar="N", help="copies of the model behind one address, one a GPU, by Ray Serve; or LEAST:MOST"
+    )
+    parser.add_argument("--ray-address", help="of a running Ray cluster; without it Ray runs on this machine")
     parser.add_argument("-q", "--quiet", action="store_true", help="log errors alone")
     for name, (kind, default) in options().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"(default: {default})")
@@ -82,6 +86,13 @@ def run(given: argparse.Namespace) -> int:
         stream=sys.stderr,
     )
     settings, chosen = settings_of(given), model.chosen(given)
+    if given.replicas is not None or given.ray_address is not None:
+        from . import ray_serve  # Ray takes seconds to import
+
+        count = ray_serve.parse_replicas(given.replicas or "1")
+        return ray_serve.run(
+            chosen, settings, host=given.host, port=given.port, replicas=count, address=given.ray_address
+        )
     server: _Server | None = None
 
     def failed() -> None:
@@ -90,7 +101,21 @@ def run(given: argparse.Namespace) -> int:
 
     engine = Engine(chosen.load, max_queue=settings.max_queue, max_batch=settings.max_batch, on_failure=failed)
     app = create_app(engine, settings, chosen)
-    config = uvicorn.Config(
+    server = _Server(http_config(app, settings), engine, settings.grace)
+    with _listen(given.host, given.port) as listening:
+        host, port = listening.getsockname()[:2]
+        logging.getLogger(__name__).info(
+            "%s at http://%s:%d/v1", app.state.server.names[0], f"[{host}]" if ":" in host else host, port
+        )
+        server.run(sockets=[listening])
+    if engine.failure is not None:
+        raise engine.failure
+    return 0
+
+
+def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """How uvicorn is to treat connections."""
+    return uvicorn.Config(
         app,
         http=patient(settings),
         ws="none",
@@ -101,16 +126,6 @@ def run(given: argparse.Namespace) -> int:
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=int(settings.grace) + 10,
     )
-    server = _Server(config, engine, settings.grace)
-    with _listen(given.host, given.port) as listening:
-        host, port = listening.getsockname()[:2]
-        logging.getLogger(__name__).info(
-            "%s at http://%s:%d/v1", app.state.server.names[0], f"[{host}]" if ":" in host else host, port
-        )
-        server.run(sockets=[listening])
-    if engine.failure is not None:
-        raise engine.failure
-    return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ from mindomni_rt.errors import BadRequestError
 from mindomni_rt.request import MAX_SIDE, MAX_STEPS, MAX_TEXT
 
 MIB = 2**20
+KEY = "MINDOMNI_API_KEY"  # the environment variable that holds the key
 Names = Annotated[tuple[str, ...], Many(Text(), 100)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.serving.app import create_app
 from mindomni_rt.serving.engine import Engine
 from mindomni_rt.serving.model import Model
-from mindomni_rt.serving.protocol import patient
+from mindomni_rt.serving.server import http_config
 from mindomni_rt.serving.settings import Settings
 
 BUNDLE = str(DEMO_MODELS[0][0])
@@ -59,19 +60,16 @@ def serving(
     settings = settings or Settings()
     model = Model(path=BUNDLE, options={"device": "cpu"}, defaults=SMALL if defaults is None else defaults)
     engine = Engine(load or model.load, max_queue=settings.max_queue, max_batch=settings.max_batch)
-    config = uvicorn.Config(
-        create_app(engine, settings, model), port=0, http=patient(settings), log_level="error", access_log=False
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    server = uvicorn.Server(http_config(create_app(engine, settings, model), settings))
+    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         while not server.started:
             time.sleep(0.005)
         while load is None and engine.state == "loading":
             time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Served(url=f"http://127.0.0.1:{port}", engine=engine, settings=settings)
+        yield Served(url=f"http://127.0.0.1:{listening.getsockname()[1]}", engine=engine, settings=settings)
     finally:
         server.should_exit = True
         thread.join(30)
