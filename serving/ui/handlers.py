@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import gradio as gr
@@ -94,7 +95,10 @@ class Handlers:
         with _told():
             if path is None:
                 raise BadRequestError("there is no picture yet whose settings could be used")
-            values = fields.from_settings(read_settings(path))
+            try:
+                values = fields.from_settings(read_settings(path))
+            except BadRequestError as error:  # by its name: where the file is here helps nobody
+                raise BadRequestError(str(error).replace(path, Path(path).name)) from error
             return [status("the controls have the settings of the picture"), *values]
 
     def seed_of(self, path: str | None) -> str:

@@ -8,7 +8,14 @@ CSS = """
 #head h1 { margin: 0 0 2px; font-size: 1.5rem; }
 #head p { margin: 0; color: var(--body-text-color-subdued); }
 .status { display: flex; align-items: center; gap: 12px; min-height: 28px; font-variant-numeric: tabular-nums; }
-.status progress { flex: 1; min-width: 60px; height: 10px; accent-color: var(--color-accent); }
+.status progress { flex: 1; min-width: 60px; height: 10px; appearance: none; border: 0; }
+.status progress, .status ::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 5px; }
+.status ::-webkit-progress-value { background: var(--color-accent); border-radius: 5px; }
+.status ::-moz-progress-bar { background: var(--color-accent); border-radius: 5px; }
+button.sm { min-height: 36px; }
+.examples { gap: 6px; }
+.examples p { margin: 0; color: var(--body-text-color-subdued); }
+.examples button { justify-content: flex-start; text-align: left; white-space: normal; font-weight: normal; }
 .bottoms { align-items: end; }
 .result { background: var(--background-fill-secondary) !important; }
 .result .image-container img, .result .image-frame img { width: 100%; height: 100%; object-fit: contain; }
@@ -20,7 +27,7 @@ CSS = """
   .gradio-container main { padding: 8px !important; }
   .work > .column { display: contents; }
   .work > .column > * { flex-basis: 100%; }
-  .later, #generate-examples, #edit-examples, #ask-examples { order: 1; }
+  .later, .examples { order: 1; }
 }
 """
 # Escape presses the cancel button of the tab that is open.

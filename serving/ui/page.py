@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def build(source: Source, model: Model) -> gr.Blocks:
                     reuse = _small("Use its settings", "reuse")
                     change = _small("Change it", "to-edit")
                     ask = _small("Ask about it", "to-ask")
-                with gr.Accordion("Settings of the chosen picture, as its PNG file has them", open=False):
+                with gr.Accordion("Settings in the file of the chosen picture", open=False, elem_id="settings-of"):
                     settings = gr.JSON(show_label=False, elem_id="settings")
             with gr.Column(scale=1, min_width=240):
                 dropped = gr.File(
@@ -114,9 +115,9 @@ def _paint_tab(kind: str, prompts: tuple[str, ...], defaults: Any, picture: Call
             )
             _examples(kind, prompts, prompt)
             with gr.Row(elem_classes=["bottoms", "later"]):
-                seed = gr.Textbox(label="Seed", placeholder="new each time", elem_id=f"{kind}-seed", min_width=120)
+                seed = gr.Textbox(label="Seed", placeholder="random", elem_id=f"{kind}-seed", min_width=120)
                 reuse = _small("Seed of the chosen picture", f"{kind}-reuse-seed")
-            settings = _settings(defaults, sized=image is None)
+            settings = _settings(kind, defaults, sized=image is None)
         with gr.Column(min_width=320):
             result = gr.Image(
                 label="Picture", type="filepath", format="png", interactive=False, height=420,
@@ -130,9 +131,9 @@ def _paint_tab(kind: str, prompts: tuple[str, ...], defaults: Any, picture: Call
     )  # fmt: skip
 
 
-def _settings(defaults: Any, sized: bool) -> list[Any]:
+def _settings(kind: str, defaults: Any, sized: bool) -> list[Any]:
     """The controls after prompt and seed, in the order of `fields.NAMES`."""
-    with gr.Accordion("Settings", open=False, elem_classes="later"):
+    with gr.Accordion("Settings", open=False, elem_id=f"{kind}-settings", elem_classes="later"):
         with gr.Row():
             think = gr.Checkbox(defaults["think"], label="Think first")
             cascade = gr.Checkbox(defaults["cascade"], label="Think a second time")
@@ -196,8 +197,12 @@ def _prompt(kind: str, label: str, verb: str) -> tuple[gr.Textbox, gr.Button, gr
 
 
 def _examples(kind: str, prompts: tuple[str, ...], target: gr.Textbox) -> None:
-    rows = [[prompt] for prompt in prompts]
-    gr.Examples(rows, target, label="Examples", example_labels=list(prompts), elem_id=f"{kind}-examples")
+    """Buttons, since Gradio's own examples cut their text at 60 characters. They work in the browser alone."""
+    with gr.Column(elem_id=f"{kind}-examples", elem_classes="examples"):
+        gr.HTML("<p>Examples</p>")
+        for prompt in prompts:
+            button = gr.Button(prompt, size="sm")
+            button.click(None, None, target, js=f"() => {json.dumps(prompt)}", api_visibility="private")
 
 
 def _small(label: str, elem_id: str) -> gr.Button:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
+from gradio.utils import get_upload_folder
+
 from mindomni_rt import __version__
 from mindomni_rt.events import GenerationResult
 
@@ -26,7 +28,9 @@ class Sessions:
     """By the name that Gradio gives a page. A page that was closed leaves nothing."""
 
     def __init__(self) -> None:
-        self._root = tempfile.TemporaryDirectory(prefix="mindomni-ui-")  # removed with this object
+        folder = Path(get_upload_folder())  # files from elsewhere would be copied to it, and the copies stay a day
+        folder.mkdir(parents=True, exist_ok=True)
+        self._root = tempfile.TemporaryDirectory(prefix="mindomni-", dir=folder)  # removed with this object
         self._sessions: dict[str, _Session] = {}
         self._lock = threading.Lock()
 

@@ -40,8 +40,8 @@ def views(events: Iterator[Event]) -> Iterator[View]:
 def _after(view: View, event: Event) -> View:
     if isinstance(event, TextEvent):
         if event.kind == "thinking":
-            return replace(view, thinking=view.thinking + event.text, status=status("thinking"))
-        return replace(view, answer=view.answer + event.text, status=status("writing"))
+            return replace(view, thinking=(view.thinking + event.text).lstrip(), status=status("thinking"))
+        return replace(view, answer=(view.answer + event.text).lstrip(), status=status("writing"))
     if isinstance(event, StepEvent):
         words = f"painting: step {event.step} of {event.total}"
         preview = event.preview[0] if event.preview else None
