@@ -265,7 +265,8 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     pipe = load(model, device="cpu")
     _finish(_follow(pipe.stream(prompt, seed=7, **DEMO_SETTINGS), options), paths, options)
     if not (options.json or options.quiet):
-        print("Next: pip install 'mindomni-rt[onnx,serve]', then `mindomni serve` answers at http://127.0.0.1:8000/v1")
+        print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
+        print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")
     return 0
 
 

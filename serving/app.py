@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -46,6 +47,11 @@ def create_app(engine: Engine, settings: Settings, model: Model) -> FastAPI:
         app.include_router(part)
     for kind in (ApiError, MindOmniError, ClientGone, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)
+    if settings.origins:
+        headers = ["authorization", "content-type", "x-request-id"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=headers
+        )
     app.add_middleware(Gate, settings=settings, metrics=engine.metrics)
     return app
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 State = Literal["loading", "ready", "stopping", "failed"]
-_MOST_FAILURES = 3  # unexpected errors in a row, after which the device is taken for broken
+_MOST_FAILURES = 3  # unexpected errors in a row, after which the device is tried with a request of its own
 
 
 class Engine:
@@ -37,14 +37,16 @@ class Engine:
         max_queue: int = 64,
         max_batch: int = 8,
         metrics: Metrics | None = None,
+        probe: Callable[[Pipeline], object] = bool,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
-        """on_failure: called once, by the engine's thread, if the model cannot be loaded or stops working."""
+        """probe: uses a model that gave unexpected errors, and raises if it is the device that does not work.
+        on_failure: called once, by the engine's thread, if the model cannot be loaded or stops working."""
         self.max_queue, self.max_batch = max_queue, max_batch
         self.metrics = metrics or Metrics()
         self.state: State = "loading"
         self.failure: BaseException | None = None
-        self._load, self._on_failure = load, on_failure
+        self._load, self._probe, self._on_failure = load, probe, on_failure
         self._waiting: list[Job] = []
         self._running: Sequence[Job] = ()
         self._change = threading.Condition()
@@ -130,14 +132,18 @@ class Engine:
             self.cancel(job)
 
     def stop(self, grace: float = 0.0) -> None:
-        """Refuses new jobs from now on. Accepted ones have `grace` seconds; then they end with an error."""
+        """Refuses new jobs from now on. Accepted ones have `grace` seconds; then they end with an error.
+
+        A second call sets the time anew.
+        """
         with self._change:
             if self.state in ("loading", "ready"):
                 self.state = "stopping"
-            if self._timer is None:
-                self._timer = threading.Timer(grace, self._abort)
-                self._timer.daemon = True
-                self._timer.start()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = threading.Timer(grace, self._abort)
+            self._timer.daemon = True
+            self._timer.start()
             self._change.notify_all()
 
     def join(self, timeout: float | None = None) -> None:
@@ -159,7 +165,9 @@ class Engine:
         try:
             began = time.monotonic()
             pipe = self._load()
-        except Exception as error:  # noqa: BLE001 the thread's end would be seen by nobody
+        except Exception as error:
+            if not isinstance(error, MindOmniError):
+                logger.exception("the model could not be loaded")
             self._fail(error)
             return
         logger.info("model loaded in %.1f s", time.monotonic() - began)
@@ -168,15 +176,18 @@ class Engine:
                 self.state = "ready"
             self._change.notify_all()
         try:
-            while group := self._next():
+            while self.state != "failed" and (group := self._next()):
                 self._run(pipe, group)
+        except Exception as error:  # noqa: BLE001 as above; requests that wait must not wait for ever
+            logger.error("%s in the engine's thread", type(error).__name__)
+            self._fail(error)
         finally:
             pipe.close()
 
     def _fail(self, error: BaseException) -> None:
         with self._change:
             self.state, self.failure = "failed", error
-            refused, self._waiting = self._waiting, []
+            refused, self._waiting = [*self._running, *self._waiting], []
             self._change.notify_all()
         for job in refused:
             job.put(errors.broken())
@@ -221,10 +232,18 @@ class Engine:
             _put_all(group, error)
             self._failures += 1
             if self._failures >= _MOST_FAILURES:
-                self._fail(error)
+                self._try_device(pipe)
         finally:
             self._running = ()
             self._seconds += (time.monotonic() - began - self._seconds) * 0.2
+
+    def _try_device(self, pipe: Pipeline) -> None:
+        """Clients' requests alone cannot end the engine: only where a known one fails too is the device broken."""
+        try:
+            self._probe(pipe)
+            self._failures = 0
+        except Exception as error:  # noqa: BLE001 whatever it is, the device does not work
+            self._fail(error)
 
     def _paint(self, pipe: Pipeline, group: Sequence[Job]) -> None:
         cancel: Any = _Nobody(group, self._aborted)

@@ -11,7 +11,7 @@ from mindomni_rt.errors import BadRequestError, MindOmniError, OutOfMemoryError
 INVALID, SERVER = "invalid_request_error", "server_error"
 # Where a field of `Request` has another name at the door.
 _PARAMS = {"height": "size", "width": "size", "num_images": "n", "the prompt": "prompt", "latents": None}
-_NAMED = re.compile(r"(the prompt|[a-z][a-z_]*)(?: = | has \d+ | holds | is )")
+_NAMED = re.compile(r"there is no option '(\w{1,64})'|(the prompt|[a-z][a-z_]*)(?: = | has \d+ | holds | is )")
 _NO_RETRY = {"x-should-retry": "false"}  # openai's clients repeat a request that failed with 5xx, unless told this
 
 
@@ -90,7 +90,7 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, BadRequestError):
         message = str(error)
         found = _NAMED.match(message)
-        name = found[1] if found else "image" if message.startswith("image ") else None
+        name = found[1] or found[2] if found else "image" if message.startswith("image ") else None
         return bad(message, _PARAMS.get(name, name) if name else None)
     if isinstance(error, OutOfMemoryError):
         return ApiError(400, str(error), code="out_of_memory", headers=_NO_RETRY)

@@ -117,18 +117,20 @@ class _Pinned(http.client.HTTPConnection):
         self._address, self._tls = address, tls
         self._end = time.monotonic() + seconds
         self.aborted = False
+        self._socket: socket.socket | None = None  # `sock` is given away once the answer's head is read
 
     def connect(self) -> None:
         """Connects to the address; the certificate must be the host's."""
         self.sock = socket.create_connection((self._address, self.port), self.timeout)
         if self._tls:
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self._socket = self.sock
 
     def abort(self) -> None:
         """Ends the exchange from another thread."""
         self.aborted = True
-        if self.sock is not None:
+        if self._socket is not None:
             try:
-                self.sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 return

@@ -15,7 +15,6 @@ import secrets
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,7 +78,9 @@ class Gate:
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN:
-            self._check_caller(headers)
+            self._check_page(headers)
+            if scope["method"] != "OPTIONS":  # a browser asks before it sends a page's key
+                self._check_key(headers)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -90,7 +91,7 @@ class Gate:
         finally:
             self._held -= len(body)
 
-    def _check_caller(self, headers: dict[bytes, bytes]) -> None:
+    def _check_page(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         hosts = self._settings.hosts
         if hosts and self._key is None and _hostname(host) not in hosts:
@@ -100,10 +101,12 @@ class Gate:
                 code="host_not_allowed",
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).netloc != host and origin not in self._settings.origins:
+        if origin and origin.partition("://")[2] != host and origin not in self._settings.origins:
             raise ApiError(
                 403, "pages of other sites may not call this server; see --allow-origin", code="origin_not_allowed"
             )
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if self._key is None:
             return
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

@@ -47,12 +47,16 @@ class Model:
         Raises what `mindomni_rt.load` raises.
         """
         pipe = load(self.path, **self.options)
+        self.probe(pipe)
+        return pipe
+
+    @staticmethod
+    def probe(pipe: Pipeline) -> None:
+        """Paints one small image. Raises whatever goes wrong but a size that the model does not take."""
         try:
-            for _ in pipe.stream(Request(prompt="warm-up", **_WARM_UP)):
-                pass
+            pipe.generate(Request(prompt="warm-up", **_WARM_UP))
         except BadRequestError as error:  # a bundle may take no image as small as this
             logger.info("not warmed up: %s", error)
-        return pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, flag: bool = False) -> None:

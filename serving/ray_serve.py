@@ -40,7 +40,7 @@ def application(model: Model, settings: Settings, replicas: tuple[int, int], nee
 
     def build() -> Any:
         # In the replica's process. Ray sends it no request before this returns.
-        engine = Engine(model.load, max_queue=settings.max_queue, max_batch=settings.max_batch)
+        engine = Engine(model.load, max_queue=settings.max_queue, max_batch=settings.max_batch, probe=model.probe)
         engine.start()
         engine.wait_loaded()
         return create_app(engine, settings, model)

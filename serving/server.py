@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from mindomni_rt.errors import BadRequestError
+from mindomni_rt.errors import BadRequestError, MindOmniError
 
 from . import model
 from .app import create_app
@@ -99,7 +99,13 @@ def run(given: argparse.Namespace) -> int:
         if server is not None:
             server.should_exit = True
 
-    engine = Engine(chosen.load, max_queue=settings.max_queue, max_batch=settings.max_batch, on_failure=failed)
+    engine = Engine(
+        chosen.load,
+        max_queue=settings.max_queue,
+        max_batch=settings.max_batch,
+        probe=chosen.probe,
+        on_failure=failed,
+    )
     app = create_app(engine, settings, chosen)
     server = _Server(http_config(app, settings), engine, settings.grace)
     with _listen(given.host, given.port) as listening:
@@ -108,9 +114,9 @@ def run(given: argparse.Namespace) -> int:
             "%s at http://%s:%d/v1", app.state.server.names[0], f"[{host}]" if ":" in host else host, port
         )
         server.run(sockets=[listening])
-    if engine.failure is not None:
+    if isinstance(engine.failure, MindOmniError):
         raise engine.failure
-    return 0
+    return int(engine.failure is not None)  # the log has it, without its text, which may hold what a client wrote
 
 
 def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:

@@ -60,15 +60,15 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the test. Raises MindOmniError where no server can be had."""
-    asks = distinct_asks()
+    asks = sequence(distinct_asks(), options.requests, options.seed)
     with mindomni_rt.load(options.model, device="cpu") as pipe:
-        right = {ask.name: expected(pipe, ask) for ask in asks}
+        right = {name: expected(pipe, ask) for name, ask in {ask.name: ask for ask in asks}.items()}
     with server(options.model, ["--device", "cpu", "--max-queue", str(options.max_queue)]) as url:
         began = time.perf_counter()
         tally = asyncio.run(
             drive(
                 url,
-                sequence(asks, options.requests, options.seed),
+                asks,
                 right,
                 clients=options.clients,
                 leaving=options.leaving,

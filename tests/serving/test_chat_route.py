@@ -110,7 +110,7 @@ def test_the_asynchronous_client(served: Served) -> None:
         ("x", {"temperature": -1}, "temperature", "finite number"),
         ("x", {"max_tokens": 10**6}, "max_new_tokens", "at most 4096"),
         ("x", {"modalities": ["audio"]}, "modalities", "'text' and 'image'"),
-        ("x", {"extra_body": {"think": False}}, None, "no option 'think'"),
+        ("x", {"extra_body": {"think": False}}, "think", "no option 'think'"),
         ("x", {"extra_body": {"image": "/etc/passwd"}}, "image", "no option 'image'"),
         ([{"role": "assistant", "content": "x"}], {}, "messages", "the last one"),
         ([{"role": "user", "content": [{"type": "audio"}]}], {}, "messages", "expected parts"),

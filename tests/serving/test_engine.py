@@ -237,10 +237,17 @@ def test_errors_end_one_request_and_repeated_ones_the_engine(caplog: pytest.LogC
         def stream(self, request: Request, **_: Any) -> Iterator[Any]:
             raise RuntimeError(f"cannot paint {request.prompt}")
 
-    engine = Engine(Bad)  # type: ignore[arg-type]
+    works = [True, False]
+
+    def probe(_: Any) -> None:
+        if not works.pop(0):
+            raise RuntimeError("the device is gone")
+
+    engine = Engine(Bad, probe=probe)  # type: ignore[arg-type]
     engine.start()
     wait_for(engine, "ready")
-    for _ in range(3):
-        assert isinstance(submit(engine, small(prompt="a secret wish")).result(), RuntimeError)
+    for number in range(6):  # requests alone do not end it: the device is tried after three, and after three more
+        assert isinstance(submit(engine, small(prompt="a secret wish")).result(), RuntimeError), number
     wait_for(engine, "failed")
+    engine.join(10)
     assert "RuntimeError" in caplog.text and "secret" not in caplog.text

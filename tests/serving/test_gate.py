@@ -80,11 +80,17 @@ def test_pages_of_other_sites_may_not_call() -> None:
     """Neither from their own origin, nor under a name that they point at this machine."""
     rules = Settings(hosts=("localhost", "127.0.0.1"), origins=("https://friend.example",))
     with serving(rules) as served, served.http() as http:
-        for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"host": "evil.example"}):
+        strangers = [{"origin": origin} for origin in ("https://evil.example", "null", "http://[")]
+        for headers in (*strangers, {"host": "evil.example"}):
             answer = http.get("/v1/models", headers=headers)
             assert answer.status_code == 403 and error(answer)["code"] in ("origin_not_allowed", "host_not_allowed")
         for headers in ({"origin": served.url}, {"origin": "https://friend.example"}, {"host": "localhost:1"}):
             assert http.get("/v1/models", headers=headers).status_code == 200
+        friend = http.get("/v1/models", headers={"origin": "https://friend.example"})
+        assert friend.headers["access-control-allow-origin"] == "https://friend.example"
+        asking = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        assert http.options(PATH, headers={"origin": "https://friend.example", **asking}).status_code == 200
+        assert http.options(PATH, headers={"origin": "https://evil.example", **asking}).status_code == 403
         assert "access-control-allow-origin" not in http.get("/v1/models").headers
         # What a page may send without asking first is no JSON.
         answer = http.post(PATH, content=json.dumps({"prompt": "x"}), headers={"content-type": "text/plain"})
@@ -315,7 +321,7 @@ def test_full_queue_and_loading_over_http() -> None:
         hold.set()
     with serving(Settings(max_queue=1)) as served:
         client = served.client()
-        bodies = [slow(prompt=str(i), n=8) for i in range(2)]
+        bodies = [slow(prompt=str(i), n=3) for i in range(2)]
         threads = [threading.Thread(target=served.http().post, args=(PATH,), kwargs={"json": b}) for b in bodies]
         end = time.monotonic() + 20
         for thread, place in zip(threads, ("_running", "_waiting"), strict=True):
