@@ -122,7 +122,7 @@ def chat_question(
     _only_known(options, settings)
     kept = {k: v for k, v in defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
     request = as_request(UnderstandRequest, prompt, {**kept, **options, "image": picture and picture.data})
-    return _within(request, settings)
+    return within(request, settings)
 
 
 def _chat_extra(body: ChatBody) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _paint(
         options["width"], options["height"] = edit_size(*picture.size)
     if picture is not None:
         options["image"] = picture.data
-    request = _within(as_request(Request, prompt, options), settings)
+    request = within(as_request(Request, prompt, options), settings)
     if partial:
         every = math.ceil(request.num_inference_steps / (partial + 1))
         request = as_request(Request, prompt, {**options, "preview_every": every})
@@ -186,7 +186,7 @@ def _only_known(options: Mapping[str, Any], settings: Settings) -> None:
             raise bad(f"there is no option {shown(name)} here", name, code="unknown_parameter")
 
 
-def _within(request: R, settings: Settings) -> R:
+def within(request: R, settings: Settings) -> R:
     """The request, if this server allows as much. Raises ApiError."""
     limits = [
         ("prompt", len(request.prompt), settings.max_prompt, "characters"),

@@ -15,7 +15,12 @@ CSS = """
 button.sm { min-height: 36px; }
 .examples { gap: 6px; }
 .examples p { margin: 0; color: var(--body-text-color-subdued); }
-.examples button { justify-content: flex-start; text-align: left; white-space: normal; font-weight: normal; }
+.examples button {
+  justify-content: flex-start; text-align: left; white-space: normal; font-weight: normal; font-size: 0.875rem;
+  padding: 6px 12px; background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+  color: var(--body-text-color);
+}
+.examples button:hover { background: var(--background-fill-secondary); }
 .bottoms { align-items: end; }
 .result { background: var(--background-fill-secondary) !important; }
 .result .image-container img, .result .image-frame img { width: 100%; height: 100%; object-fit: contain; }

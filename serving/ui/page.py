@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from starlette.routing import Mount
 
 from mindomni_rt.request import MAX_SIDE
 
@@ -199,7 +200,7 @@ def _prompt(kind: str, label: str, verb: str) -> tuple[gr.Textbox, gr.Button, gr
 def _examples(kind: str, prompts: tuple[str, ...], target: gr.Textbox) -> None:
     """Buttons, since Gradio's own examples cut their text at 60 characters. They work in the browser alone."""
     with gr.Column(elem_id=f"{kind}-examples", elem_classes="examples"):
-        gr.HTML("<p>Examples</p>")
+        gr.HTML("<p>Examples</p>", padding=False)
         for prompt in prompts:
             button = gr.Button(prompt, size="sm")
             button.click(None, None, target, js=f"() => {json.dumps(prompt)}", api_visibility="private")
@@ -232,12 +233,17 @@ def launch(page: gr.Blocks, *, host: str, port: int, inbrowser: bool = False, bl
     return address
 
 
-def mount(app: FastAPI, source: Source, model: Model, path: str = "/ui", key: str | None = None) -> None:
-    """Adds the page to an application. key: what a visitor must give as the password, with any name."""
+def mount(app: FastAPI, source: Source, model: Model, path: str = "/ui", key: str | None = None) -> Callable[[], None]:
+    """Adds the page to an application. key: what a visitor must give as the password, with any name.
+
+    Returns what closes the connections of open pages, to call in the event loop when the server is to stop: else it
+    would wait for them.
+    """
     auth = None if key is None else (lambda _, given: compare_digest(given.encode(), key.encode()))
-    gr.mount_gradio_app(
-        app, build(source, model), path, auth=auth, auth_message="Any name; the password is the API key.", **_served()
-    )
+    message = "Any name; the password is the API key."
+    gr.mount_gradio_app(app, build(source, model), path, auth=auth, auth_message=message, **_served())
+    mounted = next(route for route in app.routes if isinstance(route, Mount) and route.path == path)
+    return lambda: mounted.app.stop_event.set()  # type: ignore[attr-defined]
 
 
 def _served() -> dict[str, Any]:
