@@ -12,6 +12,7 @@ from mindomni_rt.commands import Parser, front_door
 
 _COMMANDS = {
     "serve": (".server", "an HTTP server in OpenAI's form"),
+    "ui": (".ui.command", "a page in the browser on which to try a model"),
     "batch": (".batch", "a file of prompts to a folder of pictures, on one device or many"),
 }
 

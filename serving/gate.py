@@ -73,14 +73,15 @@ class Gate:
         route = scope["path"] if scope["path"] in ROUTES else "other"
         self._metrics.requests.labels(route, outcome).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        level = logging.DEBUG if route in _OPEN else logging.INFO
+        level = logging.DEBUG if route in _OPEN or self._is_page(scope["path"]) else logging.INFO
         logger.log(level, "%s %s %s %.3f s", name, route, outcome, seconds)
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN:
             self._check_page(headers)
-            # A browser asks by OPTIONS before it sends a page's key.
-            if scope["method"] != "OPTIONS" and not (self._settings.open_metrics and scope["path"] == "/metrics"):
+            # A browser asks by OPTIONS before it sends a page's key; our own page has a login.
+            open_ = self._is_page(scope["path"]) or (self._settings.open_metrics and scope["path"] == "/metrics")
+            if scope["method"] != "OPTIONS" and not open_:
                 self._check_key(headers)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
@@ -91,6 +92,10 @@ class Gate:
             await self._app(scope, _replay(body, receive), send)
         finally:
             self._held -= len(body)
+
+    def _is_page(self, path: str) -> bool:
+        page = self._settings.page
+        return page is not None and (path == page or path.startswith(f"{page}/"))
 
     def _check_page(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")

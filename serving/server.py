@@ -7,18 +7,24 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.errors import BadRequestError, MindOmniError, MissingExtraError
+from mindomni_rt.events import Event
+from mindomni_rt.request import Request, UnderstandRequest
 
 from . import model
 from .app import create_app
 from .engine import Engine
 from .protocol import patient
 from .settings import KEY, Settings, options
+from .translate import within
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
@@ -36,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fetch-host", action="append", default=[], metavar="HOST", help="from which pictures may be downloaded"
     )
     parser.add_argument("--open-metrics", action="store_true", help="answer /metrics without a key")
+    parser.add_argument("--ui", action="store_true", help="a page to try the model on, at /ui; see mindomni ui")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     parser.add_argument(
         "--replicas", metavar="N", help="copies of the model behind one address, one a GPU, by Ray Serve; or LEAST:MOST"
@@ -61,6 +68,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         origins=tuple(given.allow_origin),
         fetch_hosts=tuple(given.fetch_host),
         open_metrics=given.open_metrics,
+        page="/ui" if given.ui else None,
         log_prompts=given.log_prompts,
         **{name: getattr(given, name) for name in options()},
     )
@@ -72,12 +80,14 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)
         self._engine, self._grace = engine, grace
+        self.close_pages: Callable[[], None] = lambda: None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of SIGINT and SIGTERM."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self._engine.stop(0.0 if self.force_exit else self._grace)
+        self.close_pages()
 
 
 def run(given: argparse.Namespace) -> int:
@@ -89,6 +99,8 @@ def run(given: argparse.Namespace) -> int:
     )
     settings, chosen = settings_of(given), model.chosen(given)
     if given.replicas is not None or given.ray_address is not None:
+        if settings.page is not None:
+            raise BadRequestError("--ui has no replicas: leave --replicas out, or use mindomni ui")
         from . import ray_serve  # Ray takes seconds to import
 
         count = ray_serve.parse_replicas(given.replicas or "1")
@@ -110,6 +122,8 @@ def run(given: argparse.Namespace) -> int:
     )
     app = create_app(engine, settings, chosen)
     server = _Server(http_config(app, settings), engine, settings.grace)
+    if settings.page is not None:
+        server.close_pages = _mount_page(app, engine, settings, chosen)
     with _listen(given.host, given.port) as listening:
         host, port = listening.getsockname()[:2]
         logging.getLogger(__name__).info(
@@ -119,6 +133,25 @@ def run(given: argparse.Namespace) -> int:
     if isinstance(engine.failure, MindOmniError):
         raise engine.failure
     return int(engine.failure is not None)  # the log has it, without its text, which may hold what a client wrote
+
+
+class _Limited:
+    """The engine as the page uses it: under the limits of this server."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+
+    def stream(self, request: Request | UnderstandRequest, *, cancel: Any = None) -> Iterator[Event]:
+        """Raises ApiError, and what `Engine.stream` raises."""
+        return self._engine.stream(within(request, self._settings), cancel=cancel)
+
+
+def _mount_page(app: FastAPI, engine: Engine, settings: Settings, chosen: model.Model) -> Callable[[], None]:
+    try:
+        from .ui.page import mount
+    except ImportError as error:
+        raise MissingExtraError(error.name or str(error), "ui") from error
+    return mount(app, _Limited(engine, settings), chosen, path=settings.page or "", key=settings.api_key)
 
 
 def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:

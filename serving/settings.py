@@ -28,6 +28,8 @@ class Settings:
     """Web pages (scheme://host[:port]) that may call this server from a browser, beside its own."""
     fetch_hosts: Names = ()
     """Host names (host or host:port) from which pictures may be downloaded; empty is none."""
+    page: str | None = None
+    """Path of the page in the browser, which asks for the key in its own way; None has none."""
     max_queue: Annotated[int, Whole(1, 100_000)] = 64
     """Requests that wait at most; one more is refused with 429."""
     max_batch: Annotated[int, Whole(1, 256)] = 8

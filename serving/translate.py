@@ -113,7 +113,7 @@ def chat_question(
     kept = {k: v for k, v in defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
     image = None if picture is None else picture.data
     request = as_request(UnderstandRequest, prompt, {**kept, **_chat_options(body), "image": image})
-    return _within(request, settings)
+    return within(request, settings)
 
 
 def _chat_options(body: ChatBody) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _paint(
         options["width"], options["height"] = edit_size(*picture.size)
     if picture is not None:
         options["image"] = picture.data
-    request = _within(as_request(Request, prompt, options), settings)
+    request = within(as_request(Request, prompt, options), settings)
     if previews:
         request = replace(request, preview_every=math.ceil(request.num_inference_steps / (previews + 1)))
     return request
@@ -169,7 +169,7 @@ def _no_reserved(options: Mapping[str, Any]) -> None:
             raise bad(f"there is no option {shown(name)} here", name, code="unknown_parameter")
 
 
-def _within(request: R, settings: Settings) -> R:
+def within(request: R, settings: Settings) -> R:
     """The request, if this server allows as much. Raises ApiError."""
     limits = [
         ("prompt", len(request.prompt), settings.max_prompt, "characters"),
