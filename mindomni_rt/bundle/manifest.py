@@ -275,6 +275,8 @@ def _check_graphs(folder: Path, manifest: Manifest) -> None:
             raise BadBundleError(
                 f"{path} reads the file {shown(other[0])}, which {MANIFEST} does not give to graph {name}"
             )
+        if found.nested:  # no graph of ours has one, and a loop need not end
+            raise BadBundleError(f"{path} has a graph inside its graph (Loop, Scan or If): build the bundle again")
         check_interface(str(path), specs[name], manifest.dtype, found.inputs, found.outputs)
 
 

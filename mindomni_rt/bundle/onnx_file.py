@@ -23,11 +23,13 @@ Buffer = memoryview
 
 @dataclass
 class OnnxFile:
-    """inputs and outputs by name; data: names of the files that hold its weights."""
+    """inputs and outputs by name; data: names of the files that hold its weights; nested: it has graphs inside its
+    graph, as Loop, Scan and If have."""
 
     inputs: Interface = field(default_factory=dict)
     outputs: Interface = field(default_factory=dict)
     data: set[str] = field(default_factory=set)
+    nested: bool = False
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -79,6 +81,7 @@ def _node(buffer: Buffer, found: OnnxFile, depth: int) -> None:
             if inner in (5, 10):  # t, tensors
                 _tensor(value, found)
             elif inner in (6, 11):  # g, graphs
+                found.nested = True
                 _graph(value, found, depth + 1)
             elif inner in (22, 23):  # sparse tensors
                 for part, tensor in _messages(value):
