@@ -51,6 +51,11 @@ class Mutant:
     call: Callable[..., Any] | None = field(default=None, repr=False)
 
     @property
+    def asked(self) -> str:
+        """Why the result may differ. A bundle whose hashes do not hold may give no other result, whatever changed."""
+        return self.change.asked if self.fixed or self.target != "bundle" else ""
+
+    @property
     def name(self) -> str:
         return f"{self.target}, {self.kind}"
 

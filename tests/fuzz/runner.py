@@ -54,7 +54,7 @@ class Runner:
     """Everything that mutants share. Use with `with`: the temporary folder goes at the end."""
 
     def __init__(self, verbose: bool = False) -> None:
-        self._root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+        self._root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_memory_folder()))
         self._verbose = verbose
         self.sources = make_sources(self._root / "sources")
         self._outside = self._root / "outside"
@@ -220,8 +220,15 @@ def _judged(mutant: Mutant, told: dict[str, Any], status: int, peak: int, right:
     if ended == "result":
         if told["digest"] == right:
             return "right", ""
-        return ("changed, as asked", mutant.change.asked) if mutant.change.asked else ("silently different", "")
+        return ("changed, as asked", mutant.asked) if mutant.asked else ("silently different", "")
     return str(ended), error
+
+
+def _memory_folder() -> str | None:
+    """/dev/shm where it has room for the models and one mutant, else None: the folder for temporary files."""
+    place = "/dev/shm"
+    roomy = os.access(place, os.W_OK) and shutil.disk_usage(place).free > 2**28
+    return place if roomy else None
 
 
 def _import_everything() -> None:
