@@ -315,6 +315,13 @@ def test_manifests_that_are_none(bundle: Path, text: str) -> None:
         mindomni_rt.load(bundle)
 
 
+def test_a_link_to_itself(bundle: Path) -> None:
+    (bundle / "vae.onnx").unlink()
+    (bundle / "vae.onnx").symlink_to("vae.onnx")
+    with pytest.raises(BadBundleError, match=r"vae\.onnx"):
+        mindomni_rt.load(bundle)
+
+
 @pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "a/../../b", "", "c:\\x", "a\\b"])
 def test_names_that_lead_out(name: str) -> None:
     with pytest.raises(BadBundleError, match="relative path inside"):
