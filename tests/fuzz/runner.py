@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import mutants, options, probe, seal
+import mindomni_rt
+
+from . import mutants, options, pictures, probe, seal
 from .change import Mutant
 from .sources import Source, make_sources
 from .watch import Sentinel, Watch
@@ -66,6 +68,11 @@ class Runner:
         _import_everything()
         self._prepared = probe.Prepared({name: source.folder for name, source in self.sources.items()})
         self._right: dict[str, str] = {}
+        # What is done once a process is done here: libraries set themselves up on first use, and modules load late.
+        probe.model(self.sources["checkpoint"].folder, with_image=True)
+        for data in pictures.files().values():
+            self._prepared.understand("x", data, max_new_tokens=1, max_image_tokens=16)
+        mindomni_rt.load(self.sources["bundle"].folder, device="cpu")  # opens no session
         gc.collect()
         gc.freeze()
 
@@ -158,6 +165,7 @@ class Runner:
                 null = os.open(os.devnull, os.O_RDWR)
                 os.dup2(null, 1)
                 os.dup2(null, 2)
+            gc.disable()
             call = self._prepare(mutant, folder, unchanged)
             os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -192,13 +200,9 @@ class Runner:
 def _plain(mutant: Mutant, pipe: Any) -> Any:
     """The request that a mutant of options or pictures changes."""
     if mutant.target == "pictures":
-        from .pictures import files
-
-        return pipe.understand("what is it", files()["png"], max_new_tokens=1, seed=1, max_image_tokens=16)
+        return pipe.understand("what is it", pictures.files()["png"], max_new_tokens=1, seed=1, max_image_tokens=16)
     method, _, model = mutant.source.partition(" ")
     if method == "load":
-        import mindomni_rt
-
         return mindomni_rt.load(pipe.sources[model], device="cpu").generate(**options.BASE)
     return options.request(pipe, method, {})
 
@@ -239,11 +243,6 @@ def _import_everything() -> None:
     import torch
     from PIL import Image
 
-    import mindomni_rt
-    import mindomni_rt.backends.compiled.onnx
-    import mindomni_rt.backends.torch.backend
-    import mindomni_rt.describe
-
     torch.set_num_threads(1)
     Image.init()
-    assert all((jinja2, onnxruntime, tokenizers, mindomni_rt))
+    assert all((jinja2, onnxruntime, tokenizers))
