@@ -194,8 +194,14 @@ def _flag(base: bool, value: Any) -> str:
 def _latents_mean(value: Any) -> str:
     if value is None:
         return "same"
-    shape = np.shape(value) if isinstance(value, list) else tuple(getattr(value, "shape", ()))
-    return "other" if tuple(shape) == (1, 4, 4, 4) else "nothing"
+    if hasattr(value, "detach"):
+        value = value.detach().float().numpy() if not value.is_complex() else np.zeros(1, np.complex64)
+    try:
+        values = np.asarray(value)
+    except (RuntimeError, ValueError):
+        return "nothing"
+    fits = values.shape == (1, 4, 4, 4) and values.dtype.kind in "fiu"
+    return "other" if fits and np.isfinite(values).all() and np.abs(values).max() <= 1e4 else "nothing"
 
 
 def _long(name: str, value: Any) -> bool:
