@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import OPTIONAL, Array, Backend, DenoiseRequest, LanguageRequest, Prefix
-from .errors import BadRequestError, GenerationCancelled, not_finite
+from .errors import BadCheckpointError, BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
 from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
@@ -440,6 +440,11 @@ class Pipeline:
         """A chat as stage `language` takes it: token ids, positions, and the checkpoint's generation settings."""
         ids = np.array(self.chat.encode(messages, [patches.tokens] if patches else []), np.int64)
         language, generation = self.config.language, self.config.generation
+        if ids.max() >= language.vocab_size:
+            raise BadCheckpointError(
+                f"{self.chat.folder}: the tokenizer gives token {ids.max()}, the model has {language.vocab_size}: "
+                "they belong to different models"
+            )
         room = language.max_positions - len(ids)
         if room < 1:
             raise BadRequestError(
