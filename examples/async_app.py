@@ -68,7 +68,7 @@ async def serve(model: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one, 96x96 pixels")
+    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
     asyncio.run(serve(parser.parse_args(arguments).model))
     return 0
 

@@ -100,7 +100,7 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    width, height = parse_size(options.size)
+    width, height = parse_size(options.size) if options.size else (None, None)
     request: dict[str, Any] = dict(
         image=options.image,
         think=options.think,
@@ -266,11 +266,7 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
-    # The small model draws 96x96 pixels and was trained to need no guidance.
-    events = pipe.stream(
-        prompt, height=96, width=96, num_inference_steps=20, guidance_scale=1.0, max_new_tokens=48, seed=7
-    )
-    _finish(_follow(events, options), paths, options)
+    _finish(_follow(pipe.stream(prompt, max_new_tokens=48, seed=7), options), paths, options)
     return 0
 
 

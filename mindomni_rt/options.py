@@ -21,7 +21,7 @@ HANDED_OVER = {
 }
 EXAMPLES = """examples:
   mindomni demo
-  mindomni generate "three yellow circles" --model MODEL --size 1024x1024 --out a.png
+  mindomni generate "three yellow circles" --model MODEL --out a.png
   mindomni edit photo.jpg "make it winter" --model MODEL --out b.png
   mindomni understand "What is in this picture?" --image photo.jpg --model MODEL
   mindomni info --model MODEL
@@ -80,9 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     paint = _Parser(add_help=False)
-    paint.add_argument("--size", default=f"{defaults.width}x{defaults.height}", metavar="WxH")
-    paint.add_argument("--steps", type=int, default=defaults.num_inference_steps)
-    paint.add_argument("--guidance", type=float, default=defaults.guidance_scale)
+    paint.add_argument("--size", metavar="WxH", help="pixels (default: the input image's, or the model's own)")
+    paint.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    paint.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: the model's own)")
     paint.add_argument("--negative", default=defaults.negative_prompt, help="what to stay away from")
     paint.add_argument("--no-think", dest="think", action="store_false")
     paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")

@@ -14,10 +14,8 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
+from .checkpoint.config import RecommendedConfig
+from .clock import Clock
 from .errors import BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
-from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
+from .inputs.images import ImagePatches, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -44,6 +44,7 @@ from .inputs.prompts import (
     understand_messages,
 )
 from .request import (
+    CompleteRequest,
     EditOptions,
     GenerateOptions,
     Request,
@@ -52,7 +53,7 @@ from .request import (
     as_request,
     check_callback,
     check_cancel,
-    edit_size,
+    complete,
 )
 from .sampling.decode import generate_tokens
 from .sampling.denoise import check, denoise
@@ -125,15 +126,12 @@ class Pipeline:
         cancel: threading.Event | None = None,
         **options: Unpack[EditOptions],
     ) -> GenerationResult:
-        """`generate` with a reference image, at the image's own size unless height and width are given.
+        """`generate` with a reference image: the same, with the image first.
 
-        The size is the image's, reduced to 1024² pixels where it is larger, each side a multiple of 16. Arguments and
-        errors are those of `generate`.
+        Without height and width the size is the image's in multiples of 16, within what the model paints
+        (`recommended`). Arguments and errors are those of `generate`.
         """
-        picture = open_image(image)
-        width, height = edit_size(*picture.size)
-        options = {**options, "height": options.get("height", height), "width": options.get("width", width)}
-        return self.generate(prompt, callback=callback, cancel=cancel, image=picture, **options)
+        return self.generate(prompt, callback=callback, cancel=cancel, image=image, **options)
 
     def understand(
         self,
@@ -185,13 +183,25 @@ class Pipeline:
         cancel = check_cancel(cancel)
         if isinstance(request, UnderstandRequest):
             return self._turn.during(self._understand(as_request(UnderstandRequest, request, options), cancel))
-        request = as_request(Request, request, options)
+        request = self.complete(as_request(Request, request, options))
         lacking = [n for n in request.optional() if n not in self.backend.capabilities]
         if lacking:
             raise BadRequestError(
                 f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
             )
         return self._turn.during(self._generate(request, cancel))
+
+    @property
+    def recommended(self) -> RecommendedConfig:
+        """The model's own size, steps and guidance: what a request takes where it leaves them unset."""
+        return self.config.recommended
+
+    def complete(self, request: Request) -> CompleteRequest:
+        """The request with what it leaves unset filled in from `recommended`; a complete one is returned as it is.
+
+        A size outside of what the model was trained for is logged.
+        """
+        return complete(request, self.recommended)
 
     def close(self) -> None:
         """Frees the model's memory once the running request has ended. Later requests raise BadRequestError."""
@@ -205,8 +215,8 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _generate(self, request: Request, cancel: threading.Event | None) -> Generator[Event, None, None]:
-        clock = _Clock(self.backend)
+    def _generate(self, request: CompleteRequest, cancel: threading.Event | None) -> Generator[Event, None, None]:
+        clock = Clock(self.backend)
         seed = request.seed if request.seed is not None else secrets.randbits(32)
         latents = request.latents
         if latents is None:
@@ -241,23 +251,22 @@ class Pipeline:
         )
 
     def think(
-        self, request: Request, *, seed: int = 0, cancel: threading.Event | None = None, clock: _Clock | None = None
+        self, request: Request, *, seed: int = 0, cancel: threading.Event | None = None, clock: Clock | None = None
     ) -> Generator[Event, None, Thought]:
         """Prompt (and image) → text and hidden states. Without thinking, one prefill and no text."""
-        clock = clock or _Clock(self.backend)
+        request, clock = self.complete(request), clock or Clock(self.backend)
         patches = embeds = latents = None
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                picture = open_image(request.image)
-                patches = prepare_image(picture, self.config, request.max_image_tokens)
+                patches = prepare_image(request.image, self.config, request.max_image_tokens)
                 embeds = self._finite("vision", self.backend.vision(patches))
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
                     most = self.config.language.max_positions // 2
-                    latents = self.backend.vae_encode(vae_pixels(picture, max_tokens=most))
+                    latents = self.backend.vae_encode(vae_pixels(request.image, max_tokens=most))
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         rounds: list[Round] = []
         prompt = request.prompt
@@ -278,7 +287,7 @@ class Pipeline:
         return Thought(text, hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
 
     def _write(
-        self, language: LanguageRequest, index: int, clock: _Clock
+        self, language: LanguageRequest, index: int, clock: Clock
     ) -> Generator[Event, None, tuple[Round, Array]]:
         """Runs stage `language` to its end and yields each piece of text. Returns the round and its hidden states."""
         stream, parser = TextStream(self.chat), ThoughtParser()
@@ -305,18 +314,18 @@ class Pipeline:
         written = Round(text=stream.text, thinking=thinking, answer=answer, finish_reason=reason, token_ids=tokens)
         return written, hidden
 
-    def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
+    def connect(self, thought: Thought, request: Request, clock: Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
-        clock = clock or _Clock(self.backend)
+        request, clock = self.complete(request), clock or Clock(self.backend)
         with clock("connector"):
             condition = self._finite("connector", self.backend.connector(thought.hidden, thought.image_latents))
         patch = self.config.decoder.patch_size
         blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in thought.image_latents]
         return self._prefix(condition, request, clock, blocks)
 
-    def connect_negative(self, request: Request, clock: _Clock | None = None) -> Prefix:
+    def connect_negative(self, request: Request, clock: Clock | None = None) -> Prefix:
         """The unguided branch: the negative prompt without thinking or image. Kept across calls."""
-        clock = clock or _Clock(self.backend)
+        request, clock = self.complete(request), clock or Clock(self.backend)
         # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
         rope = self.config.decoder.stack.rope
         language = self._negative_request(request)
@@ -343,7 +352,7 @@ class Pipeline:
         return array
 
     def _prefix(
-        self, condition: Array, request: Request, clock: _Clock, blocks: list[tuple[int, int]] | None = None
+        self, condition: Array, request: CompleteRequest, clock: Clock, blocks: list[tuple[int, int]] | None = None
     ) -> Prefix:
         times = timesteps(request.num_inference_steps)[:-1]
         with clock("prefix"):
@@ -357,10 +366,10 @@ class Pipeline:
         unguided: Prefix | None,
         *,
         cancel: threading.Event | None = None,
-        clock: _Clock | None = None,
+        clock: Clock | None = None,
     ) -> Generator[Event, None, Array]:
         """Noise (n, 4, H/8, W/8) → latents, an event after each step."""
-        clock = clock or _Clock(self.backend)
+        request, clock = self.complete(request), clock or Clock(self.backend)
         loop = DenoiseRequest(
             latents=np.ascontiguousarray(latents, np.float32),
             times=timesteps(request.num_inference_steps),
@@ -384,16 +393,16 @@ class Pipeline:
                     yield StepEvent(state.step, state.total, preview)
             return self._finite("denoiser", state.latents)
 
-    def decode(self, latents: Array, clock: _Clock | None = None) -> NDArray[np.float32]:
+    def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.float32]:
         """Latents → pixels (n, H, W, 3) in [0, 1]."""
-        with (clock or _Clock(self.backend))("vae"):
+        with (clock or Clock(self.backend))("vae"):
             pixels = self.backend.vae(latents)
         if not np.isfinite(pixels).all():
             raise not_finite("vae", self.backend.dtype)
         return pixels
 
     def _understand(self, request: UnderstandRequest, cancel: threading.Event | None) -> Generator[Event, None, None]:
-        clock = _Clock(self.backend)
+        clock = Clock(self.backend)
         prompt, image, max_new_tokens = request.prompt, request.image, request.max_new_tokens
         temperature, seed = request.temperature, request.seed if request.seed is not None else secrets.randbits(32)
         patches = embeds = None
@@ -456,42 +465,6 @@ class Pipeline:
             cancel=cancel,
         )
 
-    def _image_tokens(self, request: Request) -> int:
+    def _image_tokens(self, request: CompleteRequest) -> int:
         side = self.config.vae.downscale * self.config.decoder.patch_size
         return (request.height // side) * (request.width // side)
-
-
-class _Clock:
-    """Seconds by stage, the device's work included. What the caller does with an event is not counted."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._began = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-        self._idle = 0.0
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        began, idle = time.perf_counter(), self._idle
-        try:
-            yield
-        finally:
-            self._backend.synchronize()
-            spent = time.perf_counter() - began - (self._idle - idle)
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._idle += time.perf_counter() - began
-
-    def mark(self, name: str) -> None:
-        """Seconds since the request began, the first time only."""
-        self._seconds.setdefault(name, time.perf_counter() - self._began - self._idle)
-
-    def report(self) -> dict[str, float]:
-        self._backend.synchronize()
-        return {**self._seconds, "total": time.perf_counter() - self._began - self._idle}

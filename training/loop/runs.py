@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
@@ -111,8 +112,17 @@ def finish(trainer: Trainer) -> Path:
             for name, parameter in stage.choose_trainable().items():
                 parameter.copy_(state[name])
     merge_adapters(stage.model)
+    if any(name.startswith("decoder.") for name in trainer.trained):
+        recommended = trained_for(stage.model.config.recommended, trainer.config.data.image_size)
+        stage.model.config = replace(stage.model.config, recommended=recommended)
     save_checkpoint(stage.model, out, resolve(trainer.config.model))
     return out
+
+
+def trained_for(before: RecommendedConfig, side: int) -> RecommendedConfig:
+    """A model's own settings after its decoder was trained at a size: that size, and a range that holds it."""
+    low, high = before.trained_sides or (side, side)
+    return replace(before, width=side, height=side, trained_sides=(min(low, side), max(high, side)))
 
 
 def make_stream(config: Config) -> Stream:
