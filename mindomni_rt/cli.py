@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, doctor, load
+from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
 from .errors import BadRequestError, MindOmniError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
 from .model.random import command as random_checkpoint
-from .options import HANDED_OVER, USER_ERROR, build_parser, parse_interval, parse_size
+from .options import HANDED_OVER, USER_ERROR, build_parser, parse_adapter, parse_interval, parse_size
+from .progress import step_bar
 from .request import Request, UnderstandRequest
 
 INTERRUPTED = 130
@@ -87,16 +89,22 @@ def _hand_over(command: str, rest: Sequence[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    return load(
-        options.model,
+    folder = resolve(options.model, options.revision, None, options.offline)
+    if options.adapter and is_bundle(folder):
+        raise BadRequestError(f"--adapter: {folder} is a bundle; adapters need a checkpoint, on the torch backend")
+    pipe = load(
+        folder,
         backend=options.backend,
         device=options.device,
         dtype=options.dtype,
         precision=options.precision,
         memory_budget=options.memory_budget,
-        revision=options.revision,
-        local_files_only=options.offline,
+        fast=False if options.adapter else None,
     )
+    for item in options.adapter:
+        path, scale = parse_adapter(item)
+        pipe.load_adapter(path, scale=scale)
+    return pipe
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -166,13 +174,12 @@ def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationR
                     print(f"\n[{event.kind}] " if event.kind != "text" else "\n", end="")
                     kind = event.kind
                 print(event.text, end="", flush=True)
-            elif isinstance(event, StepEvent):
+            elif isinstance(event, StepEvent) and not options.quiet:
                 if bar is None:
                     if show and kind:
                         print(flush=True)
-                    bar = _bar(event.total, disable=options.quiet)
-                if bar is not None:
-                    bar.update(1)
+                    bar = step_bar(event.total)
+                bar.update(1)
             elif isinstance(event, (ImageEvent, AnswerEvent)):
                 result = event.result
     finally:
@@ -180,14 +187,6 @@ def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationR
             bar.close()
     assert result is not None
     return result
-
-
-def _bar(total: int, disable: bool) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc="painting", unit="step", disable=disable, file=sys.stderr)
 
 
 def _finish(result: GenerationResult, paths: list[Path], options: argparse.Namespace) -> None:

@@ -71,6 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-budget", metavar="SIZE", default="auto", help="such as 8GiB (default: what is free): parts take turns"
     )
 
+    model.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER[:SCALE]",
+        help="a LoRA adapter (torch); repeatable",
+    )
+
     write = _Parser(add_help=False)
     write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
     write.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
@@ -126,6 +134,15 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(p.isdecimal() and len(p) < 7 for p in parts):
         raise BadRequestError(f"size {shown(text)}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
     return int(parts[0]), int(parts[1])
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """ "FOLDER" or "FOLDER:SCALE" → folder and scale, 1 without one."""
+    folder, colon, scale = text.rpartition(":")
+    try:
+        return (folder, float(scale)) if colon and folder else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a colon of the path
 
 
 def parse_interval(text: str) -> tuple[float, float]:

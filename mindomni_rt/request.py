@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", "Request", "UnderstandRequest")
 MAX_TEXT = 2**19  # characters; a context of 128,000 tokens holds about as many
 MAX_PIXELS = 2**27  # of all images of a request: 128 of 1024x1024
+RECORDED = ("backend", "dtype", "adapters", "text", "mindomni_rt")  # in the settings of a picture, beside its request
 OUTPUTS = ("pil", "numpy")
 Seed = Annotated[int | None, Whole(-(2**63), 2**64 - 1)]
 NewTokens = Annotated[int, Whole(1, 2**21)]
@@ -71,7 +72,7 @@ class Request:
     cascade: bool = False
     """A second round of thinking on the first one's answer; needs think."""
     height: Side | None = None
-    """Pixels, a multiple of 16. None is the size of `latents`, of `image` within what the model paints, or the model's."""
+    """Pixels, a multiple of 16. None is that of `latents`, of `image` within what the model paints, or the model's."""
     width: Side | None = None
     """As height."""
     num_inference_steps: Steps | None = None
@@ -236,8 +237,12 @@ class GenerateOptions(EditOptions, total=False):
 
 
 def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
-    """A request from a prompt and options, or the given one. Raises BadRequestError, also for unknown options."""
+    """A request from a prompt and options, or the given one. Raises BadRequestError, also for unknown options.
+
+    What a picture's settings record beside the request (RECORDED) is left out, so that they repeat it.
+    """
     names = [f.name for f in fields(kind)]
+    options = {name: value for name, value in options.items() if name not in RECORDED}
     for name in options:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)

@@ -69,6 +69,13 @@ def save_image(image: Image.Image, path: str | Path, settings: Mapping[str, Any]
         raise BadRequestError(f"cannot write {target}: {error.strerror or error}") from error
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as PNG, without settings."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def numbered(path: Path, count: int) -> list[Path]:
     """The name itself for one image, else NAME-0, NAME-1, …"""
     return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]

@@ -17,6 +17,7 @@ from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model
 
+from ..adapter_folder import save_adapter
 from ..config import Config, DataConfig
 from ..data.record import Stream
 from ..data.records import open_stream
@@ -96,7 +97,10 @@ def start(config: Config, bar: bool = True) -> Trainer:
 
 
 def finish(trainer: Trainer) -> Path:
-    """The finished model in the published layout under `out/model`: averaged weights, adapters merged."""
+    """The finished model in the published layout under `out/model`: averaged weights, adapters merged.
+
+    The adapters of a LoRA run are also stored by themselves, under `out/adapter`.
+    """
     stage, out = trainer.stage, Path(trainer.config.out) / "model"
     trainer.use_average()
     if trainer.processes > 1:
@@ -111,6 +115,8 @@ def finish(trainer: Trainer) -> Path:
         with torch.no_grad():
             for name, parameter in stage.choose_trainable().items():
                 parameter.copy_(state[name])
+    weights = {n: p for n, p in stage.model.named_parameters() if n in trainer.trained}
+    save_adapter(stage, weights, out.parent / "adapter", trainer.config.model)
     merge_adapters(stage.model)
     if any(name.startswith("decoder.") for name in trainer.trained):
         recommended = trained_for(stage.model.config.recommended, trainer.config.data.image_size)
