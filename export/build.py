@@ -63,7 +63,7 @@ class BuildRequest:
     condition_only: bool = False
     attention: str = "native"
     prompts: Sequence[str] = quantize.DEFAULT_PROMPTS
-    calibration_size: int = 512
+    calibration_size: int | None = None
     cache: Path | None = None
     overwrite: bool = False
     progress: engines.Progress | None = field(default=None, compare=False)

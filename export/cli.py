@@ -48,7 +48,7 @@ def _parser() -> Parser:
         "--attention", choices=("native", "triton"), default="native", help="triton: our kernel (tensorrt)"
     )
     build.add_argument("--calibration", type=Path, metavar="FILE", help="prompts, one a line, for int8, fp8 and nvfp4")
-    build.add_argument("--calibration-size", type=int, default=512, metavar="PIXELS")
+    build.add_argument("--calibration-size", type=int, metavar="PIXELS", help="default: the model's own, 512 at most")
     build.add_argument("--out", required=True, type=Path)
     build.add_argument("--overwrite", action="store_true")
     build.add_argument("--no-cache", action="store_true", help="build engines anew")

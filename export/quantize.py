@@ -300,21 +300,32 @@ PASSES = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4":
 
 
 def calibrate(
-    model: MindOmniModel, folder: Path, prompts: Sequence[str] = DEFAULT_PROMPTS, size: int = 512, steps: int = 4
+    model: MindOmniModel,
+    folder: Path,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    size: int | None = None,
+    steps: int = 4,
 ) -> dict[str, float]:
     """The largest magnitude at the input of every Linear in the blocks, over runs of the whole pipeline on prompts.
 
-    folder: the checkpoint, for its tokenizer. size: image side in pixels. steps: of the sampler, which spread over
-    all noise levels.
+    folder: the checkpoint, for its tokenizer. size: image side in pixels; None is the model's own, 512 at most. steps:
+    of the sampler, which spread over all noise levels.
     """
     from mindomni_rt.backends.torch.backend import TorchBackend
     from mindomni_rt.pipeline import Pipeline
 
     pipe = Pipeline(TorchBackend(model), folder)
+    height, width = (size or min(side, 512) for side in (pipe.recommended.height, pipe.recommended.width))
     with _watching(model) as ranges:
         for seed, prompt in enumerate(prompts):
             pipe.generate(
-                prompt, height=size, width=size, num_inference_steps=steps, seed=seed, max_new_tokens=64, output="numpy"
+                prompt,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                seed=seed,
+                max_new_tokens=64,
+                output="numpy",
             )
     return ranges
 

@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, doctor, load
+from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
-from .demo import DEMO_MODELS, DEMO_SETTINGS
+from .demo import DEMO_MODELS
 from .errors import BadRequestError, MindOmniError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
 from .model.random import command as random_checkpoint
-from .options import HANDED_OVER, USER_ERROR, build_parser, parse_interval, parse_size
+from .options import HANDED_OVER, USER_ERROR, build_parser, parse_adapter, parse_interval, parse_size
+from .progress import step_bar
 from .request import Request, UnderstandRequest
 
 INTERRUPTED = 130
@@ -84,20 +86,26 @@ def _hand_over(command: str, rest: Sequence[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    return load(
-        options.model,
+    folder = resolve(options.model, options.revision, None, options.offline)
+    if options.adapter and is_bundle(folder):
+        raise BadRequestError(f"--adapter: {folder} is a bundle; adapters need a checkpoint, on the torch backend")
+    pipe = load(
+        folder,
         backend=options.backend,
         device=options.device,
         dtype=options.dtype,
         precision=options.precision,
         memory_budget=options.memory_budget,
-        revision=options.revision,
-        local_files_only=options.offline,
+        fast=False if options.adapter else None,
     )
+    for item in options.adapter:
+        path, scale = parse_adapter(item)
+        pipe.load_adapter(path, scale=scale)
+    return pipe
 
 
 def _generate(options: argparse.Namespace) -> int:
-    width, height = parse_size(options.size)
+    width, height = parse_size(options.size) if options.size else (None, None)
     request: dict[str, Any] = dict(
         image=options.image,
         think=options.think,
@@ -163,13 +171,12 @@ def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationR
                     print(f"\n[{event.kind}] " if event.kind != "text" else "\n", end="")
                     kind = event.kind
                 print(event.text, end="", flush=True)
-            elif isinstance(event, StepEvent):
+            elif isinstance(event, StepEvent) and not options.quiet:
                 if bar is None:
                     if show and kind:
                         print(flush=True)
-                    bar = _bar(event.total, disable=options.quiet)
-                if bar is not None:
-                    bar.update(1)
+                    bar = step_bar(event.total)
+                bar.update(1)
             elif isinstance(event, (ImageEvent, AnswerEvent)):
                 result = event.result
     finally:
@@ -177,14 +184,6 @@ def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationR
             bar.close()
     assert result is not None
     return result
-
-
-def _bar(total: int, disable: bool) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc="painting", unit="step", disable=disable, file=sys.stderr)
 
 
 def _finish(result: GenerationResult, paths: list[Path], options: argparse.Namespace) -> None:
@@ -263,7 +262,7 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
-    _finish(_follow(pipe.stream(prompt, seed=7, **DEMO_SETTINGS), options), paths, options)
+    _finish(_follow(pipe.stream(prompt, max_new_tokens=48, seed=7), options), paths, options)
     if not (options.json or options.quiet):
         print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
         print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mindomni_rt
 from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError, MissingExtraError
 from mindomni_rt.options import parse_size
 
@@ -35,7 +36,7 @@ SUITES = {s.name: s for s in (*IMAGES, SHAPES)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command. Defaults are each suite's own: `--list` shows them."""
+    """Arguments of the command. Defaults are each suite's own, which `--list` shows, and the model's."""
     parser.add_argument("suite", nargs="?", help=", ".join(SUITES))
     parser.add_argument("model", nargs="?", help="checkpoint folder, hub id or bundle")
     parser.add_argument("--list", action="store_true", help="suites, their prompt files, published scores")
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     request_of(prompts.items[0], settings)  # its checks, before a model is loaded
     chosen = prompts.items[: options.n]
     model = resolve(options.model)
+    settings = settings.of_model(read_recommended(model))
     folder = RunFolder(options.out)
     name = model.resolve().name if Path(options.model).is_dir() else Path(options.model).name
     claim: dict[str, Any] = {

@@ -60,8 +60,6 @@ def measure(model: Path, n: int, guidance: float) -> dict[str, dict[str, float]]
             results[name].append(
                 pipe.generate(
                     riddle.instruction,
-                    height=96,
-                    width=96,
                     guidance_scale=guidance,
                     seed=seed,
                     max_new_tokens=48,

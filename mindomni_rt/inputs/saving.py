@@ -80,6 +80,13 @@ def _options(kind: str, settings: Mapping[str, Any], name: str) -> dict[str, Any
     return {"exif": exif, "quality": 95} | ({"subsampling": 0} if kind == "JPEG" else {})
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as PNG, without settings."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def numbered(path: Path, count: int) -> list[Path]:
     """The name itself for one image, else NAME-0, NAME-1, …"""
     return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
