@@ -11,8 +11,9 @@ from comfy_api.latest import io
 
 import mindomni_rt
 from mindomni_rt import Pipeline, Request, UnderstandRequest
+from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.pipeline import Thought
-from mindomni_rt.request import MAX_SIDE, edit_size
+from mindomni_rt.request import MAX_SIDE, CompleteRequest, edit_size
 from mindomni_rt.sampling.random import batch_noise
 
 from . import host, models
@@ -20,7 +21,7 @@ from . import host, models
 CATEGORY = "MindOmni"
 MODEL = io.Custom("MINDOMNI_MODEL")
 THOUGHT = io.Custom("MINDOMNI_THOUGHT")
-DEFAULTS = Request(prompt="-")
+DEFAULTS, OWN = Request(prompt="-"), RecommendedConfig()
 _HAS_ALIASES = any(f.name == "search_aliases" for f in fields(io.Schema))
 
 
@@ -66,10 +67,10 @@ def side(name: str, default: int, lowest: int = 16, tooltip: str = "pixels") -> 
 
 def painting() -> list[io.Input]:
     return [
-        io.Int.Input("steps", default=DEFAULTS.num_inference_steps, min=1, max=1000),
+        io.Int.Input("steps", default=OWN.num_inference_steps, min=1, max=1000),
         io.Float.Input(
             "guidance",
-            default=DEFAULTS.guidance_scale,
+            default=OWN.guidance_scale,
             min=0.0,
             max=100.0,
             step=0.1,
@@ -160,8 +161,8 @@ class Generate(io.ComfyNode):
                 MODEL.Input("mindomni"),
                 prompt("", "what to paint; not read where a thought is connected"),
                 io.Boolean.Input("think", default=True, tooltip="reason in words first"),
-                side("width", DEFAULTS.width),
-                side("height", DEFAULTS.height),
+                side("width", OWN.width),
+                side("height", OWN.height),
                 *painting(),
                 io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="image i is painted from seed + i"),
                 THOUGHT.Input("thought", optional=True),
@@ -175,10 +176,10 @@ class Generate(io.ComfyNode):
         seed: int, negative_prompt: str, preview_every: int, batch_size: int, thought: Thinking | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         base = Request(prompt=prompt, think=think) if thought is None else thought.request
-        request = replace(
+        request = mindomni.complete(replace(
             base, width=width, height=height, num_inference_steps=steps, guidance_scale=guidance, seed=seed,
             negative_prompt=negative_prompt, preview_every=preview_every, num_images=batch_size, output="numpy",
-        )  # fmt: skip
+        ))  # fmt: skip
         if thought is None:
             return _run(cls, mindomni, request)
         if thought.model is not mindomni:
@@ -217,7 +218,7 @@ class Edit(io.ComfyNode):
         cls, mindomni: Pipeline, image: torch.Tensor, prompt: str, think: bool, width: int, height: int, steps: int,
         guidance: float, seed: int, negative_prompt: str, preview_every: int, edit_features: str,
     ) -> io.NodeOutput:  # fmt: skip
-        own_width, own_height = edit_size(image.shape[2], image.shape[1])
+        own_width, own_height = edit_size(image.shape[2], image.shape[1], mindomni.recommended)
         request = Request(
             prompt=prompt, think=think, width=width or own_width, height=height or own_height,
             num_inference_steps=steps, guidance_scale=guidance, negative_prompt=negative_prompt,
@@ -269,12 +270,13 @@ class Understand(io.ComfyNode):
 
 def _run(node: type[io.ComfyNode], mindomni: Pipeline, request: Request) -> io.NodeOutput:
     """A whole request in one node."""
+    request = mindomni.complete(request)
     events = mindomni.stream(request, cancel=host.StopButton())
     result = host.result_of(events, node.hidden.unique_id, request.num_inference_steps)
     return io.NodeOutput(host.to_tensor(result.images), result.thinking, result.answer)
 
 
-def _paint(node: type[io.ComfyNode], mindomni: Pipeline, request: Request, thought: Thought) -> np.ndarray:
+def _paint(node: type[io.ComfyNode], mindomni: Pipeline, request: CompleteRequest, thought: Thought) -> np.ndarray:
     """The stages after thinking, as `Pipeline.stream` runs them."""
     latents = batch_noise(request.seed or 0, request.num_images, request.latent_shape[1:])
     guided = mindomni.connect(thought, request)

@@ -54,6 +54,8 @@ def _key(request: Request | UnderstandRequest) -> Hashable | None:
     """
     if isinstance(request, UnderstandRequest) or request.temperature > 0 or request.step_cache > 0:
         return None
+    if request.height is None or request.width is None:
+        return None  # the model's own size decides how many images one batch holds
     image = request.image
     if image is not None:
         if not isinstance(image, bytes):
@@ -68,6 +70,7 @@ def equal_jobs(waiting: Sequence[Job], most: int) -> list[Job]:
     group, images = [first], first.count
     if first.key is None or not isinstance(first.request, Request):
         return group
+    assert first.request.height is not None and first.request.width is not None  # see `_key`
     most = min(most, MAX_PIXELS // (first.request.height * first.request.width))
     for job in waiting[1:]:
         if job.key == first.key and images + job.count <= most:
@@ -81,7 +84,8 @@ def merged(group: Sequence[Job]) -> Request | UnderstandRequest:
     first = group[0].request
     if len(group) == 1 or isinstance(first, UnderstandRequest):
         return first
-    shape = first.latent_shape[1:]
+    assert first.height is not None and first.width is not None
+    shape = (4, first.height // 8, first.width // 8)
     noise = np.concatenate([batch_noise(job.seed, job.count, shape) for job in group])
     return replace(first, num_images=len(noise), latents=noise)
 

@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 from mindomni_rt.checks import Check, Flag, Number, OneOf, Whole, shown
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.options import parse_size
-from mindomni_rt.request import Request, UnderstandRequest, as_request, edit_size
+from mindomni_rt.request import CompleteRequest, Request, UnderstandRequest, as_request, complete, edit_size
 
 from .errors import bad
+from .model import Model
 from .pictures import Picture
 from .schemas import Body, ChatBody, ImagesBody
 from .settings import Settings
 
-R = TypeVar("R", Request, UnderstandRequest)
+R = TypeVar("R", CompleteRequest, UnderstandRequest)
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 # Fields of `Request` that another field of the body, or the server, decides.
 _NOT_HERE = ("image", "latents", "output", "preview_every", "num_images")
@@ -85,7 +86,7 @@ def wanted(body: Body, settings: Settings) -> Wanted:
 
 
 def painting(
-    body: ImagesBody, form: Wanted, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None = None
+    body: ImagesBody, form: Wanted, settings: Settings, model: Model, picture: Picture | None = None
 ) -> Request:
     """The request of /v1/images/…. Raises ApiError and BadRequestError."""
     _nothing_else(body.model_dump(include=set(_SAME)), _SAME)
@@ -94,23 +95,21 @@ def painting(
     _no_reserved(options)
     options |= _given({"num_images": body.n})
     previews = form.partial_images if form.stream else 0
-    return _paint(body.prompt, options, body.size, settings, defaults, picture, previews)
+    return _paint(body.prompt, options, body.size, settings, model, picture, previews)
 
 
-def chat_painting(
-    body: ChatBody, prompt: str, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None
-) -> Request:
+def chat_painting(body: ChatBody, prompt: str, settings: Settings, model: Model, picture: Picture | None) -> Request:
     """A chat that is to paint. Raises ApiError and BadRequestError."""
-    return _paint(prompt, _chat_options(body), body.size, settings, defaults, picture)
+    return _paint(prompt, _chat_options(body), body.size, settings, model, picture)
 
 
 def chat_question(
-    body: ChatBody, prompt: str, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None
+    body: ChatBody, prompt: str, settings: Settings, model: Model, picture: Picture | None
 ) -> UnderstandRequest:
     """A chat that is to answer in words. Raises ApiError and BadRequestError."""
     if body.size is not None:
         raise bad("size: this request paints nothing; ask for modalities ['text', 'image']", "size")
-    kept = {k: v for k, v in defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
+    kept = {k: v for k, v in model.defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
     image = None if picture is None else picture.data
     request = as_request(UnderstandRequest, prompt, {**kept, **_chat_options(body), "image": image})
     return within(request, settings)
@@ -143,21 +142,21 @@ def _paint(
     given: Mapping[str, Any],
     size: Any,
     settings: Settings,
-    defaults: Mapping[str, Any],
+    model: Model,
     picture: Picture | None,
     previews: int = 0,
 ) -> Request:
-    options = {**defaults, **given}
+    options = {**model.settings, **given}
     if size not in (None, "auto"):
         try:
             options["width"], options["height"] = parse_size(str(size))
         except BadRequestError as error:
             raise bad(str(error), "size") from None
     elif picture is not None:
-        options["width"], options["height"] = edit_size(*picture.size)
+        options["width"], options["height"] = edit_size(*picture.size, model.recommended)
     if picture is not None:
         options["image"] = picture.data
-    request = within(as_request(Request, prompt, options), settings)
+    request = within(complete(as_request(Request, prompt, options), model.recommended), settings)
     if previews:
         request = replace(request, preview_every=math.ceil(request.num_inference_steps / (previews + 1)))
     return request
@@ -175,7 +174,7 @@ def within(request: R, settings: Settings) -> R:
         ("prompt", len(request.prompt), settings.max_prompt, "characters"),
         ("max_new_tokens", request.max_new_tokens, settings.max_new_tokens, "tokens"),
     ]
-    if isinstance(request, Request):
+    if isinstance(request, CompleteRequest):
         limits += [
             ("negative_prompt", len(request.negative_prompt), settings.max_prompt, "characters"),
             ("n", request.num_images, settings.max_images, "images"),

@@ -33,6 +33,7 @@ def to_request(values: Sequence[Any], **more: Any) -> Request:
 
 def with_previews(request: Request) -> Request:
     """The request with a few previews, spread over its steps."""
+    assert request.num_inference_steps is not None  # a control of its own
     return replace(request, preview_every=math.ceil(request.num_inference_steps / (_PREVIEWS + 1)))
 
 

@@ -16,6 +16,7 @@ from mindomni_rt.inputs.saving import read_settings
 from mindomni_rt.request import Request, UnderstandRequest, edit_size
 
 from ..errors import ApiError
+from ..model import Model
 from . import fields
 from .sessions import Sessions
 from .views import View, status, views
@@ -28,10 +29,10 @@ class Source(Protocol):
 
 
 class Handlers:
-    """Of all open pages. `fixed_size`: (width, height) of edited pictures, None for their own."""
+    """Of all open pages."""
 
-    def __init__(self, source: Source, sessions: Sessions, fixed_size: tuple[int, int] | None) -> None:
-        self._source, self._sessions, self._fixed_size = source, sessions, fixed_size
+    def __init__(self, source: Source, sessions: Sessions, model: Model) -> None:
+        self._source, self._sessions, self._model = source, sessions, model
 
     def generate(self, page: gr.Request, history: list[str], *values: Any) -> Iterator[tuple[Any, ...]]:
         """Controls → status, thinking, answer, picture, gallery, history, selected picture, its settings."""
@@ -43,7 +44,9 @@ class Handlers:
         with _told():
             if image is None:
                 raise BadRequestError("there is no picture to change; drop one, or send one here from the first tab")
-            width, height = self._fixed_size or edit_size(*open_image(image).size)
+            settings = self._model.settings
+            own = edit_size(*open_image(image).size, self._model.recommended)
+            width, height = (settings["width"], settings["height"]) if "width" in self._model.defaults else own
             more = {"image": image, "width": width, "height": height}
             yield from self._paint(fields.with_previews(fields.to_request(values, **more)), history, page)
 

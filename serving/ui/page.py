@@ -16,7 +16,7 @@ from starlette.routing import Mount
 from mindomni_rt.request import MAX_SIDE
 
 from ..model import Model
-from .examples import defaults_of, examples_of, knows_few_words
+from .examples import defaults_of, examples_of
 from .handlers import Handlers, Source
 from .look import CSS, HEAD, theme
 from .sessions import Sessions
@@ -32,8 +32,7 @@ _MAX_FILE = "64mb"
 def build(source: Source, model: Model) -> gr.Blocks:
     """The page of a model. source: an `Engine`, or anything with its `stream`."""
     sessions, defaults = Sessions(), defaults_of(model)
-    fixed = (defaults["width"], defaults["height"]) if knows_few_words(model) or "width" in model.defaults else None
-    handlers, examples = Handlers(source, sessions, fixed), examples_of(model)
+    handlers, examples = Handlers(source, sessions, model), examples_of(model)
     with gr.Blocks(title="MindOmni", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         name = Path(model.path).name
         gr.HTML(f"<h1>MindOmni</h1><p>Thinks in words, then paints. Model: <code>{name}</code></p>", elem_id="head")

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mindomni_rt
 from mindomni_rt import BadRequestError, Request
-from mindomni_rt.demo import DEMO_MODELS, DEMO_SETTINGS
+from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.events import GenerationResult, ImageEvent, StepEvent, TextEvent
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.serving.model import Model
@@ -89,7 +89,8 @@ def test_examples_fit_the_model(tmp_path: Path) -> None:
     assert examples_of(SMALL) is SHAPES_WORLD
     assert examples_of(Model(path="EasonXiao-888/MindOmni")) is GENERAL
     assert examples_of(Model(path=str(tmp_path))) is GENERAL
-    assert {name: defaults_of(SMALL)[name] for name in DEMO_SETTINGS} == DEMO_SETTINGS
+    found = defaults_of(SMALL)
+    assert (found["width"], found["height"], found["num_inference_steps"], found["guidance_scale"]) == (96, 96, 20, 1.0)
     assert defaults_of(Model(path=SMALL.path, defaults={"height": 48}))["height"] == 48
     assert defaults_of(Model(path=str(tmp_path)))["height"] == 1024
 
@@ -127,7 +128,7 @@ def test_closing_a_page_ends_its_request_and_deletes_its_pictures() -> None:
 
 
 def test_errors_that_a_user_can_mend_reach_the_page() -> None:
-    handlers = Handlers(None, Sessions(), None)  # type: ignore[arg-type]
+    handlers = Handlers(None, Sessions(), SMALL)  # type: ignore[arg-type]
     with pytest.raises(gr.Error, match="no picture yet"):
         handlers.seed_of(None)
     with pytest.raises(gr.Error, match="the prompt is empty"):

@@ -16,7 +16,6 @@ from conftest import Served
 from PIL import Image
 
 import mindomni_rt
-from mindomni_rt.demo import DEMO_SETTINGS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright (dev extra)")
 RIDDLE = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
@@ -143,7 +142,7 @@ def test_generate(
     path = save(page, tmp_path)
     settings = mindomni_rt.read_settings(path)
     assert settings["prompt"] == RIDDLE and settings["seed"] == int(seen["status"][-1].split()[-1])
-    assert equal(path, pipe.generate(RIDDLE, seed=settings["seed"], **DEMO_SETTINGS).images[0])
+    assert equal(path, pipe.generate(RIDDLE, seed=settings["seed"]).images[0])
 
     page.click("#generate-reuse-seed")
     page.wait_for_function("(s) => document.querySelector('#generate-seed input, #generate-seed textarea').value === s", arg=str(settings["seed"]))  # noqa: E501  # fmt: skip
