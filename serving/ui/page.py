@@ -66,12 +66,11 @@ def build(source: Source, model: Model) -> gr.Blocks:
         _run(painted, handlers.generate, handlers.cancel, [history, *painted.controls], [*painted.shown, *shown])
         _run(edited, handlers.edit, handlers.cancel, [history, edited.image, *edited.controls], [*edited.shown, *shown])
         _run(asked, handlers.understand, handlers.cancel, [asked.image, *asked.controls], asked.shown)
-        quiet: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
+        quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
         gallery.select(handlers.select, history, [painted.shown[3], selected, settings], **quiet)
-        to_generate: Callable[[], Any] = lambda: gr.Tabs(selected="generate")  # noqa: E731
-        restored = [painted.shown[0], *painted.controls]
-        dropped.upload(handlers.restore, dropped, restored, **quiet).success(to_generate, None, tabs, **quiet)
-        reuse.click(handlers.restore, selected, restored, **quiet).success(to_generate, None, tabs, **quiet)
+        restored = [tabs, painted.shown[0], *painted.controls]
+        dropped.upload(handlers.restore, dropped, restored, **quiet)
+        reuse.click(handlers.restore, selected, restored, **quiet)
         for tab in (painted, edited):
             tab.reuse_seed.click(handlers.seed_of, selected, tab.controls[1], **quiet)
         for button, target, tab_id in ((change, edited.image, "edit"), (ask, asked.image, "ask")):
