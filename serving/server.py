@@ -141,7 +141,9 @@ class _Limited:
 
     def stream(self, request: Request | UnderstandRequest, *, cancel: Any = None) -> Iterator[Event]:
         """Raises ApiError, and what `Engine.stream` raises."""
-        return self._engine.stream(within(request, self._settings), cancel=cancel)
+        settings = self._settings
+        held = within(request, settings) if isinstance(request, Request) else within(request, settings)
+        return self._engine.stream(held, cancel=cancel)
 
 
 def _mount_page(app: FastAPI, engine: Engine, settings: Settings, chosen: model.Model) -> Callable[[], None]:
