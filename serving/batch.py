@@ -47,8 +47,8 @@ def run(given: argparse.Namespace) -> int:
         raise BadRequestError(f"--out {given.out}: {error.strerror}") from error
     left = [task for task in tasks if not is_done(task, given.out)]
     failed = 0
-    for number, error in enumerate(_results(left, chosen, given), len(tasks) - len(left) + 1):
-        failed += error is not None
+    for number, problem in enumerate(_results(left, chosen, given), len(tasks) - len(left) + 1):
+        failed += problem is not None
         if not given.quiet:
             sys.stderr.write(f"\r{number} of {len(tasks)}" + (f", {failed} failed" if failed else ""))
             sys.stderr.flush()

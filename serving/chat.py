@@ -137,8 +137,11 @@ class _Chat:
 
     async def pieces(self, events: Following, form: Wanted) -> AsyncIterator[bytes]:
         """Streamed, up to [DONE]."""
-        yield self._chunk({"role": "assistant", "content": ""})
+        begun = False
         async for event in events:
+            if not begun:  # not earlier: until then an error can have a status of its own
+                begun = True
+                yield self._chunk({"role": "assistant", "content": ""})
             if piece := self.see(event):
                 yield self._chunk(piece)
             if isinstance(event, (ImageEvent, AnswerEvent)):

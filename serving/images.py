@@ -32,7 +32,8 @@ async def generations(body: ImagesBody, http: HttpRequest) -> Any:
     state = state_of(http)
     state.require_model(body.model)
     form = wanted(body, state.settings)
-    return await _paint(state, painting(body, state.settings, state.model.defaults), form, http, "image_generation")
+    request = painting(body, form, state.settings, state.model.defaults)
+    return await _paint(state, request, form, http, "image_generation")
 
 
 @router.post("/v1/images/edits", response_model=Answer)
@@ -43,7 +44,7 @@ async def edits(http: HttpRequest) -> Any:
     state.require_model(body.model)
     form = wanted(body, state.settings)
     picture = await state.pictures.of(data)
-    request = painting(body, state.settings, state.model.defaults, picture)
+    request = painting(body, form, state.settings, state.model.defaults, picture)
     return await _paint(state, request, form, http, "image_edit")
 
 

@@ -60,8 +60,9 @@ def application(model: Model, settings: Settings, replicas: tuple[int, int], nee
         options = {
             "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ONGOING}
         }
-    return serve.deployment(
-        serve.ingress(build)(Replica),
+    replica: Any = serve.ingress(build)(Replica)
+    deployment: Any = serve.deployment(
+        replica,
         name=NAME,
         max_ongoing_requests=ONGOING,
         max_queued_requests=settings.max_queue * most,
@@ -70,7 +71,8 @@ def application(model: Model, settings: Settings, replicas: tuple[int, int], nee
         health_check_period_s=5,
         health_check_timeout_s=60,
         **options,
-    ).bind()
+    )
+    return deployment.bind()
 
 
 def configured(arguments: dict[str, Any]) -> Any:
@@ -84,7 +86,7 @@ def configured(arguments: dict[str, Any]) -> Any:
     _only(arguments, {"model", "options", "defaults", "settings", "replicas", "needs"}, "args of the application")
     found = arguments.get("settings", {})
     _only(found, {f.name for f in fields(Settings)} - {"api_key"}, "settings of the application")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     settings = Settings(api_key=os.environ.get(KEY) or None, **given)
     model = Model(path=arguments["model"], options=arguments.get("options", {}), defaults=arguments.get("defaults", {}))
     replicas = parse_replicas(str(arguments.get("replicas", "1")))

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fetch-host", action="append", default=[], metavar="HOST", help="from which pictures may be downloaded"
     )
     parser.add_argument("--ui", action="store_true", help="a page to try the model on, at /ui; see mindomni ui")
+    parser.add_argument("--open-metrics", action="store_true", help="answer /metrics without a key")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     parser.add_argument(
         "--replicas", metavar="N", help="copies of the model behind one address, one a GPU, by Ray Serve; or LEAST:MOST"
@@ -67,6 +68,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         origins=tuple(given.allow_origin),
         fetch_hosts=tuple(given.fetch_host),
         page="/ui" if given.ui else None,
+        open_metrics=given.open_metrics,
         log_prompts=given.log_prompts,
         **{name: getattr(given, name) for name in options()},
     )
@@ -141,9 +143,7 @@ class _Limited:
 
     def stream(self, request: Request | UnderstandRequest, *, cancel: Any = None) -> Iterator[Event]:
         """Raises ApiError, and what `Engine.stream` raises."""
-        settings = self._settings
-        held = within(request, settings) if isinstance(request, Request) else within(request, settings)
-        return self._engine.stream(held, cancel=cancel)
+        return self._engine.stream(within(request, self._settings), cancel=cancel)
 
 
 def _mount_page(app: FastAPI, engine: Engine, settings: Settings, chosen: model.Model) -> Callable[[], None]:

@@ -64,6 +64,8 @@ class Settings:
     """A client that has not sent its request's body by then gets 408."""
     write_seconds: Annotated[float, Number(0.01, 3600)] = 60.0
     """A client that takes no byte of its answer for so long is disconnected."""
+    open_metrics: bool = False
+    """Answer /metrics without a key, for a collector that has none."""
     log_prompts: bool = False
     """Write prompts into the log. Off, nothing that a client wrote or was answered is logged."""
 

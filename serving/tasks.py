@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mindomni_rt.options import parse_size
 from mindomni_rt.request import Request, UnderstandRequest, as_request
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_KINDS = {"generate": Request, "understand": UnderstandRequest}
+_KINDS: dict[str, type[Request] | type[UnderstandRequest]] = {"generate": Request, "understand": UnderstandRequest}
 _MOST_BYTES = 2**31
 _NOT_HERE = ("latents", "output", "preview_every")
 
@@ -81,7 +82,7 @@ def _task(line: str, number: int, folder: Path, model: str, defaults: Mapping[st
     if "size" in fields:
         fields["width"], fields["height"] = parse_size(str(fields.pop("size")))
     prompt = fields.pop("prompt", None)
-    known = _KINDS[kind].__dataclass_fields__
+    known = {f.name for f in dataclass_fields(_KINDS[kind])}
     options = {k: v for k, v in defaults.items() if k in known} | fields
     # The same seed in every run and on every replica, and another one for each line.
     options.setdefault("seed", int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))

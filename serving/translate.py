@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from mindomni_rt.checks import Check, Flag, Number, OneOf, Whole, shown
@@ -17,7 +17,7 @@ from .pictures import Picture
 from .schemas import Body, ChatBody, ImagesBody
 from .settings import Settings
 
-R = TypeVar("R", Request, UnderstandRequest)
+R = TypeVar("R", bound=Request | UnderstandRequest)
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 # Fields of `Request` that another field of the body, or the server, decides.
 _NOT_HERE = ("image", "latents", "output", "preview_every", "num_images")
@@ -85,55 +85,43 @@ def wanted(body: Body, settings: Settings) -> Wanted:
 
 
 def painting(
-    body: ImagesBody, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None = None
+    body: ImagesBody, form: Wanted, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None = None
 ) -> Request:
     """The request of /v1/images/…. Raises ApiError and BadRequestError."""
     _nothing_else(body.model_dump(include=set(_SAME)), _SAME)
-    named = {
-        name: getattr(body, name)
-        for name in ("seed", "negative_prompt", "num_inference_steps", "guidance_scale", "think", "cascade")
-    }
-    options = {**body.extra(), **_given(named)}
-    if body.n is not None:
-        options["num_images"] = body.n
-    return _paint(body.prompt, options, body.size, settings, defaults, picture, checked_partial(body))
-
-
-def checked_partial(body: ImagesBody) -> int:
-    """Previews to make: partial_images, where the answer is streamed."""
-    return 0 if body.stream is not True else int(checked(Whole(0, 3), body.partial_images, "partial_images", 0))
+    named = ("seed", "negative_prompt", "num_inference_steps", "guidance_scale", "think", "cascade")
+    options = {**body.extra(), **_given({name: getattr(body, name) for name in named})}
+    _no_reserved(options)
+    options |= _given({"num_images": body.n})
+    previews = form.partial_images if form.stream else 0
+    return _paint(body.prompt, options, body.size, settings, defaults, picture, previews)
 
 
 def chat_painting(
     body: ChatBody, prompt: str, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None
 ) -> Request:
-    """A chat that is to paint."""
-    options = {**_chat_extra(body), **_given({"seed": body.seed, "temperature": body.temperature}), **_tokens(body)}
-    return _paint(prompt, options, body.size, settings, defaults, picture, 0)
+    """A chat that is to paint. Raises ApiError and BadRequestError."""
+    return _paint(prompt, _chat_options(body), body.size, settings, defaults, picture)
 
 
 def chat_question(
     body: ChatBody, prompt: str, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None
 ) -> UnderstandRequest:
-    """A chat that is to answer in words."""
-    options = {**_chat_extra(body), **_given({"seed": body.seed, "temperature": body.temperature}), **_tokens(body)}
+    """A chat that is to answer in words. Raises ApiError and BadRequestError."""
     if body.size is not None:
         raise bad("size: this request paints nothing; ask for modalities ['text', 'image']", "size")
-    _only_known(options, settings)
     kept = {k: v for k, v in defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
-    request = as_request(UnderstandRequest, prompt, {**kept, **options, "image": picture and picture.data})
+    image = None if picture is None else picture.data
+    request = as_request(UnderstandRequest, prompt, {**kept, **_chat_options(body), "image": image})
     return within(request, settings)
 
 
-def _chat_extra(body: ChatBody) -> dict[str, Any]:
+def _chat_options(body: ChatBody) -> dict[str, Any]:
     extra = body.extra()
     _nothing_else({"n": body.n, **{k: extra.pop(k) for k in tuple(extra) if k in _SAME_CHAT}}, _SAME_CHAT)
-    return extra
-
-
-def _tokens(body: ChatBody) -> dict[str, Any]:
+    _no_reserved(extra)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return _given({"max_new_tokens": most})
+    return extra | _given({"seed": body.seed, "temperature": body.temperature, "max_new_tokens": most})
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,18 +140,14 @@ def _nothing_else(given: Mapping[str, Any], same: Mapping[str, tuple[Any, ...]])
 
 def _paint(
     prompt: Any,
-    options: dict[str, Any],
+    given: Mapping[str, Any],
     size: Any,
     settings: Settings,
     defaults: Mapping[str, Any],
     picture: Picture | None,
-    partial: int,
+    previews: int = 0,
 ) -> Request:
-    count = options.pop("num_images", None)
-    _only_known(options, settings)
-    options = {**defaults, **options}
-    if count is not None:
-        options["num_images"] = count
+    options = {**defaults, **given}
     if size not in (None, "auto"):
         try:
             options["width"], options["height"] = parse_size(str(size))
@@ -174,13 +158,12 @@ def _paint(
     if picture is not None:
         options["image"] = picture.data
     request = within(as_request(Request, prompt, options), settings)
-    if partial:
-        every = math.ceil(request.num_inference_steps / (partial + 1))
-        request = as_request(Request, prompt, {**options, "preview_every": every})
+    if previews:
+        request = replace(request, preview_every=math.ceil(request.num_inference_steps / (previews + 1)))
     return request
 
 
-def _only_known(options: Mapping[str, Any], settings: Settings) -> None:
+def _no_reserved(options: Mapping[str, Any]) -> None:
     for name in options:
         if name in _NOT_HERE:
             raise bad(f"there is no option {shown(name)} here", name, code="unknown_parameter")

@@ -12,6 +12,7 @@ import asyncio
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,7 +108,7 @@ def _result(options: argparse.Namespace, tally: Tally, seconds: float, counts: d
         "commit": commit(),
         "model": {"name": Path(options.model).name},
         "machine": describe_machine("cpu"),
-        "versions": versions(),
+        "versions": {**versions(), **{name: version(name) for name in ("fastapi", "uvicorn", "httpx")}},
         "requests": options.requests,
         "clients": options.clients,
         "leaving": options.leaving,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import mindomni_rt
 from mindomni_rt.cli import main
 from mindomni_rt.serving.painter import Painter
 
+ROOT = Path(__file__).parents[2]
 DEFAULTS = [f"--default={name}={value}" for name, value in SMALL.items()]
 LINES: list[dict[str, Any]] = [
     {"id": "lemons", "prompt": PROMPT, "seed": 7},
@@ -147,3 +152,36 @@ def test_two_replicas_give_the_same_bytes(tmp_path: Path) -> None:
         (tmp_path / "two" / name).write_bytes((tmp_path / "one" / name).read_bytes())
     assert batch(path, tmp_path / "two", "--replicas", "2", "-q") == 0
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_killed_replica_changes_nothing(tmp_path: Path) -> None:
+    """Ray starts another and hands its lines out again."""
+    pytest.importorskip("ray", reason="replicas need the extra ray")
+    psutil = pytest.importorskip("psutil", reason="finding a replica's process needs psutil of the dev extra")
+    lines = [{"prompt": PROMPT, "think": False, "num_inference_steps": 60, "size": "96x96"} for _ in range(60)]
+    path, out = write(tmp_path, lines), tmp_path / "out"
+    command = [sys.executable, "-m", "mindomni_rt", "batch", str(path), "--out", str(out), "--model", BUNDLE]
+    command += ["--device", "cpu", *DEFAULTS, "--replicas", "2", "-q"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT)
+    try:
+        while len(list(out.glob("*.json"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if any("MapWorker" in part for part in child.cmdline())
+        ]
+        assert len(workers) == 2 and process.poll() is None
+        workers[0].kill()
+        assert process.wait(200) == 0
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(30)
+    assert len(list(out.glob("*.json"))) == len(list(out.glob("*.png"))) == 60
+    assert batch(path, tmp_path / "one", "-q") == 0
+    assert digests(out) == digests(tmp_path / "one")

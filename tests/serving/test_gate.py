@@ -71,6 +71,8 @@ def test_the_key(strict: Served) -> None:
         strict.client().models.list()
     assert [m.id for m in strict.client(api_key=KEY).models.list()] == ["painter", "gpt-image-1"]
     assert KEY not in repr(strict.settings)
+    with serving(Settings(api_key=KEY, open_metrics=True)) as served, served.http() as http:
+        assert http.get("/metrics").status_code == 200 and http.get("/v1/models").status_code == 401
     for wrong in ("", "a\nb", "ü"):
         with pytest.raises(BadRequestError, match="API key"):
             Settings(api_key=wrong)
