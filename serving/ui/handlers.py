@@ -41,7 +41,7 @@ def _reporting(outputs: int) -> Callable[[Callable[..., Iterator[Any]]], Callabl
             try:
                 yield from handler(*given)
             except GenerationCancelled:
-                return
+                yield (status("cancelled"), *[gr.skip()] * (outputs - 1))
             except (MindOmniError, ApiError) as error:
                 _warn(error)
                 yield (status(str(error), kind="alert"), *[gr.skip()] * (outputs - 1))
@@ -103,9 +103,12 @@ class Handlers:
     def _events(self, request: Request | UnderstandRequest, cancel: Any) -> Iterator[Event]:
         yield from self._source.stream(request, cancel=cancel)
 
-    def cancel(self, page: gr.Request) -> str:
-        """→ status. The request ends after its current token or step."""
-        return status("cancelled" if self._sessions.cancel(_name(page)) else "nothing is running")
+    async def cancel(self, page: gr.Request) -> Any:
+        """→ status. The request ends after its current token or step, and says so itself: as the last it says.
+
+        Asynchronous, as no thread may be free while requests wait.
+        """
+        return gr.skip() if self._sessions.cancel(_name(page)) else status("nothing is running")
 
     def close(self, page: gr.Request) -> None:
         """The page was closed."""

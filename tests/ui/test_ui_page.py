@@ -180,6 +180,8 @@ def test_escape_cancels_the_request_itself(visit: Callable[..., Any], served: Se
     wait_for_status(page, "Cancelled")
     served.recorder.wait_until_idle(5)
     assert 0 < served.recorder.steps[-1] < 900
+    page.wait_for_timeout(300)
+    wait_for_status(page, "Cancelled")  # nothing that was under way has written over it
     page.screenshot(path=screenshots / "cancelled.png")
     set_steps(page, 20)
     paint(page, RIDDLE)  # the page and the device are ready for the next
@@ -195,8 +197,9 @@ def test_cancel_button_and_a_closed_page_end_requests(visit: Callable[..., Any],
     before = len(served.recorder.steps)
     other.fill("#generate-prompt textarea", RIDDLE)
     other.click("#generate-submit")  # waits for the first one
-    other.wait_for_timeout(300)
+    wait_for_status(other, "Waiting for the device")
     other.click("#generate-cancel")
+    wait_for_status(other, "Cancelled")
     page.click("#generate-cancel")
     wait_for_status(page, "Cancelled")
     served.recorder.wait_until_idle(5)
