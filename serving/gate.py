@@ -80,8 +80,7 @@ class Gate:
         if scope["path"] not in _OPEN:
             self._check_page(headers)
             # A browser asks by OPTIONS before it sends a page's key; our own page has a login.
-            open_ = self._is_page(scope["path"]) or (self._settings.open_metrics and scope["path"] == "/metrics")
-            if scope["method"] != "OPTIONS" and not open_:
+            if scope["method"] != "OPTIONS" and not self._is_open(scope["path"]):
                 self._check_key(headers)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
@@ -96,6 +95,9 @@ class Gate:
     def _is_page(self, path: str) -> bool:
         page = self._settings.page
         return page is not None and (path == page or path.startswith(f"{page}/"))
+
+    def _is_open(self, path: str) -> bool:
+        return self._is_page(path) or (self._settings.open_metrics and path == "/metrics")
 
     def _check_page(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")

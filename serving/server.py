@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fetch-host", action="append", default=[], metavar="HOST", help="from which pictures may be downloaded"
     )
-    parser.add_argument("--open-metrics", action="store_true", help="answer /metrics without a key")
     parser.add_argument("--ui", action="store_true", help="a page to try the model on, at /ui; see mindomni ui")
+    parser.add_argument("--open-metrics", action="store_true", help="answer /metrics without a key")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
     parser.add_argument(
         "--replicas", metavar="N", help="copies of the model behind one address, one a GPU, by Ray Serve; or LEAST:MOST"
@@ -67,8 +67,8 @@ def settings_of(given: argparse.Namespace) -> Settings:
         hosts=_LOCAL if local else (),
         origins=tuple(given.allow_origin),
         fetch_hosts=tuple(given.fetch_host),
-        open_metrics=given.open_metrics,
         page="/ui" if given.ui else None,
+        open_metrics=given.open_metrics,
         log_prompts=given.log_prompts,
         **{name: getattr(given, name) for name in options()},
     )

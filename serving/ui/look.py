@@ -8,6 +8,7 @@ CSS = """
 #head h1 { margin: 0 0 2px; font-size: 1.5rem; }
 #head p { margin: 0; color: var(--body-text-color-subdued); }
 .status { display: flex; align-items: center; gap: 12px; min-height: 28px; font-variant-numeric: tabular-nums; }
+.status[role="alert"] { color: var(--error-text-color); }
 .status progress { flex: 1; min-width: 60px; height: 10px; appearance: none; border: 0; }
 .status progress, .status ::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 5px; }
 .status ::-webkit-progress-value { background: var(--color-accent); border-radius: 5px; }

@@ -25,7 +25,8 @@ from .views import status
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_DEVICE = "device"  # one request at a time, of all tabs and pages
+# The source has the queue, which a cancelled request can leave. Each of these waits in one of Gradio's 40 threads.
+_MOST_WAITING = 32
 _MAX_FILE = "64mb"
 
 
@@ -65,12 +66,11 @@ def build(source: Source, model: Model) -> gr.Blocks:
         _run(painted, handlers.generate, handlers.cancel, [history, *painted.controls], [*painted.shown, *shown])
         _run(edited, handlers.edit, handlers.cancel, [history, edited.image, *edited.controls], [*edited.shown, *shown])
         _run(asked, handlers.understand, handlers.cancel, [asked.image, *asked.controls], asked.shown)
-        quiet: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
+        quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
         gallery.select(handlers.select, history, [painted.shown[3], selected, settings], **quiet)
-        to_generate: Callable[[], Any] = lambda: gr.Tabs(selected="generate")  # noqa: E731
-        restored = [painted.shown[0], *painted.controls]
-        dropped.upload(handlers.restore, dropped, restored, **quiet).success(to_generate, None, tabs, **quiet)
-        reuse.click(handlers.restore, selected, restored, **quiet).success(to_generate, None, tabs, **quiet)
+        restored = [tabs, painted.shown[0], *painted.controls]
+        dropped.upload(handlers.restore, dropped, restored, **quiet)
+        reuse.click(handlers.restore, selected, restored, **quiet)
         for tab in (painted, edited):
             tab.reuse_seed.click(handlers.seed_of, selected, tab.controls[1], **quiet)
         for button, target, tab_id in ((change, edited.image, "edit"), (ask, asked.image, "ask")):
@@ -214,13 +214,11 @@ def _text(label: str, elem_id: str, lines: int) -> gr.Textbox:
 
 
 def _run(tab: _Tab, handler: Any, cancel: Any, inputs: list[Any], outputs: list[Any]) -> None:
-    running = gr.on(
+    gr.on(
         [tab.submit.click, tab.prompt.submit], handler, inputs, outputs, show_progress="hidden",
-        concurrency_limit=1, concurrency_id=_DEVICE, api_visibility="private",
+        concurrency_limit=_MOST_WAITING, concurrency_id="device", api_visibility="private",
     )  # fmt: skip
-    tab.cancel.click(
-        cancel, None, tab.shown[0], cancels=[running], queue=False, show_progress="hidden", api_visibility="private"
-    )
+    tab.cancel.click(cancel, None, tab.shown[0], queue=False, show_progress="hidden", api_visibility="private")
 
 
 def launch(page: gr.Blocks, *, host: str, port: int, inbrowser: bool = False, block: bool = True) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 from PIL.Image import Image
@@ -25,7 +25,7 @@ class View:
     result: GenerationResult | None = None
 
 
-def views(events: Iterator[Event]) -> Iterator[View]:
+def views(events: Iterator[Event]) -> Generator[View, None, None]:
     """A view after each event, except those that follow another at once; the last one has the result."""
     view, shown = View(status=status("waiting for the device")), 0.0
     yield view

@@ -129,13 +129,16 @@ def test_closing_a_page_ends_its_request_and_deletes_its_pictures() -> None:
 
 def test_errors_that_a_user_can_mend_reach_the_page() -> None:
     handlers = Handlers(None, Sessions(), SMALL)  # type: ignore[arg-type]
-    with pytest.raises(gr.Error, match="no picture yet"):
+    with pytest.warns(UserWarning, match="no picture yet"):
         handlers.seed_of(None)
-    with pytest.raises(gr.Error, match="the prompt is empty"):
-        list(handlers.generate(gr.Request(), [], " ", *fields.from_settings({"prompt": "x"})[1:]))
+    with pytest.warns(UserWarning, match="no picture yet"):
+        assert 'role="alert"' in handlers.restore(None)[1]
+    with pytest.warns(UserWarning, match="the prompt is empty"):
+        (shown,) = handlers.generate(gr.Request(), [], " ", *fields.from_settings({"prompt": "x"})[1:])
+    assert "the prompt is empty" in shown[0].lower() and len(shown) == 8
 
 
-@pytest.mark.parametrize(("password", "code"), [("secret", 200), ("sécret", 400), ("", 400)])
+@pytest.mark.parametrize(("password", "code"), [("secret", 200), ("sécret", 400)])
 def test_mounted_page_asks_for_the_key(password: str, code: int) -> None:
     app = FastAPI()
     mount(app, None, SMALL, path="/ui", key="secret")  # type: ignore[arg-type]
@@ -151,5 +154,5 @@ def test_mounted_page_asks_no_other_server() -> None:
     mount(app, None, SMALL, path="/ui")  # type: ignore[arg-type]
     client = TestClient(app)
     config = client.get("/ui/config").json()
-    assert config["analytics_enabled"] is False and config["is_space"] is False
+    assert config["analytics_enabled"] is False
     assert "googleapis" not in client.get("/ui/").text + client.get("/ui/theme.css").text
