@@ -16,6 +16,13 @@ SETTINGS = {
     "preprocessor_config.json": frozenset(
         ("image_mean", "image_std", "min_pixels", "max_pixels", "shortest_edge", "longest_edge")
     ),
+    # A bundle's manifest holds the model's configuration once more, in this program's own names.
+    "manifest.json": frozenset(
+        ("theta", "mrope_section", "short_factor", "long_factor", "original_max_positions", "max_positions",
+         "eos_token_ids", "repetition_penalty", "min_pixels", "max_pixels", "image_mean", "image_std", "scaling_factor",
+         "shift_factor", "image_token_id", "vision_start_token_id", "vision_end_token_id", "window_size",
+         "full_attention_layers", "position_base", "edit_features")
+    ),
 }  # fmt: skip
 
 
