@@ -107,9 +107,9 @@ class GenerationResult:
         plain = ("text", "thinking", "answer", "seed", "token_ids", "settings", "finish_reason", "rounds")
         if any(getattr(self, name) != getattr(other, name) for name in plain):
             return False
-        if isinstance(self.images, np.ndarray) or isinstance(other.images, np.ndarray):
-            return type(self.images) is type(other.images) and np.array_equal(self.images, other.images)
-        return self.images == other.images
+        if isinstance(self.images, list) or isinstance(other.images, list):
+            return type(self.images) is type(other.images) and bool(self.images == other.images)
+        return np.array_equal(self.images, other.images)
 
     __hash__ = None  # type: ignore[assignment]  # as other containers that compare by value
 
