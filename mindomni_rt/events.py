@@ -122,9 +122,12 @@ class GenerationResult:
 
     def _repr_html_(self) -> str:
         """Thinking, answer and images in a notebook."""
-        from .notebook import result_html
+        from .notebook import as_html
 
-        return result_html(self, self._pictures())
+        texts = [t for r in self.rounds for t in (("thinking", r.thinking), ("answer", r.answer or r.text))]
+        facts = [] if self.seed is None else [f"seed {self.seed}"]
+        facts += [f"{self.timings['total']:.1f} s"] if "total" in self.timings else []
+        return as_html(texts, self._pictures(), facts)
 
     def _pictures(self) -> list[Image]:
         from .inputs.saving import to_pil
