@@ -76,10 +76,10 @@ class AsyncPipeline:
         try:
             while True:
                 item = await queue.get()
-                if item is _END or isinstance(item, BaseException):
-                    ended = True
-                    if item is not _END:
-                        raise item
+                ended = item is _END or isinstance(item, BaseException)
+                if isinstance(item, BaseException):
+                    raise item
+                if ended:
                     return
                 yield item
         finally:

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import secrets
 import sys
 import tempfile
@@ -25,41 +24,35 @@ from . import __version__, doctor, load
 from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
+from .commands import front_door
 from .demo import DEMO_MODELS
-from .errors import BadRequestError, MindOmniError, MissingExtraError
+from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
 from .model.random import command as random_checkpoint
-from .options import HANDED_OVER, USER_ERROR, build_parser, parse_adapter, parse_interval, parse_size
+from .options import HANDED_OVER, build_parser, parse_adapter, parse_interval, parse_size
 from .progress import step_bar
 from .request import Request, UnderstandRequest
 
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _accept_any_text()
-    try:
-        if given and given[0] in HANDED_OVER:
-            return _hand_over(given[0], given[1:])
-        options = build_parser().parse_args(given)
-        logging.basicConfig(
-            level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
-            format="%(levelname)s %(message)s",
-            stream=sys.stderr,
-        )
-        return int(_COMMANDS[options.command](options))
-    except MindOmniError as error:
-        print(f"mindomni: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("mindomni: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away: nothing left to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return front_door(lambda: _run(given), "mindomni")
+
+
+def _run(given: list[str]) -> int:
+    if given and given[0] in HANDED_OVER:
+        return _hand_over(given[0], given[1:])
+    options = build_parser().parse_args(given)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    return int(_COMMANDS[options.command](options))
 
 
 def _accept_any_text() -> None:

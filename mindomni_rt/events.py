@@ -108,9 +108,9 @@ class GenerationResult:
         plain = ("text", "thinking", "answer", "seed", "token_ids", "settings", "finish_reason", "rounds")
         if any(getattr(self, name) != getattr(other, name) for name in plain):
             return False
-        if isinstance(self.images, np.ndarray) or isinstance(other.images, np.ndarray):
-            return type(self.images) is type(other.images) and np.array_equal(self.images, other.images)
-        return self.images == other.images
+        if isinstance(self.images, list) or isinstance(other.images, list):
+            return type(self.images) is type(other.images) and bool(self.images == other.images)
+        return np.array_equal(self.images, other.images)
 
     __hash__ = None  # type: ignore[assignment]  # as other containers that compare by value
 
@@ -123,9 +123,12 @@ class GenerationResult:
 
     def _repr_html_(self) -> str:
         """Thinking, answer and images in a notebook."""
-        from .notebook import result_html
+        from .notebook import as_html
 
-        return result_html(self, self._pictures())
+        texts = [t for r in self.rounds for t in (("thinking", r.thinking), ("answer", r.answer or r.text))]
+        facts = [] if self.seed is None else [f"seed {self.seed}"]
+        facts += [f"{self.timings['total']:.1f} s"] if "total" in self.timings else []
+        return as_html(texts, self._pictures(), facts)
 
     def _pictures(self) -> list[Image]:
         from .inputs.saving import to_pil

@@ -256,8 +256,10 @@ class Pipeline:
         cancel = check_cancel(cancel)
         if isinstance(request, UnderstandRequest):
             return self._turn.during(self._understand(as_request(UnderstandRequest, request, options), cancel), cancel)
-        several = isinstance(request, (list, tuple))
-        asked = as_requests(request, options) if several else [as_request(Request, request, options)]
+        if isinstance(request, (list, tuple)):
+            asked = as_requests(request, options)
+        else:
+            asked = [as_request(Request, request, options)]
         requests = [self.complete(one) for one in asked]
         lacking = sorted({n for one in requests for n in one.optional() if n not in self.backend.capabilities})
         if lacking:
@@ -274,10 +276,10 @@ class Pipeline:
         Several adapters add up. Raises BadCheckpointError for one that does not fit, BadRequestError where the backend
         cannot: adapters need a checkpoint on the torch backend without the fast path.
         """
-        adapters, path = self._adapters(), Path(folder)
+        path = Path(folder)
         name = path.resolve().name if name is None else name
         with self._turn.alone():
-            adapters.load(path, scale, name)
+            self._adapters().load(path, scale, name)
             self._negatives.clear()
         return name
 
@@ -349,13 +351,12 @@ class Pipeline:
             seed = request.seed if request.seed is not None else secrets.randbits(32)
             thinking = self.think(request, seed=seed, cancel=cancel, clock=clock)
             thought = yield from _at(place, thinking)
-            guided = self.connect(thought, request, clock)
-            jobs.append(_Job(place, request, seed, thought, guided))
+            jobs.append(_Job(place, request, seed, thought, self.connect(thought, request, clock)))
         unguided = self.connect_negative(first, clock) if first.guidance_scale != 1 else None
-        guided = tuple(job.guided for job in jobs for _ in range(job.request.num_images))
+        each = tuple(job.guided for job in jobs for _ in range(job.request.num_images))
         latents = np.concatenate([job.latents() for job in jobs])
         final = yield from self.paint(
-            first, latents, jobs[0].guided if len(jobs) == 1 else guided, unguided, cancel=cancel, clock=clock
+            first, latents, jobs[0].guided if len(jobs) == 1 else each, unguided, cancel=cancel, clock=clock
         )
         pixels = self.decode(final, clock)
         at = 0

@@ -27,7 +27,7 @@ MISSING: dict[str, tuple[Main, dict[str, list[str]]]] = {
             "info": ["--model", NOT],
             "demo": ["--out", f"{NOT}\0/x.png"],
             "doctor": [],
-            "random-checkpoint": ["/proc/none/x", "--layers", "1"],
+            "random-checkpoint": ["/proc/none/x", "--layers", "1", "--quiet"],
         },
     ),
     "export": (
@@ -46,8 +46,8 @@ MISSING: dict[str, tuple[Main, dict[str, list[str]]]] = {
             "latency": [NOT],
             "compare": [NOT, NOT],
             "check": [NOT],
-            "peers": ["--out", f"{NOT}/x.json"],
-            "counts": ["--out", f"{NOT}/x.json"],
+            "peers": ["--out", "/proc/none/x.json"],
+            "counts": ["--out", "/proc/none/x.json"],
             "quality": ["shapes", NOT, "--out", "x"],
             "lossy": [NOT],
             "roofline": ["--results", NOT],
@@ -106,7 +106,7 @@ def test_what_is_missing_is_named(
     program: str, command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     one_line(run(program, [command, *MISSING[program][1][command]]), capsys)
-    assert not list(tmp_path.iterdir())
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".log"] == []  # a build leaves its log
 
 
 @pytest.mark.parametrize("program", MISSING)

@@ -43,7 +43,7 @@ def save_adapter(stage: Stage, trained: Mapping[str, Tensor], folder: Path, base
         "use_dora": False,
         "inference_mode": True,
         "target_modules": [name for name, _ in layers],
-        "modules_to_save": sorted({name.split(".")[0] for name in whole}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
     save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().float() for name, tensor in tensors.items()})
     save_json(folder / CONFIG, config)

@@ -56,7 +56,7 @@ def folders(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "plain": {},
         "rslora": {"use_rslora": True},
         "patterns": {"rank_pattern": {r"language.layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"o_proj": 2}},
-        "saved": {"modules_to_save": ["connector"]},
+        "saved": {"modules_to_save": ["connector.0"]},
     }
     return {name: (root / name, write(model, root / name, 1, **more)) for name, more in kinds.items()}
 
