@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -214,8 +214,7 @@ class Pipeline:
         if request.guidance_scale != 1:
             self._negative_request(request)  # a negative prompt that is too long is found before any work
         thought = yield from self.think(request, seed=seed, cancel=cancel, clock=clock)
-        guided = self.connect(thought, request, clock)
-        unguided = self.connect_negative(request, clock) if request.guidance_scale != 1 else None
+        guided, unguided = self._connect_both(thought, request, clock)
         final = yield from self.paint(request, latents, guided, unguided, cancel=cancel, clock=clock)
         pixels = self.decode(final, clock)
         last = thought.rounds[-1] if thought.rounds else Round(text=request.prompt, answer=request.prompt)
@@ -308,30 +307,53 @@ class Pipeline:
     def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
         clock = clock or _Clock(self.backend)
-        with clock("connector"):
-            condition = self._finite("connector", self.backend.connector(thought.hidden, thought.image_latents))
-        patch = self.config.decoder.patch_size
-        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in thought.image_latents]
-        return self._prefix(condition, request, clock, blocks)
+        condition = self._condition(clock, thought.hidden, thought.image_latents)
+        return self._prefix(condition, request, clock, thought.image_latents)
 
     def connect_negative(self, request: Request, clock: _Clock | None = None) -> Prefix:
         """The unguided branch: the negative prompt without thinking or image. Kept across calls."""
         clock = clock or _Clock(self.backend)
-        # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
+        hidden = self._negative_hidden(request, clock)
+        condition = None if hidden is None else self._condition(clock, hidden)
+        return self._negative_prefix(condition, request, clock)
+
+    def _connect_both(self, thought: Thought, request: Request, clock: _Clock) -> tuple[Prefix, Prefix | None]:
+        """`connect` and `connect_negative` stage by stage: of parts that take turns, each is loaded once."""
+        if request.guidance_scale == 1:
+            return self.connect(thought, request, clock), None
+        hidden = self._negative_hidden(request, clock)
+        condition = self._condition(clock, thought.hidden, thought.image_latents)
+        negative = None if hidden is None else self._condition(clock, hidden)
+        guided = self._prefix(condition, request, clock, thought.image_latents)
+        return guided, self._negative_prefix(negative, request, clock)
+
+    def _negative_key(self, request: Request, tokens: int) -> tuple[Any, ...]:
+        """Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size."""
         rope = self.config.decoder.stack.rope
+        long = tokens + 1 + self._image_tokens(request) > rope.original_max_positions
+        return request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope"
+
+    def _negative_hidden(self, request: Request, clock: _Clock) -> Array | None:
+        """Hidden states of the negative prompt; None where its prefix is known."""
         language = self._negative_request(request)
-        long = len(language.token_ids) + 1 + self._image_tokens(request) > rope.original_max_positions
-        key = (request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope")
-        if key not in self._negatives:
-            with clock("language"):
-                hidden = self.backend.language(language).hidden()
-            with clock("connector"):
-                condition = self._finite("connector", self.backend.connector(hidden))
+        if self._negative_key(request, len(language.token_ids)) in self._negatives:
+            return None
+        with clock("language"):
+            return self.backend.language(language).hidden()
+
+    def _negative_prefix(self, condition: Array | None, request: Request, clock: _Clock) -> Prefix:
+        """The prefix of a condition, kept from here on; of None the one that is known."""
+        key = self._negative_key(request, len(self._negative_request(request).token_ids))
+        if condition is not None:
             self._negatives[key] = self._prefix(condition, request, clock)
             while len(self._negatives) > NEGATIVE_CACHE:
                 self._negatives.popitem(last=False)
         self._negatives.move_to_end(key)
         return self._negatives[key]
+
+    def _condition(self, clock: _Clock, hidden: Array, image_latents: Sequence[tuple[int, Array]] = ()) -> Array:
+        with clock("connector"):
+            return self._finite("connector", self.backend.connector(hidden, image_latents))
 
     def _negative_request(self, request: Request) -> LanguageRequest:
         return self.language_request(generate_messages(request.negative_prompt, think=False))
@@ -343,11 +365,13 @@ class Pipeline:
         return array
 
     def _prefix(
-        self, condition: Array, request: Request, clock: _Clock, blocks: list[tuple[int, int]] | None = None
+        self, condition: Array, request: Request, clock: _Clock, image_latents: Sequence[tuple[int, Array]] = ()
     ) -> Prefix:
         times = timesteps(request.num_inference_steps)[:-1]
+        patch = self.config.decoder.patch_size
+        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in image_latents]
         with clock("prefix"):
-            return self.backend.prefix(condition, times, self._image_tokens(request), blocks or ())
+            return self.backend.prefix(condition, times, self._image_tokens(request), blocks)
 
     def paint(
         self,
