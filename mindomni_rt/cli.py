@@ -35,7 +35,6 @@ from .progress import step_bar
 from .request import Request, UnderstandRequest
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -346,13 +346,12 @@ class Pipeline:
         clock, first = Clock(self.backend), group[0][1]
         if first.guidance_scale != 1:
             self._negative_request(first)  # a negative prompt that is too long is found before any work
-        jobs: list[_Job] = []
+        thoughts, seeds = list[Thought](), list[int]()
         for place, request in group:
             seed = request.seed if request.seed is not None else secrets.randbits(32)
-            thinking = self.think(request, seed=seed, cancel=cancel, clock=clock)
-            thought = yield from _at(place, thinking)
-            jobs.append(_Job(place, request, seed, thought, self.connect(thought, request, clock)))
-        unguided = self.connect_negative(first, clock) if first.guidance_scale != 1 else None
+            thoughts.append((yield from _at(place, self.think(request, seed=seed, cancel=cancel, clock=clock))))
+            seeds.append(seed)
+        jobs, unguided = self._connect_all(group, seeds, thoughts, clock)
         each = tuple(job.guided for job in jobs for _ in range(job.request.num_images))
         latents = np.concatenate([job.latents() for job in jobs])
         final = yield from self.paint(
@@ -463,30 +462,62 @@ class Pipeline:
     def connect(self, thought: Thought, request: Request, clock: Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
         request, clock = self.complete(request), clock or Clock(self.backend)
-        with clock("connector"):
-            condition = self._finite("connector", self.backend.connector(thought.hidden, thought.image_latents))
-        patch = self.config.decoder.patch_size
-        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in thought.image_latents]
-        return self._prefix(condition, request, clock, blocks)
+        condition = self._condition(clock, thought.hidden, thought.image_latents)
+        return self._prefix(condition, request, clock, thought.image_latents)
 
     def connect_negative(self, request: Request, clock: Clock | None = None) -> Prefix:
         """The unguided branch: the negative prompt without thinking or image. Kept across calls."""
         request, clock = self.complete(request), clock or Clock(self.backend)
-        # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
+        hidden = self._negative_hidden(request, clock)
+        condition = None if hidden is None else self._condition(clock, hidden)
+        return self._negative_prefix(condition, request, clock)
+
+    def _connect_all(
+        self,
+        group: Sequence[tuple[int, CompleteRequest]],
+        seeds: Sequence[int],
+        thoughts: Sequence[Thought],
+        clock: Clock,
+    ) -> tuple[list[_Job], Prefix | None]:
+        """`connect` and `connect_negative` stage by stage: of parts that take turns, each is loaded once."""
+        first = group[0][1]
+        guidance = first.guidance_scale != 1
+        hidden = self._negative_hidden(first, clock) if guidance else None
+        conditions = [self._condition(clock, thought.hidden, thought.image_latents) for thought in thoughts]
+        negative = None if hidden is None else self._condition(clock, hidden)
+        jobs = []
+        for (place, request), seed, thought, condition in zip(group, seeds, thoughts, conditions, strict=True):
+            prefix = self._prefix(condition, request, clock, thought.image_latents)
+            jobs.append(_Job(place, request, seed, thought, prefix))
+        return jobs, self._negative_prefix(negative, first, clock) if guidance else None
+
+    def _negative_key(self, request: CompleteRequest, tokens: int) -> tuple[Any, ...]:
+        """Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size."""
         rope = self.config.decoder.stack.rope
+        long = tokens + 1 + self._image_tokens(request) > rope.original_max_positions
+        return request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope"
+
+    def _negative_hidden(self, request: CompleteRequest, clock: Clock) -> Array | None:
+        """Hidden states of the negative prompt; None where its prefix is known."""
         language = self._negative_request(request)
-        long = len(language.token_ids) + 1 + self._image_tokens(request) > rope.original_max_positions
-        key = (request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope")
-        if key not in self._negatives:
-            with clock("language"):
-                hidden = self.backend.language(language).hidden()
-            with clock("connector"):
-                condition = self._finite("connector", self.backend.connector(hidden))
+        if self._negative_key(request, len(language.token_ids)) in self._negatives:
+            return None
+        with clock("language"):
+            return self.backend.language(language).hidden()
+
+    def _negative_prefix(self, condition: Array | None, request: CompleteRequest, clock: Clock) -> Prefix:
+        """The prefix of a condition, kept from here on; of None the one that is known."""
+        key = self._negative_key(request, len(self._negative_request(request).token_ids))
+        if condition is not None:
             self._negatives[key] = self._prefix(condition, request, clock)
             while len(self._negatives) > NEGATIVE_CACHE:
                 self._negatives.popitem(last=False)
         self._negatives.move_to_end(key)
         return self._negatives[key]
+
+    def _condition(self, clock: Clock, hidden: Array, image_latents: Sequence[tuple[int, Array]] = ()) -> Array:
+        with clock("connector"):
+            return self._finite("connector", self.backend.connector(hidden, image_latents))
 
     def _negative_request(self, request: Request) -> LanguageRequest:
         return self.language_request(generate_messages(request.negative_prompt, think=False))
@@ -498,11 +529,17 @@ class Pipeline:
         return array
 
     def _prefix(
-        self, condition: Array, request: CompleteRequest, clock: Clock, blocks: list[tuple[int, int]] | None = None
+        self,
+        condition: Array,
+        request: CompleteRequest,
+        clock: Clock,
+        image_latents: Sequence[tuple[int, Array]] = (),
     ) -> Prefix:
         times = timesteps(request.num_inference_steps)[:-1]
+        patch = self.config.decoder.patch_size
+        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in image_latents]
         with clock("prefix"):
-            return self.backend.prefix(condition, times, self._image_tokens(request), blocks or ())
+            return self.backend.prefix(condition, times, self._image_tokens(request), blocks)
 
     def paint(
         self,
