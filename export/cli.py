@@ -1,4 +1,4 @@
-"""python -m export build | verify | inspect | plan | rehearse."""
+"""python -m export build | verify | inspect | plan | rehearse | cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _parser() -> Parser:
     build.add_argument("--calibration-size", type=int, default=512, metavar="PIXELS")
     build.add_argument("--out", required=True, type=Path)
     build.add_argument("--overwrite", action="store_true")
-    build.add_argument("--no-cache", action="store_true", help="build engines anew")
+    build.add_argument("--no-cache", action="store_true", help="make graphs, ranges and engines anew, keep none")
     build.set_defaults(run=_build)
 
     verify = commands.add_parser("verify", help="check hashes, run every stage, compare with the checkpoint")
@@ -82,7 +82,11 @@ def _parser() -> Parser:
     rehearse.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
     rehearse.add_argument("--out", type=Path, help="a JSON file to append the result to")
     rehearse.set_defaults(run=_rehearse)
-    for command in (build, verify, inspect, plan, rehearse):
+
+    cache = commands.add_parser("cache", help="what builds keep for later ones, and its size")
+    cache.add_argument("--clear", action="store_true", help="remove it")
+    cache.set_defaults(run=_cache)
+    for command in (build, verify, inspect, plan, rehearse, cache):
         command.add_argument("-v", "--verbose", action="count", default=0)
     return parser
 
@@ -91,7 +95,7 @@ def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
     from .build import BuildRequest, build
-    from .engines import default_cache
+    from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
 
     request = BuildRequest(
@@ -107,12 +111,13 @@ def _build(options: argparse.Namespace) -> int:
         cache=None if options.no_cache else default_cache(),
         overwrite=options.overwrite,
         progress=_progress if sys.stderr.isatty() else None,
+        say=_say if sys.stderr.isatty() else None,
     )
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     with build_log(options.out) as log:
         manifest = build(request)
     print(describe(manifest))
-    print(f"written to {options.out}; log: {log}")
+    print(f"written to {options.out}; log: {log}; cache: {request.cache or 'not used'}")
     return 0
 
 
@@ -120,6 +125,22 @@ def _progress(phase: str, done: int, steps: int) -> bool:
     end = "\n" if done == steps else ""
     print(f"\r{phase[:60]:60} {done}/{steps}", end=end, file=sys.stderr, flush=True)
     return True
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from .cache import cache_sizes, clear_cache, default_cache
+
+    folder = default_cache()
+    sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in cache_sizes(folder).items())
+    print(f"{folder}: {sizes}")
+    if options.clear:
+        clear_cache(folder)
+        print("emptied")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

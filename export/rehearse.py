@@ -30,9 +30,9 @@ from mindomni_rt.model.mindomni import MindOmniModel
 
 from . import quantize
 from .engines import build_engine
-from .graphs import export_graph
-from .store import WeightStore
+from .store import WeightStore, write_graph
 from .targets import Target, choose
+from .traces import Traces, fill
 
 PARTS = {"language": ("language",), "connector": ("connector",), "decoder": ("denoiser", "prefix"), "vae": ("vae",)}
 
@@ -116,12 +116,13 @@ def rehearse(
 def _trace(
     model: MindOmniModel, graph: str, dtype: str, precision: str, work: Path, store: WeightStore
 ) -> tuple[float, int]:
-    def change(traced: Any) -> None:
-        quantize.quantize(traced, precision, {})
-
     began = time.perf_counter()
     with _watching() as peak:
-        export_graph(model, graph, dtype, work, store, change if precision in quantize.PASSES else None)
+        traced, _ = Traces(model, dtype, "fp32").get(graph)
+        fill(traced, model, graph)
+        if precision in quantize.PASSES:
+            quantize.quantize(traced, precision, {}, store)
+        write_graph(traced, work / f"{graph}.onnx", store)
     return time.perf_counter() - began, peak["bytes"]
 
 

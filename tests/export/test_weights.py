@@ -97,7 +97,7 @@ def test_a_matrix_that_was_forgotten_is_an_error(op: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("trans_a", "trans_b", "bias"), [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, False)])
-def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool) -> None:
+def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool, tmp_path: Path) -> None:
     """onnx's own evaluator before and after: the same numbers up to the rounding, and no float matrix left."""
     import onnx_ir as ir
     from onnx.reference import ReferenceEvaluator
@@ -117,7 +117,8 @@ def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool) -> 
     )
     wanted = ReferenceEvaluator(model).run(None, {"x": x})[0]
     changed = ir.from_proto(model)
-    quantize(changed, "int4", {})
+    with WeightStore(tmp_path / "weights.data") as store:
+        quantize(changed, "int4", {}, store)
     found = ReferenceEvaluator(ir.to_proto(changed)).run(None, {"x": x})[0]
     assert [v.name for v in changed.graph.outputs] == ["y"] and "Gemm" not in {n.op_type for n in changed.graph}
     assert {v.const_value.dtype for v in changed.graph.initializers.values() if len(v.shape) == 2} == {ir.DataType.INT8}
@@ -129,7 +130,8 @@ def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
 
     import onnxruntime
 
-    from mindomni_rt.export.graphs import export_graph
+    from mindomni_rt.export.store import write_graph
+    from mindomni_rt.export.traces import Traces, fill
     from mindomni_rt.model.connector import Connector
     from mindomni_rt.model.mindomni import load_model
 
@@ -141,7 +143,10 @@ def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
     model.config = dataclasses.replace(model.config, connector=config)
     model.connector = Connector(config).eval().requires_grad_(False)
     with WeightStore(tmp_path / "connector.data") as store:
-        file = export_graph(model, "connector", "float32", tmp_path, store)
+        traced, _ = Traces(model, "float32", "fp32").get("connector")
+        fill(traced, model, "connector")
+        file = tmp_path / "connector.onnx"
+        write_graph(traced, file, store)
     hidden = np.random.default_rng(0).standard_normal((1, 9, config.input_size)).astype(np.float32)
     angles = np.linspace(0, 1, 9 * stack.head_dim // 2).reshape(9, -1).astype(np.float32)
     tables = np.cos(angles), np.sin(angles)
