@@ -30,6 +30,16 @@ from mindomni_rt.files import write_text
 
 logger = logging.getLogger(__name__)
 KINDS = ("graphs", "ranges", "engines", "unfinished")
+# Sources that decide a trace, and those that decide what its weights become.
+TRACING = (
+    "export/graphs.py",
+    "export/traces.py",
+    "export/store.py",
+    "model/*.py",
+    "bundle/contracts.py",
+    "kernels/onnx_function.py",
+)
+WEIGHTS = (*TRACING, "export/*.py", "memory/precision.py")
 _NOTE = "reports.json"
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "ml-dtypes")
 _BLOCK, _BLOCKS = 65536, 64  # of a weights file that its identity is read from
@@ -64,20 +74,20 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def key_of(parts: Mapping[str, Any]) -> str:
-    """Hash of everything that decides an entry, code and library versions with it. parts: JSON-able."""
-    text = json.dumps({**parts, "code": _code(), "versions": _versions()}, sort_keys=True)
+def key_of(parts: Mapping[str, Any], code: Sequence[str]) -> str:
+    """Hash of everything that decides an entry: parts (JSON-able), code and library versions.
+
+    code: patterns of the sources that made it, below the package, such as `TRACING`.
+    """
+    text = json.dumps({**parts, "code": _code(tuple(code)), "versions": _versions()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @cache
-def _code() -> str:
-    """Hash of the sources that make graphs: export, the model, contracts, precisions and the attention node."""
+def _code(patterns: tuple[str, ...]) -> str:
     root = Path(mindomni_rt.__file__).resolve().parent
-    files = [f for folder in ("export", "model", "bundle") for f in (root / folder).glob("*.py")]
-    files += [root / "kernels" / "onnx_function.py", root / "memory" / "precision.py"]
-    names = sorted((f"{f.parent.name}/{f.name}", f) for f in files)
-    return hashlib.sha256("".join(name + sha256(f) for name, f in names).encode()).hexdigest()
+    found = {f.relative_to(root).as_posix(): f for pattern in patterns for f in root.glob(pattern)}
+    return hashlib.sha256("".join(name + sha256(found[name]) for name in sorted(found)).encode()).hexdigest()
 
 
 @cache

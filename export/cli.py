@@ -1,4 +1,4 @@
-"""python -m export build | verify | inspect | plan | rehearse | cache."""
+"""python -m export build | verify | inspect | plan | rehearse | products | cache."""
 
 from __future__ import annotations
 
@@ -83,10 +83,18 @@ def _parser() -> Parser:
     rehearse.add_argument("--out", type=Path, help="a JSON file to append the result to")
     rehearse.set_defaults(run=_rehearse)
 
+    products = commands.add_parser("products", help="forms of rounded products, compared on this machine's CPU")
+    products.add_argument("--layers", type=int, default=4, help="of the published language model (default 4)")
+    products.add_argument("--rounds", type=int, default=7)
+    products.add_argument("--provider", default="CPUExecutionProvider", help="of onnxruntime")
+    products.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
+    products.add_argument("--out", type=Path, help="a JSON file to write the result to")
+    products.set_defaults(run=_products)
+
     cache = commands.add_parser("cache", help="what builds keep for later ones, and its size")
     cache.add_argument("--clear", action="store_true", help="remove it")
     cache.set_defaults(run=_cache)
-    for command in (build, verify, inspect, plan, rehearse, cache):
+    for command in (build, verify, inspect, plan, rehearse, products, cache):
         command.add_argument("-v", "--verbose", action="count", default=0)
     return parser
 
@@ -131,6 +139,16 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _products(options: argparse.Namespace) -> int:
+    from .products import compare, record, table
+
+    found = compare(options.layers, options.rounds, options.folder, options.provider)
+    print(table(found))
+    if options.out:
+        record(found, options.out)
+    return 0
+
+
 def _cache(options: argparse.Namespace) -> int:
     from .cache import cache_sizes, clear_cache, default_cache
 
@@ -157,7 +175,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(json.loads(read_manifest(options.bundle).to_json()), indent=1))
         return 0
-    print(describe(open_bundle(options.bundle).manifest))
+    print(describe(open_bundle(options.bundle, again=True).manifest))
     print("all hashes agree")
     return 0
 

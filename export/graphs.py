@@ -378,6 +378,8 @@ def _quiet() -> Iterator[None]:
     """Keeps the tracer's notes on its own workings out of a user's terminal; its errors are exceptions."""
     names = ("torch.onnx", "torch._dynamo", "onnxscript", "onnx_ir")
     before = {name: logging.getLogger(name).level for name in names}
+    notes = logging.getLogger("torch.__trace")  # whole graphs as text, for each step, to whoever listens
+    listeners, notes.handlers = notes.handlers, []
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -387,6 +389,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
+        notes.handlers = listeners
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 

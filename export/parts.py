@@ -19,7 +19,7 @@ from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from . import quantize
-from .cache import Unfinished, identity, key_of
+from .cache import WEIGHTS, Unfinished, identity, key_of
 from .graphs import halve_attention, wrapper_of
 from .progress import Progress
 from .store import WeightStore, write_graph
@@ -128,7 +128,8 @@ class Parts:
         fill(traced, self._model, name)
         report: dict[str, Any] = {}
         if precision in quantize.PASSES:
-            report |= quantize.quantize(traced, precision, ranges, store).to_dict()
+            packed = self._request.target.runtime == "onnx" and self._choice.dtype == "float32"
+            report |= quantize.quantize(traced, precision, ranges, store, packed=packed).to_dict()
         file = self._work / f"{name}.onnx"
         write_graph(traced, file, store)
         if self._request.attention == "triton" and name == "denoiser":
@@ -155,7 +156,7 @@ class Parts:
             return {}
         request = self._request
         settings = {"prompts": list(request.prompts), "size": request.calibration_size, "weights": self._weights}
-        kept = None if self._ranges_folder is None else self._ranges_folder / f"{key_of(settings)}.json"
+        kept = None if self._ranges_folder is None else self._ranges_folder / f"{key_of(settings, WEIGHTS)}.json"
         if kept is not None and kept.is_file():
             logger.info("calibration taken from %s", kept)
             found: dict[str, float] = parse_json(kept.read_bytes())
@@ -181,8 +182,10 @@ class Parts:
                 "dtype": choice.dtype,
                 "vae": choice.stages["vae"],
                 "attention": self._request.attention,
+                "runtime": self._request.target.runtime,
                 "ranges": dict(ranges) if calibrated else {},
-            }
+            },
+            WEIGHTS,
         )
 
     def _cost(self, name: str) -> float:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from .store import WeightStore, transposed
+from .weights import MICROSOFT
 
 logger = logging.getLogger(__name__)
 CALIBRATED = tuple(name for name, kind in KINDS.items() if kind.calibrated)
 _INT8_MAX, _INT4_MAX, _FP8_MAX, _FP4_MAX = 127.0, 7.0, 448.0, 6.0
 _INT4_BLOCKS = (128, 64, 32, 16)  # TensorRT-RTX takes these; the largest that divides the matrix is the smallest plan
 _FP4_BLOCK = 16
+_IN_INT8 = 4  # MatMulNBits' accuracy_level: blocks of the input are rounded to int8 as they come
 _SLAB = 1 << 24  # numbers that are rounded at a time
 _HEAD = re.compile(r"\.(lm_head|embed_tokens)\.weight(\.T)?$")  # one matrix where head and input table are tied
 _LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
@@ -68,8 +71,12 @@ class QuantReport:
         return {"quantized": self.quantized, "in_8_bits": self.in_8_bits, "weight_error": round(self.error, 5)}
 
 
-def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float], store: WeightStore) -> QuantReport:
+def quantize(
+    model: ir.Model, precision: str, ranges: Mapping[str, float], store: WeightStore, *, packed: bool = False
+) -> QuantReport:
     """Rewrites the products of a traced graph in place. ranges: largest magnitude at each Linear's input, by name.
+    packed: write products of weight-only precisions as onnxruntime's MatMulNBits, which starts and runs faster there
+    than DequantizeLinear and MatMul; TensorRT has no such operator.
 
     Rounded weights go into the store one by one, so that no more than one matrix is in memory; one that an earlier
     graph of the store rounded is taken from there. Raises BadRequestError if a calibrated precision has no range for
@@ -85,7 +92,8 @@ def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float], store
         head = bool(_HEAD.search(f".{name}.weight"))
         if precision in CALIBRATED and name not in ranges and not head:
             raise BadRequestError(f"no calibration range for {name}; calibrate with prompts that reach it")
-        change = _int8wo if head else PASSES[precision]
+        passes = {**PASSES, **_PACKED} if packed else PASSES
+        change = passes["int8wo" if head else precision]
         change(_Site(model, node, weight, ranges.get(name, 0.0), store), report)
     _halve_tables(model)
     assert report.quantized, f"{precision}: no product of the graph was found to quantize"
@@ -227,6 +235,16 @@ class _Site:
         if not self.weight.uses():
             assert self.weight.name is not None
             del self.model.graph.initializers[self.weight.name]
+
+    def multiply(self, op: str, weights: Sequence[ir.Value], domain: str, **attributes: Any) -> None:
+        """Puts another operator of x and these constants in the product's place."""
+        graph, old = self.model.graph, self.node.outputs[0]
+        node = ir.node(op, [self.x, *weights], attributes, domain=domain)
+        node.outputs[0].shape, node.outputs[0].type = old.shape, old.type
+        ir.convenience.replace_nodes_and_values(graph, self.node, [self.node], [node], [old], node.outputs)
+        if not self.weight.uses():
+            del graph.initializers[str(self.weight.name)]
+        self.model.opset_imports.setdefault(domain, 1)
 
     @property
     def x(self) -> ir.Value:
@@ -403,6 +421,46 @@ def _rounded(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float
     return np.maximum(scale.astype(dtype.numpy()).astype(np.float32), np.finfo(np.float16).smallest_subnormal)
 
 
+def _to_packed(rounder: WeightRounder, bits: int, block: int) -> None:
+    """What MatMulNBits reads: rows of an output channel, each in blocks of unsigned numbers around the middle."""
+    inner, outer = rounder.values.shape
+    largest = np.float32(2 ** (bits - 1) - 1)
+    q = np.empty((outer, inner // block, block * bits // 8), np.uint8)
+    scales = np.empty((outer, inner // block), np.float32)
+    for columns, values in rounder.slabs():
+        groups = np.ascontiguousarray(values.T).reshape(-1, inner // block, block)
+        most = np.maximum(np.maximum(groups.max(axis=2), -groups.min(axis=2)), 1e-8)
+        scale = scales[columns] = _rounded(most / largest, rounder.type)
+        found = groups / scale[..., None]
+        np.clip(np.rint(found, out=found), -largest - 1, largest, out=found)
+        numbers = (found + (largest + 1)).astype(np.uint8)
+        q[columns] = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
+        found *= scale[..., None]
+        rounder.lose(found.reshape(-1, inner), groups.reshape(-1, inner))
+    rounder.keep(f"int{bits}", q, ir.DataType.UINT8)
+    rounder.keep_scale("scale", scales)
+
+
+def _pack(site: _Site, report: QuantReport, bits: int) -> None:
+    block = next((b for b in _INT4_BLOCKS if site.inner % b == 0), None)
+    if block is None:
+        report.in_8_bits += bits == 4
+        _int8wo(site, report)
+        return
+    made = site.rounded(f"packed{bits}", lambda rounder: _to_packed(rounder, bits, block), report)
+    site.multiply(
+        "MatMulNBits",
+        [made[f"int{bits}"], made["scale"]],
+        domain=MICROSOFT,
+        K=site.inner,
+        N=site.outer,
+        bits=bits,
+        block_size=block,
+        accuracy_level=_IN_INT8,
+    )
+
+
+_PACKED = {"int4": partial(_pack, bits=4), "int8wo": partial(_pack, bits=8)}
 PASSES = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
 
 

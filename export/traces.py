@@ -22,7 +22,7 @@ from mindomni_rt.files import replace_file
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from .cache import key_of
+from .cache import TRACING, key_of
 from .graphs import halve_attention, trace, wrapper_of
 from .pages import give_back
 
@@ -67,7 +67,8 @@ class Traces:
                 "dtype": self._dtype,
                 "vae": self._vae if name.startswith("vae") else "",
                 "attention": self._attention if name == "denoiser" else "",
-            }
+            },
+            TRACING,
         )
 
 
