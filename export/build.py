@@ -28,6 +28,12 @@ from .progress import Progress
 from .targets import Choice, Target
 
 logger = logging.getLogger(__name__)
+# Weights that stand twice in a bundle of engines, and why.
+_WHY = "an engine holds its own weights: none can be stripped where no GPU is, see docs/export.md"
+_REPEATED = {
+    "prefix": f"the decoder's blocks, also in denoiser.plan; {_WHY}",
+    "denoiser_first": f"the decoder's blocks, also in denoiser.plan; {_WHY}",
+}
 _FILES = (".json", ".txt", ".jinja", ".model")
 
 
@@ -152,7 +158,13 @@ def _engine(
     seconds = 0.0 if built.cached else built.seconds
     progress.spend("engines", seconds)
     progress.done(spec.name, f"{built.bytes / 1e6:.1f} MB " + (f"in {seconds:.1f} s" if seconds else "kept"), seconds)
-    more = {"build_seconds": built.seconds, "attention": built.attention, "fused_attention": built.fused}
+    more: dict[str, Any] = {
+        "build_seconds": built.seconds,
+        "attention": built.attention,
+        "fused_attention": built.fused,
+    }
+    if spec.name in _REPEATED:
+        more["repeats"] = _REPEATED[spec.name]
     entry = _entry(spec, request.choice, out, {**report, **more})
     return replace(entry, file=out.name)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +54,7 @@ def _parser() -> Parser:
     build.add_argument("--out", required=True, type=Path)
     build.add_argument("--overwrite", action="store_true")
     build.add_argument("--no-cache", action="store_true", help="make graphs, ranges and engines anew, keep none")
+    build.add_argument("--record", type=Path, help="a JSON file to append time, memory and bytes of the build to")
     build.set_defaults(run=_build)
 
     verify = commands.add_parser("verify", help="check hashes, run every stage, compare with the checkpoint")
@@ -105,6 +108,7 @@ def _build(options: argparse.Namespace) -> int:
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
+    from .record import append, build_run, resident_peak, watching
 
     request = BuildRequest(
         checkpoint=options.checkpoint,
@@ -122,8 +126,13 @@ def _build(options: argparse.Namespace) -> int:
         say=_say if sys.stderr.isatty() else None,
     )
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
-    with build_log(options.out) as log:
+    began = time.perf_counter()
+    with build_log(options.out) as log, watching() as peak:
         manifest = build(request)
+    if options.record:
+        command = shlex.join(["python", "-m", "export", *sys.argv[1:]])
+        run = build_run(manifest, command, time.perf_counter() - began, peak["bytes"], resident_peak())
+        append("builds of bundles", run, options.record)
     print(describe(manifest))
     print(f"written to {options.out}; log: {log}; cache: {request.cache or 'not used'}")
     return 0

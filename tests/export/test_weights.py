@@ -52,6 +52,22 @@ def test_types_of_weights(bundles: Callable[[str], Path], precision: str) -> Non
     assert {manifest.graphs[n].report["weights"]["rest"] for n in ("vision", "connector")} <= {"float32", "float16"}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_no_tensor_stands_twice(bundles: Callable[[str], Path], precision: str) -> None:
+    """Graphs that read the same numbers read the same place of one file."""
+    places: dict[bytes, set[tuple[str, str]]] = {}
+    for path in bundles(precision).glob("*.onnx"):
+        for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+            at = {e.key: e.value for e in tensor.external_data}
+            if at:
+                data = (path.parent / at["location"]).read_bytes()
+                part = data[int(at["offset"]) : int(at["offset"]) + int(at["length"])]
+                places.setdefault(part, set()).add((at["location"], at["offset"]))
+            else:
+                assert len(tensor.raw_data) <= 1024
+    assert len(places) > 50 and all(len(found) == 1 for found in places.values())
+
+
 def stored_type(tensor: TensorProto, packed: dict[str, onnx.NodeProto]) -> str:
     """A tensor's type in words; of one that MatMulNBits reads with the bits of a number, if its bytes are that many."""
     kind = TensorProto.DataType.Name(tensor.data_type).lower()
