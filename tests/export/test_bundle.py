@@ -358,7 +358,7 @@ def test_backend_and_type_may_only_agree(bundle: Path) -> None:
 
 def test_a_killed_build_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "export", "build", str(PARITY), "--target", "cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "export", "build", str(PARITY), "--target", "cpu", "--no-cache", "--out", str(out)]
     build = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".bundle.partial-*/*.onnx")):
@@ -408,7 +408,7 @@ def test_what_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
 
 def test_control_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "export", "build", str(PARITY), "--target", "cpu", "--out", str(out)]
+    command = [sys.executable, "-m", "export", "build", str(PARITY), "--target", "cpu", "--no-cache", "--out", str(out)]
     # A shell that starts the tests in the background has them ignore SIGINT, and a child would inherit that.
     build = subprocess.Popen(
         command,
