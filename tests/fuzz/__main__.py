@@ -41,6 +41,8 @@ def main() -> int:
 
 def _run(seed: int, numbers: list[int], journal: Journal | None, verbose: bool) -> list[Outcome]:
     began, outcomes = time.monotonic(), list[Outcome]()
+    if not numbers:
+        return outcomes
     with Runner(verbose) as runner:
         for one in runner.run(seed, numbers):
             outcomes.append(one)
