@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_type_hints
 
+from mindomni_rt.checkpoint.config import MAX_SIDE, MAX_STEPS
 from mindomni_rt.checks import Many, Number, Text, Whole, check_fields
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.request import MAX_SIDE, MAX_STEPS, MAX_TEXT
+from mindomni_rt.request import MAX_TEXT
 
 MIB = 2**20
 KEY = "MINDOMNI_API_KEY"  # the environment variable that holds the key

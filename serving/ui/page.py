@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from starlette.routing import Mount
 
-from mindomni_rt.request import MAX_SIDE
+from mindomni_rt.checkpoint.config import MAX_SIDE
 
 from ..model import Model
 from .examples import defaults_of, examples_of
