@@ -78,7 +78,7 @@ def load(
             return Pipeline(load_fast(folder, device, dtype, found.precision, found.budget), folder)
         if found.precision is not None or found.budget is not None:
             raise BadRequestError("precision and memory_budget need the fast path: device='cuda', or fast=True")
-        return Pipeline(load_torch(folder, device, dtype), folder)
+        return Pipeline(load_torch(folder, device, dtype), folder, found)
 
 
 def _load_bundle(
@@ -97,7 +97,7 @@ def _load_bundle(
         from .backends.compiled.providers import resolve_device
 
         found = choose_bundle(folder, manifest, device=resolve_device(device), memory_budget=memory_budget)
-        return Pipeline(load_onnx(folder, found.device, resident=found.stays or ()), folder)
+        return Pipeline(load_onnx(folder, found.device, resident=found.stays or ()), folder, found)
     from .backends.compiled.trt import load_tensorrt
 
     on = "cuda" if device == "auto" else device

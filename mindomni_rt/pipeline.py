@@ -53,6 +53,9 @@ from .inputs.prompts import (
     split_thought,
     understand_messages,
 )
+from .memory.fit import Fit
+from .memory.guard import named_memory_errors
+from .memory.layers import Workload
 from .progress import with_progress
 from .request import (
     CompleteRequest,
@@ -118,6 +121,12 @@ def _at(place: int, events: Generator[Event, None, Thought]) -> Generator[Event,
         events.close()
 
 
+def _with_named_errors(events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    advice = "Choose a smaller size or fewer images, close other programs, or load a bundle in int4"
+    with named_memory_errors("answering this request", advice):
+        yield from events
+
+
 class Pipeline:
     """A loaded model. `mindomni_rt.load` makes one; `generate`, `edit`, `understand` and `stream` use it.
 
@@ -125,8 +134,9 @@ class Pipeline:
     each other, because the model's buffers are shared; the steps used alone do not. `with` closes the pipeline.
     """
 
-    def __init__(self, backend: Backend, folder: Path) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, folder: Path, fit: Fit | None = None) -> None:
+        """fit: how the model was loaded, which says what fits into the memory beside it; None does not look."""
+        self.backend, self._fit = backend, fit
         self.config = backend.config
         self.chat = Chat(folder / "mllm" if (folder / "mllm").is_dir() else folder)
         self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
@@ -255,7 +265,8 @@ class Pipeline:
         """
         cancel = check_cancel(cancel)
         if isinstance(request, UnderstandRequest):
-            return self._turn.during(self._understand(as_request(UnderstandRequest, request, options), cancel), cancel)
+            events = self._understand(as_request(UnderstandRequest, request, options), cancel)
+            return self._turn.during(_with_named_errors(events), cancel)
         if isinstance(request, (list, tuple)):
             asked = as_requests(request, options)
         else:
@@ -267,7 +278,15 @@ class Pipeline:
                 f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; "
                 f"{OPTIONAL[lacking[0]]}"
             )
-        return self._turn.during(self._generate(requests, cancel), cancel)
+        for one in requests:
+            self._check_room(one)
+        return self._turn.during(_with_named_errors(self._generate(requests, cancel)), cancel)
+
+    def _check_room(self, request: CompleteRequest) -> None:
+        """Raises OutOfMemoryError for a request whose predicted peak is above the memory that was free at loading."""
+        if self._fit is not None:
+            work = Workload(height=request.height, width=request.width, images=request.num_images)
+            self._fit.check(replace(work, guidance=request.guidance_scale != 1, steps=request.num_inference_steps))
 
     def load_adapter(self, folder: str | Path, *, scale: float = 1.0, name: str | None = None) -> str:
         """Adds a LoRA adapter: a folder as peft and our training write it. Returns its name.
