@@ -69,5 +69,6 @@ def widen(model: nn.Module) -> None:
                 module.register_module(name, WideEmbedding(child))
     for module in model.modules():
         if not isinstance(module, WideLinear | WideEmbedding):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                wide = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                module.register_parameter(name, wide)  # another model may share the parameter
