@@ -46,6 +46,8 @@ def test_only_products_and_tables_stay_narrow() -> None:
             assert parameter.dtype == (torch.bfloat16 if narrow else torch.float32), (name, key)
             if narrow:
                 assert parameter.data_ptr() == before[f"{name}.{key}"]  # the mapped tensor, not a copy
+    few = {name.partition(".")[0]: m.few for name, m in model.named_modules() if isinstance(m, WideLinear)}
+    assert few.pop("language") == widening.FEW and set(few.values()) == {0}
     assert not any(type(m) is nn.Linear and m.weight.dtype != torch.float32 for m in model.modules())
 
 

@@ -61,10 +61,11 @@ class WideEmbedding(nn.Module):
 
 def widen(model: nn.Module) -> None:
     """Replaces the linear layers and embeddings of a 16-bit model; everything else becomes float32. In place."""
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
+        few = FEW if path.partition(".")[0] == "language" else 0
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child.weight.dtype != torch.float32:
-                module.register_module(name, WideLinear(child))
+                module.register_module(name, WideLinear(child, few))
             elif isinstance(child, nn.Embedding) and child.weight.dtype != torch.float32:
                 module.register_module(name, WideEmbedding(child))
     for module in model.modules():
