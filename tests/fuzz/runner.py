@@ -183,7 +183,7 @@ class Runner:
             told = {"ended": "fault", "error": repr(error)}
         finally:
             try:
-                with open(writing, "wb") as file:  # noqa: PTH123 a descriptor
+                with open(writing, "wb") as file:
                     file.write(json.dumps(told).encode("ascii", "replace"))
             finally:  # also where the parent is gone: a child must not run the parent's code
                 os._exit(0)
