@@ -182,9 +182,11 @@ class Runner:
         except BaseException as error:  # noqa: BLE001 a fault of the fuzzer itself
             told = {"ended": "fault", "error": repr(error)}
         finally:
-            with open(writing, "wb") as file:
-                file.write(json.dumps(told).encode("ascii", "replace"))
-            os._exit(0)
+            try:
+                with open(writing, "wb") as file:
+                    file.write(json.dumps(told).encode("ascii", "replace"))
+            finally:  # also where the parent is gone: a child must not run the parent's code
+                os._exit(0)
 
     def _prepare(self, mutant: Mutant, folder: Path, unchanged: bool) -> Any:
         if mutant.call is not None:
