@@ -18,7 +18,7 @@ _COMMANDS = {
     "counts": (".counts.command", "operations, operators, bytes and graph nodes of a fixed request: no clock"),
     "quality": (".quality.command", "images in the formats of official evaluators"),
     "lossy": (".quality.lossy", "what each lossy option costs"),
-    "roofline": (".roofline.command", "floors and predictions by device and precision"),
+    "roofline": (".roofline", "floors and predictions by device and precision"),
     "plan": (".plan", "what stays loaded within a memory budget"),
     "gpu": (".gpu.suite", "correctness, speed, memory and baselines on one GPU, within some minutes"),
 }
