@@ -18,7 +18,6 @@ from PIL import Image
 from quality_cases import picture
 
 import mindomni_rt
-from mindomni_rt.benchmarks.quality.answers import letter_of
 from mindomni_rt.benchmarks.quality.report import Share
 
 OPTIONS = {"A": "one", "B": "a red Cross.", "D": "none"}
@@ -164,9 +163,9 @@ def test_it_hands_over_to_the_evaluators_run(tmp_path: Path) -> None:
         (r"\boxed{C}", None),
     ],
 )
-def test_letters(text: str, letter: str | None) -> None:
-    assert letter_of(text, OPTIONS) == letter
-    assert letter_of(text, {}) is None
+def test_letters(example: ModuleType, text: str, letter: str | None) -> None:
+    assert example.letter_of(text, OPTIONS) == letter
+    assert example.letter_of(text, {}) is None
 
 
 def test_pictures_side_by_side(example: ModuleType) -> None:
