@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
-from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.errors import BadRequestError, MindOmniError, MissingExtraError
 from mindomni_rt.files import replace_file
 from mindomni_rt.memory.layers import Workload
 
@@ -32,20 +33,32 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 file.write(data)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: _fill(temporary, data))
+        replace_file(path, lambda temporary: temporary.write_bytes(data))
     except OSError as error:
         raise WriteError(
             f"{path} could not be written: {error.strerror or error}; free space or choose --out"
         ) from error
 
 
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def json_text(data: Any) -> str:
+    """JSON with an indent of one."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON with an indent of one, at path, atomically."""
-    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """`json_text` at path, atomically."""
+    write_atomic(path, json_text(data))
+
+
+def write_result(out: Path, data: Any, text: str, plot: Callable[[Path], None] | None = None) -> None:
+    """The result at `out`, its report beside it as .md and its plot as .png (where matplotlib is installed)."""
+    write_json(out, data)
+    write_atomic(out.with_suffix(".md"), text.rstrip("\n") + "\n")
+    try:
+        if plot:
+            plot(out.with_suffix(".png"))
+    except MissingExtraError as error:
+        sys.stderr.write(f"no picture: {error}\n")
 
 
 def check_out(path: Path | None) -> None:
@@ -77,9 +90,9 @@ def read_checked(path: Path, kind: str) -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    """A Markdown table; cells that a row lacks at its end are dashes."""
+    lines = [head, ["---"] * len(head), *([*row, *["-"] * (len(head) - len(row))] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -23,9 +22,8 @@ import numpy as np
 from mindomni_rt.errors import MissingExtraError
 from mindomni_rt.memory.layers import Workload
 
-from ..machine import commit, versions
+from ..machine import header
 from ..results import FOLDER, check_out, write_json
-from ..schema import FORMAT
 from ..stages import Stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,11 +73,7 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
         found[name] = {"units": UNITS[name], "flops": int(flops[name].get_total_flops())}
         found[name] |= {"operators": counter.operators, "bytes": counter.bytes, "peak_bytes": counter.peak}
     return {
-        "kind": "counts",
-        "format": FORMAT,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **header("counts"),
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "model": {"name": model.name, "config": json.loads(json.dumps(backend.config.to_dict()))},
         "bundle": bundle.name,

@@ -9,26 +9,26 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mindomni_rt
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError
 from mindomni_rt.inputs.images import prepare_image, vae_pixels
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, generate_messages
 from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
 from mindomni_rt.options import parse_size
+from mindomni_rt.stages import STAGES
 
 from ..clocks import NONE, clock_state
-from ..machine import commit, describe_machine, versions
-from ..results import check_out, write_atomic, write_json
-from ..schema import FORMAT
+from ..machine import describe_machine, header
+from ..results import check_out, table, write_result
 from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
@@ -36,7 +36,6 @@ from .energy import Energy, describe_energy
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
 
-STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
 
@@ -72,12 +71,7 @@ def run(options: argparse.Namespace) -> int:
     text = report(data)
     print(text)
     if options.out:
-        write_json(options.out, data)
-        write_atomic(options.out.with_suffix(".md"), text + "\n")
-        try:
-            plot(data, options.out.with_suffix(".png"))
-        except MissingExtraError as error:
-            print(f"no picture: {error}", file=sys.stderr)
+        write_result(options.out, data, text, partial(plot, data))
     return 0
 
 
@@ -117,10 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
     streamed = min(weights["language"], weights["decoder"])
     data = {
-        "kind": "latency",
-        "format": FORMAT,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        **header("latency"),
         "model": {
             "name": Path(options.model).name,
             "config": pipe.config.to_dict(),
@@ -130,7 +121,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
         "machine": describe_machine(pipe.backend.device),
         "clocks": {"before": before, "after": after},
-        "versions": versions(),
         "request": {k: v.name if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
         "workload": asdict(work),
         "warmup": options.warmup,
@@ -222,20 +212,16 @@ def report(data: Mapping[str, Any]) -> str:
         "; ".join(f"{k} {v}" for k, v in data["machine"].items()),
         *_clock_lines(data.get("clocks", {})),
         "",
-        "| stage | p50 s | p90 s | p99 s |",
-        "| --- | --- | --- | --- |",
     ]
     steps = request["num_inference_steps"]
     rows = {name: [r[name] for r in runs if name in r] for name in (*STAGES, "first_token", "total")}
     rows["denoising step"] = [seconds / steps for seconds in rows["denoiser"]]
     rows["first thinking token"] = rows.pop("first_token")
-    for name in (*STAGES, "first thinking token", "denoising step", "total"):
-        if rows[name]:
-            p50, p90, p99 = percentiles(rows[name])
-            lines.append(f"| {name} | {p50:.4f} | {p90:.4f} | {p99:.4f} |")
-    lines += ["", "| figure | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in _rates(data)]
-    return "\n".join(lines)
+    names = [name for name in (*STAGES, "first thinking token", "denoising step", "total") if rows[name]]
+    times = [[name, *(f"{seconds:.4f}" for seconds in percentiles(rows[name]))] for name in names]
+    return "\n".join(
+        [*lines, table(["stage", "p50 s", "p90 s", "p99 s"], times), "", table(["figure", "value"], _rates(data))]
+    )
 
 
 def _clock_lines(clocks: Mapping[str, Mapping[str, str]]) -> list[str]:

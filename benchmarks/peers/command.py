@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,8 @@ from mindomni_rt.errors import BadRequestError, MindOmniError, MissingExtraError
 
 from ..clocks import clock_state
 from ..latency.command import check
-from ..machine import commit, describe_machine, versions
-from ..results import write_atomic, write_json
-from ..schema import FORMAT
+from ..machine import describe_machine, header
+from ..results import write_result
 from .report import plot, report
 
 BUNDLE = Path(__file__).resolve().parents[2] / "assets" / "shapes-world-bundle"
@@ -58,18 +56,9 @@ def run(options: argparse.Namespace) -> int:
     text = report(data)
     sys.stdout.write(text)
     if options.out:
-        _store(options.out, data)
-        try:
-            plot(data, options.out.with_suffix(".png"))
-        except MissingExtraError as error:
-            sys.stderr.write(f"no picture: {error}\n")
+        write_result(options.out, data, text, partial(plot, data))
     wrong = ("failed", "failed_pairs")
     return int(any(g.get("agrees") is False or any(key in g for key in wrong) for g in groups.values()))
-
-
-def _store(out: Path, data: dict[str, Any]) -> None:
-    write_json(out, data)
-    write_atomic(out.with_suffix(".md"), report(data))
 
 
 def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
@@ -100,13 +89,9 @@ def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]
         "graphs": partial(onnx_group, options.bundle, device.type),
     }
     data |= {
-        "kind": "peers",
-        "format": FORMAT,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        **header("peers"),
         "machine": describe_machine(str(device)),
         "clocks": {"before": clock_state(str(device))},
-        "versions": versions(),
         "device": str(device),
         "preset": options.preset,
         "model": {
@@ -127,7 +112,7 @@ def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]
             if meter.cuda:
                 torch.cuda.empty_cache()
             if options.out and "missing" not in found[name]:
-                _store(options.out, data)
+                write_result(options.out, data, report(data))
     except KeyboardInterrupt:
         if not found:
             raise
