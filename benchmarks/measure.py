@@ -7,8 +7,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -123,7 +124,7 @@ def judged(error: float, bound: float, baseline: float | None = None) -> dict[st
     error, baseline: distances from the same float32 or float64 reference. None where no baseline rounds alike. Two
     16-bit results are never compared with each other: both may be good and yet differ by twice their distance.
     """
-    right = error <= bound and (baseline is None or error <= RATIO * baseline)
+    right = error < bound and (baseline is None or error <= RATIO * baseline)
     return {
         "error": error if math.isfinite(error) else None,
         "bound": bound,
@@ -188,19 +189,33 @@ def described(error: BaseException) -> str:
     return " ".join(f"{memory}{type(error).__name__}: {error}".split())[:500]
 
 
-def ceilings(meter: Meter, size: int, copy_bytes: int, dtype: torch.dtype) -> dict[str, float | None]:
-    """What this device reaches in this run: TFLOP/s of square matrix products, GB/s of a copy (read and write)."""
-    device, flops = meter.device, 2 * size**3
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros(copy_bytes, dtype=torch.int8, device=device)
+def ceilings(
+    meter: Meter, dtype: torch.dtype, sides: Sequence[int], copied: int, seconds: float = 0.0
+) -> dict[str, float | None]:
+    """What this device reaches in this run: TFLOP/s of square matrix products, GB/s of a copy (read and write).
+
+    Each is the best of at least three runs and of all that fit into `seconds`: a floor must lie below, and a busy
+    machine has a quiet moment in a longer while. copied: bytes. fp8 and int8 are None where a device lacks the type.
+    """
+
+    def best(run: Run) -> float:
+        found, end = list[float](), time.perf_counter() + seconds
+        while len(found) < 3 or time.perf_counter() < end:
+            found.append(meter.once(run)[0])
+        return min(found)
+
+    def square(side: int) -> Iterator[Tensor]:
+        return (torch.randn(side, side, device=meter.device).to(dtype) for _ in range(2))
+
+    source = torch.zeros(copied, dtype=torch.int8, device=meter.device)
     target = torch.empty_like(source)
     found: dict[str, float | None] = {
-        "matmul": flops / meter.kernel(lambda: a @ b) / 1e12,
-        "copy": 2 * copy_bytes / meter.kernel(lambda: target.copy_(source)) / 1e9,
+        "matmul": max(2 * side**3 / best(partial(torch.matmul, *square(side))) for side in sides) / 1e12,
+        "copy": 2 * copied / best(lambda: target.copy_(source)) / 1e9,
     }
     for name, make in {"fp8": _fp8, "int8": _int8}.items():
         try:
-            found[name] = flops / meter.kernel(make(a, b)) / 1e12 if meter.cuda else None
+            found[name] = 2 * sides[-1] ** 3 / best(make(*square(sides[-1]))) / 1e12 if meter.cuda else None
         except (RuntimeError, ValueError):  # a device without the type
             found[name] = None
     return found
@@ -215,19 +230,3 @@ def _fp8(a: Tensor, b: Tensor) -> Run:
 def _int8(a: Tensor, b: Tensor) -> Run:
     x, y = (torch.randint(-99, 99, a.shape, dtype=torch.int8, device=a.device) for _ in range(2))
     return lambda: torch._int_mm(x, y.T)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
-
-
-def pick(data: Mapping[str, Any], *path: str) -> Any:
-    """A value deep within nested objects, None where one is missing."""
-    found: Any = data
-    for key in path:
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = found[key]
-    return found

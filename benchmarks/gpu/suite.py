@@ -129,8 +129,8 @@ class Suite:
         return random_conditions(self.preset.config, work, self.preset.torch_dtype, self.device)
 
     def ceilings(self) -> dict[str, Any]:
-        size, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
-        return ceilings(self.meter, size, copied, self.preset.torch_dtype)
+        side, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
+        return ceilings(self.meter, self.preset.torch_dtype, (side,), copied)
 
     # Correctness: first velocities and hidden states, ours and a plain 16-bit run's, against float32.
 

@@ -42,7 +42,8 @@ def _why(group: Mapping[str, Any]) -> str:
     """Why a group has no ratios."""
     if "agrees" in group:
         text = "" if group["tokens_equal"] is not False else ", texts differ"
-        return f"DISAGREES: {group['error']:.1e}, bound {group['bound']:.0e}{text}"
+        error = "nan" if group["error"] is None else f"{group['error']:.1e}"
+        return f"DISAGREES: {error}, bound {group['bound']:.0e}{text}"
     return " ".join(str(group.get("missing") or f"failed: {group['failed']}").split())
 
 

@@ -78,11 +78,12 @@ def _speed(
     )
 
 
-def cpu_rates() -> tuple[float, float]:
-    """(TFLOP/s of float32 products, GB/s read and written by a copy), the best of three short tries each."""
-    side, size = 1024, 1 << 24
+def cpu_rates(copied: int = 1 << 26) -> tuple[float, float]:
+    """(TFLOP/s of float32 products, GB/s read and written by a copy of so many bytes), the best of three short tries
+    each."""
+    side = 1024
     a, b = np.ones((side, side), np.float32), np.ones((side, side), np.float32)
-    source, target = np.ones(size, np.float32), np.empty(size, np.float32)
+    source, target = np.ones(copied // 4, np.float32), np.empty(copied // 4, np.float32)
     product = min(_seconds(lambda: a @ b) for _ in range(3))
     copy = min(_seconds(lambda: np.copyto(target, source)) for _ in range(3))
     return 2 * side**3 / product / 1e12, 2 * source.nbytes / copy / 1e9
