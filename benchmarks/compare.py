@@ -49,8 +49,8 @@ class Change:
     def line(self, threshold: float) -> str:
         """The row of the table."""
         sure = f"  95 %: {self.low - 1:+.2%} to {self.high - 1:+.2%}" if self.low < self.high else ""
-        figures = f"{self.metric:36} {self.a:>14.10g} {self.b:>14.10g} {self.ratio - 1:+8.2%}"
-        return f"{figures}  {self.verdict(threshold)}{sure}"
+        a, b = (f"{value:.4f}" if isinstance(value, float) else value for value in (self.a, self.b))
+        return f"{self.metric:36} {a:>14} {b:>14} {self.ratio - 1:+8.2%}  {self.verdict(threshold)}{sure}"
 
 
 def change(metric: str, a: Sequence[float], b: Sequence[float], seed: int = 0) -> Change:

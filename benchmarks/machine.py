@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import platform
 import shutil
+import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mindomni_rt
@@ -32,11 +32,8 @@ def header(kind: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python, of this package and of those that a result may depend on."""
-    found = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    here = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
+    return here | checkout.installed(PACKAGES)
 
 
 def describe_machine(device: str = "cuda:0") -> dict[str, str]:
@@ -53,3 +50,22 @@ def describe_machine(device: str = "cuda:0") -> dict[str, str]:
     if shutil.which("nvpmodel"):  # a Jetson
         found["power mode"] = power_mode()
     return found
+
+
+def device_peak(device: Any) -> dict[str, int] | None:
+    """Bytes that torch allocated and reserved at most on a CUDA device; None on others and where it is not used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not str(device).startswith("cuda"):
+        return None
+    cuda = torch.cuda
+    return {
+        "peak_bytes": int(cuda.max_memory_allocated(device)),
+        "reserved_bytes": int(cuda.max_memory_reserved(device)),
+    }
+
+
+def free_memory() -> None:
+    """Gives unused device memory back."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing without CUDA

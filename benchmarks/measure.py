@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindomni_rt.errors import MindOmniError, MissingExtraError
+
+from .machine import device_peak
+
 Run = Callable[[], Any]
 FLUSH = 512 << 20  # bytes written between runs: more than any L2
+PEERS = ("transformers", "diffusers", "onnxruntime")
 RATIO = 1.2
 """How much farther from the float32 reference than the baseline a 16-bit result may be."""
 
@@ -102,16 +107,6 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def device_peak(device: Any) -> dict[str, int] | None:
-    """Bytes allocated and reserved at most on a CUDA device; None on others."""
-    if not str(device).startswith("cuda"):
-        return None
-    return {
-        "peak_bytes": int(torch.cuda.max_memory_allocated(device)),
-        "reserved_bytes": int(torch.cuda.max_memory_reserved(device)),
-    }
-
-
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """‖found - exact‖ / ‖exact‖ in float64."""
     found, exact = found.double(), exact.double()
@@ -154,7 +149,7 @@ class Record:
                 meter.wait()
         except Exception as error:  # noqa: BLE001  # minutes on a borrowed GPU: the other parts must still run
             # What a part stored before it failed is kept.
-            self.data[name] = {**(self.data.get(name) or {}), "failed": described(error)}
+            self.data[name] = {**(self.data.get(name) or {}), **_why(error)}
         finally:
             meter.deadline = end
         if isinstance(self.data[name], dict):
@@ -183,8 +178,18 @@ def stopped_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _why(error: Exception) -> dict[str, str]:
+    """Why a part found nothing: a peer that is not installed is "missing", all else "failed"."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if module in PEERS or isinstance(error, MissingExtraError):
+        return {"missing": "not installed: pip install mindomni-rt[bench]"}
+    return {"failed": described(error)}
+
+
 def described(error: BaseException) -> str:
     """An error in one line of at most 500 characters."""
+    if isinstance(error, MindOmniError):
+        return str(error)[:500]
     memory = "out of memory: " if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ else ""
     return " ".join(f"{memory}{type(error).__name__}: {error}".split())[:500]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.devices.table import Device, Sheet, load_devices, with_figures
 from mindomni_rt.errors import OutOfMemoryError
+from mindomni_rt.figures import COLOURS, log_axis, new_figure, save
 from mindomni_rt.memory.costs import SCHEMES
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.layers import STAGES, Workload
@@ -133,8 +134,6 @@ def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, titl
 
     measured: (device name, precision, seconds) of runs of the same request.
     """
-    from .figures import COLOURS, log_axis, new_figure, save
-
     devices = list(dict.fromkeys(b.device for b in bounds))
     schemes = list(dict.fromkeys(b.scheme for b in bounds))
     figure, axes = new_figure(9.0, 1.6 + 0.62 * len(devices))

@@ -97,8 +97,8 @@ def _stages(sections: Sections) -> Rows:
         *((f"token, {kind} weights", section, "token_s", theirs) for kind, section in _WEIGHTS.items()),
         ("whole request", "request", "total_s", eager_request(sections)),
     ):
-        ours = pick(sections, section, key)
-        yield name, _ms(ours), _ms(other), _text(_ratio(other, ours))
+        if ours := pick(sections, section, key):
+            yield name, _ms(ours), _ms(other), _text(_ratio(other, ours))
 
 
 def _peers(sections: Sections) -> Rows:

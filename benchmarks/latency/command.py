@@ -7,7 +7,6 @@ before and after them. The cold start comes last, in other processes (`cold`).
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,15 +18,17 @@ import numpy as np
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.figures import COLOURS, new_figure, save
 from mindomni_rt.inputs.images import prepare_image, vae_pixels
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, generate_messages
 from mindomni_rt.memory.footprint import Precision, weight_bytes
+from mindomni_rt.memory.host import host_peak
 from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
 from mindomni_rt.options import parse_size
 from mindomni_rt.stages import STAGES
 
 from ..clocks import NONE, clock_state
-from ..machine import describe_machine, header
+from ..machine import describe_machine, device_peak, free_memory, header
 from ..results import check_out, table, write_result
 from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             raise
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
     after = clock_state(pipe.backend.device)
-    peak = _host_peak()
+    peak = host_peak()
     work = _workload(pipe, options, (height, width), tokens)
     weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
     streamed = min(weights["language"], weights["decoder"])
@@ -128,13 +129,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "runs": runs,
         "ceilings": measured_ceilings(pipe.backend.device, pipe.backend.dtype, streamed),
         "peak_host_bytes": peak,
-        "peak_device": _device_peak(pipe.backend.device),
+        "peak_device": device_peak(pipe.backend.device),
         "energy": energy.record(),
         "cold_start": [],
     }
     if not options.no_cold_start:
         del pipe  # a fresh process needs the memory
-        _free()
+        free_memory()
         data["cold_start"] = cold_starts(options.model, load, {**request, "prompt": options.prompt})
     return data
 
@@ -165,31 +166,6 @@ def _workload(pipe: Pipeline, options: argparse.Namespace, size: tuple[int, int]
 def _figures(timings: Mapping[str, float]) -> dict[str, float]:
     """Seconds of one run by stage, "first_token" and "total" with them."""
     return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
-
-
-def _host_peak() -> int | None:
-    """Bytes of this process at most; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _free() -> None:
-    """Gives unused device memory back."""
-    gc.collect()
-    if torch := sys.modules.get("torch"):
-        torch.cuda.empty_cache()  # does nothing without CUDA
-
-
-def _device_peak(device: str) -> dict[str, int] | None:
-    """Bytes that torch allocated and reserved at most; None on the CPU and for backends that do not tell."""
-    if not device.startswith("cuda") or "torch" not in sys.modules:
-        return None
-    from ..measure import device_peak
-
-    return device_peak(device)
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -257,8 +233,6 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
     """Stages as one stacked bar (medians), PNG."""
-    from ..figures import COLOURS, new_figure, save
-
     figure, axes = new_figure(9.0, 2.4)
     left = 0.0
     for index, stage in enumerate(STAGES):

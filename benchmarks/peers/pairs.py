@@ -38,7 +38,7 @@ class Match:
         return {**found, "tokens_equal": self.tokens_equal, "agrees": agrees}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Pair:
     """The same work twice. rate: what a sample is one of, where a rate is usual ("tokens/s")."""
 
@@ -64,17 +64,19 @@ def timed(run: Callable[[], Any], parts: int = 1) -> Sample:
     return lambda meter: meter.once(run)[0] / parts
 
 
+def marked(meter: Meter, run: Callable[[Callable[[], None]], Any], parts: int) -> tuple[float, float]:
+    """Seconds until the run calls what it is given, and of each of the `parts` that follow."""
+    marks: list[float] = []
+    meter.wait()
+    began = time.perf_counter()
+    run(lambda: marks.append(time.perf_counter()))
+    meter.wait()
+    return marks[0] - began, (time.perf_counter() - marks[0]) / parts
+
+
 def after_first(run: Callable[[Callable[[], None]], Any], parts: int) -> Sample:
     """Seconds of each of the `parts` that follow the moment at which the run calls what it is given."""
-
-    def sample(meter: Meter) -> float:
-        began: list[float] = []
-        meter.wait()
-        run(lambda: began.append(time.perf_counter()))
-        meter.wait()
-        return (time.perf_counter() - began[0]) / parts
-
-    return sample
+    return lambda meter: marked(meter, run, parts)[1]
 
 
 def interleave(pair: Pair, meter: Meter, runs: int, warmup: int) -> dict[str, Any]:

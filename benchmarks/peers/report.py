@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mindomni_rt.figures import COLOURS, new_figure, save
+
 from ..results import table
 
 
@@ -55,8 +57,6 @@ def _speeds(pair: Mapping[str, Any]) -> list[str]:
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
     """Ratios with their intervals, PNG; nothing where no pair was timed."""
-    from ..figures import COLOURS, new_figure, save
-
     rows = [
         (index, f"{group['peer']}: {work}", pair)
         for index, group in enumerate(data["groups"].values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import load_devices, with_figures
 from mindomni_rt.memory.costs import (
@@ -19,6 +18,7 @@ from mindomni_rt.memory.costs import (
 )
 from mindomni_rt.memory.layers import PARTS, Workload, block_linears, parameters
 from mindomni_rt.memory.roofline import bound, kernel_seconds
+from mindomni_rt.model.random.scaled import scaled
 
 CONFIG = published()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindomni_rt.checkpoint.config import ModelConfig, published
-from mindomni_rt.errors import BadRequestError
-from mindomni_rt.model.random.write import cut
+from ...checkpoint.config import ModelConfig, published
+from ...errors import BadRequestError
+from .write import cut
 
 SIZES = {"tiny": (16, 4), "small": (8, 6), "medium": (4, 8)}
 
