@@ -78,13 +78,18 @@ def latency_changes(a: Result, b: Result) -> tuple[list[Change], list[str]]:
     return [change(m, a.samples(m), b.samples(m)) for m in shared], notes
 
 
+def _shapes(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without what no count follows from."""
+    return {k: v for k, v in result["model"]["config"].items() if k != "recommended"}
+
+
 def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
     """Every count of a beside that of b, and what was not compared and why.
 
     Raises BadRequestError where they counted different requests or b lacks a stage.
     """
     for key, one, other in (
-        ("configurations", a["model"]["config"], b["model"]["config"]),
+        ("configurations", _shapes(a), _shapes(b)),
         ("requests", a["request"], b["request"]),
     ):
         if one != other:

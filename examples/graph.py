@@ -48,7 +48,7 @@ class Graph:
 
     def run(self, request: Request, seed: int) -> Any:
         """A picture of the request, painted from the noise of `seed`. `ran` names the nodes that had to run."""
-        self.ran = []
+        self.ran, request = [], self.pipe.complete(request)
         text = (request.prompt, request.think, request.max_new_tokens)
         thought = self.node("think", text, lambda: result_of(self.pipe.think(request)))
         shape = (request.height, request.width, request.num_inference_steps)
@@ -62,14 +62,14 @@ class Graph:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one, 96x96 pixels")
+    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
     parser.add_argument("--out", type=Path, default=Path("out/graph"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     graph = Graph(mindomni_rt.load(options.model))
     request = Request(
         prompt="draw (1 + 2) things of the colour of a lemon, shaped like a wheel",
-        height=96, width=96, num_inference_steps=10, guidance_scale=1.0, max_new_tokens=48,
+        guidance_scale=1.0, max_new_tokens=48,
     )  # fmt: skip
     more_steps = replace(request, num_inference_steps=20)
     for name, current, seed in (("first", request, 7), ("reseeded", request, 8), ("more-steps", more_steps, 8)):

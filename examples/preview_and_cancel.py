@@ -19,15 +19,13 @@ PROMPT = "i want (2 + 4) things, shaped like a tent and of the colour of the sea
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one, 96x96 pixels")
+    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
     parser.add_argument("--out", type=Path, default=Path("out/previews"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     pipe = mindomni_rt.load(options.model)
 
-    for event in pipe.stream(
-        PROMPT, height=96, width=96, num_inference_steps=10, guidance_scale=1.0, seed=7, preview_every=3
-    ):
+    for event in pipe.stream(PROMPT, seed=7, preview_every=3):
         if isinstance(event, StepEvent) and event.preview:
             event.preview[0].save(options.out / f"step-{event.step:02d}.png")
             print(f"preview after step {event.step} of {event.total}")
@@ -45,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     presser = threading.Thread(target=button)
     presser.start()
     try:
-        for event in pipe.stream(
-            PROMPT, height=96, width=96, num_inference_steps=500, guidance_scale=1.0, seed=7, cancel=stop
-        ):
+        for event in pipe.stream(PROMPT, num_inference_steps=500, seed=7, cancel=stop):
             if isinstance(event, StepEvent) and event.step == 5:
                 reached.set()
                 presser.join()
@@ -55,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("cancelled; the pipeline is ready for the next request")
     finally:
         reached.set()
-    again = pipe.generate(PROMPT, height=96, width=96, num_inference_steps=10, guidance_scale=1.0, seed=7)
+    again = pipe.generate(PROMPT, seed=7)
     print(again.answer.strip())
     return 0
 

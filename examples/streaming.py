@@ -18,15 +18,13 @@ BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="draw (7 - 2) things of the colour of grass, shaped like a window")
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one, 96x96 pixels")
+    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
     parser.add_argument("--out", type=Path, default=Path("out/streaming.png"))
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     pipe = mindomni_rt.load(options.model)
-    events = pipe.stream(
-        options.prompt, height=96, width=96, num_inference_steps=10, guidance_scale=1.0, max_new_tokens=48, seed=7
-    )
+    events = pipe.stream(options.prompt, max_new_tokens=48, seed=7)
     kind = ""
     for event in events:
         match event:

@@ -6,8 +6,7 @@ import gc
 import logging
 import platform
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,23 @@ import mindomni_rt
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, graph_specs, profile
 from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files, write_manifest, writing
+from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.errors import MissingExtraError
-from mindomni_rt.memory.precision import KINDS, kind
-from mindomni_rt.model.dtypes import DTYPES
-from mindomni_rt.model.mindomni import MindOmniModel, load_model
+from mindomni_rt.model.mindomni import load_model
 
 from . import engines, quantize
-from .graphs import available, export_graph, halve_attention
-from .store import WeightStore
+from .graphs import available
+from .parts import Parts, attention_dtype, precision_of
+from .progress import Progress
 from .targets import Choice, Target
-from .weights import bytes_by_type, check_weights, promise, read_weights
 
 logger = logging.getLogger(__name__)
-# Graphs that share a data file, because they share weights.
-_DATA = {
-    "vision": "vision",
-    "language": "language",
-    "choose": "language",
-    "connector": "connector",
-    "features": "connector",
-    "prefix": "decoder",
-    "denoiser": "decoder",
-    "denoiser_first": "decoder",
-    "update": "decoder",
-    "vae": "vae",
-    "vae_encode": "vae",
+# Weights that stand twice in a bundle of engines, and why.
+_WHY = "an engine holds its own weights: none can be stripped where no GPU is, see docs/export.md"
+_REPEATED = {
+    "prefix": f"the decoder's blocks, also in denoiser.plan; {_WHY}",
+    "denoiser_first": f"the decoder's blocks, also in denoiser.plan; {_WHY}",
 }
-_FLOAT32 = ("choose", "update")  # arithmetic on a few numbers, without weights
 _FILES = (".json", ".txt", ".jinja", ".model")
 
 
@@ -53,7 +42,8 @@ class BuildRequest:
     """What to build. prompts: for calibration, at `calibration_size` pixels. condition_only: also the engine of that
     first step, which doubles the denoiser on disk (ONNX graphs share their weights, so there it is always built).
     attention: "native" is the runtime's own; "triton" puts our kernel into engines of `tensorrt`, while onnxruntime and
-    TensorRT-RTX run what it means in standard operators."""
+    TensorRT-RTX run what it means in standard operators. cache: as in `export.cache`; None keeps nothing.
+    progress: of each engine; say: receives a line after each graph."""
 
     checkpoint: Path
     out: Path
@@ -63,14 +53,16 @@ class BuildRequest:
     condition_only: bool = False
     attention: str = "native"
     prompts: Sequence[str] = quantize.DEFAULT_PROMPTS
-    calibration_size: int = 512
+    calibration_size: int | None = None
     cache: Path | None = None
     overwrite: bool = False
     progress: engines.Progress | None = field(default=None, compare=False)
+    say: Callable[[str], None] | None = field(default=None, compare=False)
 
 
 def build(request: BuildRequest) -> Manifest:
-    """Builds a bundle; it appears under its name whole or not at all.
+    """Builds a bundle; it appears under its name whole or not at all. A build that was killed goes on, started again
+    with the same cache, from the graphs that were done.
 
     Raises BadCheckpointError, BadBundleError (the name is taken), MissingExtraError, UnsupportedDeviceError,
     EngineBuildError, BuildError (a graph holds other types than the manifest would say), OSError (a full disk).
@@ -78,21 +70,28 @@ def build(request: BuildRequest) -> Manifest:
     target, choice = request.target, request.choice
     runtime_version = _runtime_version(target.runtime)
     with writing(request.out, request.overwrite) as folder:
-        model = _load(request)
+        logger.info("cache: %s", _cache_note(request.cache))
+        checkpoint = open_checkpoint(request.checkpoint)
+        model, report = load_model(checkpoint)  # in its stored type: the tensors stay mapped to their files
+        logger.info("%s", report)
         config = model.config
         specs = graph_specs(config)
         names = [n for n in available(model) if _wanted(n, request)]
         work = folder if target.runtime == "onnx" else folder / ".onnx"
         work.mkdir(exist_ok=True)
-        reports = _graphs(model, names, request, work)
+        progress = Progress(request.say)
+        parts = Parts(model, checkpoint, request, work, progress)
+        reports = parts.make(names)
         del model
+        parts.leave()
         gc.collect()
         sizes = profile(request.profile, config)
         if target.runtime == "onnx":
             entries = {n: _entry(specs[n], choice, work / f"{n}.onnx", reports[n]) for n in names}
             sizes = Profile(name="any")  # onnxruntime takes any size
         else:
-            entries = {n: _engine(specs[n], request, work, folder, sizes, reports[n]) for n in names}
+            progress.start("engines", {n: _bytes(work / f"{n}.onnx") for n in names})
+            entries = {n: _engine(specs[n], request, work, folder, sizes, reports[n], progress) for n in names}
             shutil.rmtree(work)
         _copy_text(request.checkpoint, folder)
         manifest = Manifest(
@@ -103,19 +102,19 @@ def build(request: BuildRequest) -> Manifest:
             dtype=choice.dtype,
             profile=sizes,
             graphs=entries,
-            files=hash_files(folder),
+            files=progress.timed("hashes", lambda: hash_files(folder)),
             built_by=_builder(),
         )
         write_manifest(folder, manifest)
+    parts.forget()
+    progress.summary()
     return manifest
 
 
-def _load(request: BuildRequest) -> MindOmniModel:
-    vae = request.choice.stages["vae"]
-    vae_dtype = torch.float32 if vae == "mixed" else DTYPES[kind(vae).name]
-    model, report = load_model(request.checkpoint, DTYPES[request.choice.dtype], vae_dtype=vae_dtype)
-    logger.info("%s", report)
-    return model
+def _cache_note(cache: Path | None) -> str:
+    if cache is None:
+        return "not used"
+    return f"{cache} (empty it with: python -m export cache --clear)"
 
 
 def _wanted(name: str, request: BuildRequest) -> bool:
@@ -123,82 +122,26 @@ def _wanted(name: str, request: BuildRequest) -> bool:
     return name != "denoiser_first" or onnx or request.condition_only
 
 
-def _graphs(model: MindOmniModel, names: Sequence[str], request: BuildRequest, work: Path) -> dict[str, dict[str, Any]]:
-    """Traces every graph into `work`. Returns what quantization did to each."""
-    choice = request.choice
-    ranges: Mapping[str, float] = {}
-    if any(p in quantize.CALIBRATED for p in choice.stages.values()):
-        logger.info("calibrating on %d prompts", len(request.prompts))
-        ranges = quantize.calibrate(model, request.checkpoint, request.prompts, request.calibration_size)
-    if choice.stages["vae"] == "mixed":
-        halve_attention(model)
-    specs = graph_specs(model.config)
-    reports: dict[str, dict[str, Any]] = {}
-    stores: dict[str, WeightStore] = {}
-    try:
-        for name in names:
-            precision = _precision(specs[name], choice)
-            report: dict[str, Any] = {}
-
-            def change(traced: Any, precision: str = precision, report: dict[str, Any] = report) -> None:
-                report.update(quantize.quantize(traced, precision, ranges).to_dict())
-
-            began = time.perf_counter()
-            if _DATA[name] not in stores:
-                stores[_DATA[name]] = WeightStore(work / f"{_DATA[name]}.data")
-            store = stores[_DATA[name]]
-            quantized = precision in quantize.PASSES
-            file = export_graph(
-                model, name, choice.dtype, work, store, change if quantized else None, request.attention
-            )
-            report |= _held(specs[name], file, choice)
-            report["export_seconds"] = round(time.perf_counter() - began, 2)
-            reports[name] = report
-            logger.info("%s: traced in %.1f s", name, report["export_seconds"])
-    finally:
-        for store in stores.values():
-            store.close()
-    return reports
-
-
-def _held(spec: GraphSpec, file: Path, choice: Choice) -> dict[str, Any]:
-    """What the written graph holds, for the manifest. Raises BuildError where that is not what was asked for."""
-    found = read_weights(file)
-    promised = promise(spec, _precision(spec, choice), _attention_dtype(spec, choice))
-    check_weights(spec, found, promised)
-    return {"weights": promised, "bytes_by_type": bytes_by_type(found)}
-
-
-def _precision(spec: GraphSpec, choice: Choice) -> str:
-    """What a graph's matrices are stored in. Graphs beside a stage's own hold no large ones."""
-    plain = KINDS[choice.dtype].short
-    if spec.name in _FLOAT32:
-        return "fp32"
-    return plain if spec.name == "features" else choice.stages[spec.stage]
-
-
 def _entry(spec: GraphSpec, choice: Choice, file: Path, report: dict[str, Any]) -> GraphEntry:
     data = tuple(engines.external_files(file)) if file.suffix == ".onnx" else ()
-    held = sum((file.parent / d).stat().st_size for d in data)
     return GraphEntry(
         stage=spec.stage,
         file=file.name,
-        precision=_precision(spec, choice),
-        dtype=_attention_dtype(spec, choice),
+        precision=precision_of(spec, choice),
+        dtype=attention_dtype(spec, choice),
         data=data,
-        report={**report, "bytes": file.stat().st_size + held},
+        report={**report, "bytes": _bytes(file)},
     )
 
 
-def _attention_dtype(spec: GraphSpec, choice: Choice) -> str:
-    """The type in which a graph's attention computes."""
-    if spec.stage != "vae":
-        return "float32" if spec.name in _FLOAT32 else choice.dtype
-    return {"fp32": "float32", "bf16": "bfloat16"}.get(choice.stages["vae"], "float16")
-
-
 def _engine(
-    spec: GraphSpec, request: BuildRequest, work: Path, folder: Path, sizes: Profile, report: dict[str, Any]
+    spec: GraphSpec,
+    request: BuildRequest,
+    work: Path,
+    folder: Path,
+    sizes: Profile,
+    report: dict[str, Any],
+    progress: Progress,
 ) -> GraphEntry:
     out = folder / f"{spec.name}.plan"
     built = engines.build_engine(
@@ -206,16 +149,30 @@ def _engine(
         out,
         spec,
         sizes,
-        dtype=_attention_dtype(spec, request.choice),
+        dtype=attention_dtype(spec, request.choice),
         runtime=request.target.runtime,
         sms=request.target.sms,
-        cache=request.cache,
+        cache=None if request.cache is None else request.cache / "engines",
         progress=request.progress,
     )
-    logger.info("%s: %.1f MB in %.1f s", spec.name, built.bytes / 1e6, built.seconds)
-    more = {"build_seconds": built.seconds, "attention": built.attention, "fused_attention": built.fused}
+    seconds = 0.0 if built.cached else built.seconds
+    progress.spend("engines", seconds)
+    progress.done(spec.name, f"{built.bytes / 1e6:.1f} MB " + (f"in {seconds:.1f} s" if seconds else "kept"), seconds)
+    more: dict[str, Any] = {
+        "build_seconds": built.seconds,
+        "attention": built.attention,
+        "fused_attention": built.fused,
+    }
+    if spec.name in _REPEATED:
+        more["repeats"] = _REPEATED[spec.name]
     entry = _entry(spec, request.choice, out, {**report, **more})
     return replace(entry, file=out.name)
+
+
+def _bytes(file: Path) -> int:
+    """Bytes of an engine, or of a graph with its data files."""
+    data = engines.external_files(file) if file.suffix == ".onnx" else []
+    return file.stat().st_size + sum((file.parent / name).stat().st_size for name in data)
 
 
 def _copy_text(checkpoint: Path, folder: Path) -> None:

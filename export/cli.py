@@ -1,11 +1,13 @@
-"""python -m export build | verify | inspect | plan | rehearse."""
+"""python -m export build | verify | inspect | plan | rehearse | products | cache."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,10 +50,11 @@ def _parser() -> Parser:
         "--attention", choices=("native", "triton"), default="native", help="triton: our kernel (tensorrt)"
     )
     build.add_argument("--calibration", type=Path, metavar="FILE", help="prompts, one a line, for int8, fp8 and nvfp4")
-    build.add_argument("--calibration-size", type=int, default=512, metavar="PIXELS")
+    build.add_argument("--calibration-size", type=int, metavar="PIXELS", help="default: the model's own, 512 at most")
     build.add_argument("--out", required=True, type=Path)
     build.add_argument("--overwrite", action="store_true")
-    build.add_argument("--no-cache", action="store_true", help="build engines anew")
+    build.add_argument("--no-cache", action="store_true", help="make graphs, ranges and engines anew, keep none")
+    build.add_argument("--record", type=Path, help="a JSON file to append time, memory and bytes of the build to")
     build.set_defaults(run=_build)
 
     verify = commands.add_parser("verify", help="check hashes, run every stage, compare with the checkpoint")
@@ -82,7 +85,19 @@ def _parser() -> Parser:
     rehearse.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
     rehearse.add_argument("--out", type=Path, help="a JSON file to append the result to")
     rehearse.set_defaults(run=_rehearse)
-    for command in (build, verify, inspect, plan, rehearse):
+
+    products = commands.add_parser("products", help="forms of rounded products, compared on this machine's CPU")
+    products.add_argument("--layers", type=int, default=4, help="of the published language model (default 4)")
+    products.add_argument("--rounds", type=int, default=7)
+    products.add_argument("--provider", default="CPUExecutionProvider", help="of onnxruntime")
+    products.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
+    products.add_argument("--out", type=Path, help="a JSON file to write the result to")
+    products.set_defaults(run=_products)
+
+    cache = commands.add_parser("cache", help="what builds keep for later ones, and its size")
+    cache.add_argument("--clear", action="store_true", help="remove it")
+    cache.set_defaults(run=_cache)
+    for command in (build, verify, inspect, plan, rehearse, products, cache):
         command.add_argument("-v", "--verbose", action="count", default=0)
     return parser
 
@@ -91,8 +106,9 @@ def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
     from .build import BuildRequest, build
-    from .engines import default_cache
+    from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
+    from .record import append, build_run, resident_peak, watching
 
     request = BuildRequest(
         checkpoint=options.checkpoint,
@@ -107,12 +123,18 @@ def _build(options: argparse.Namespace) -> int:
         cache=None if options.no_cache else default_cache(),
         overwrite=options.overwrite,
         progress=_progress if sys.stderr.isatty() else None,
+        say=_say if sys.stderr.isatty() else None,
     )
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
-    with build_log(options.out) as log:
+    began = time.perf_counter()
+    with build_log(options.out) as log, watching() as peak:
         manifest = build(request)
+    if options.record:
+        command = shlex.join(["python", "-m", "export", *sys.argv[1:]])
+        run = build_run(manifest, command, time.perf_counter() - began, peak["bytes"], resident_peak())
+        append("builds of bundles", run, options.record)
     print(describe(manifest))
-    print(f"written to {options.out}; log: {log}")
+    print(f"written to {options.out}; log: {log}; cache: {request.cache or 'not used'}")
     return 0
 
 
@@ -120,6 +142,32 @@ def _progress(phase: str, done: int, steps: int) -> bool:
     end = "\n" if done == steps else ""
     print(f"\r{phase[:60]:60} {done}/{steps}", end=end, file=sys.stderr, flush=True)
     return True
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _products(options: argparse.Namespace) -> int:
+    from .products import compare, record, table
+
+    found = compare(options.layers, options.rounds, options.folder, options.provider)
+    print(table(found))
+    if options.out:
+        record(found, options.out)
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from .cache import cache_sizes, clear_cache, default_cache
+
+    folder = default_cache()
+    sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in cache_sizes(folder).items())
+    print(f"{folder}: {sizes}")
+    if options.clear:
+        clear_cache(folder)
+        print("emptied")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -136,7 +184,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(json.loads(read_manifest(options.bundle).to_json()), indent=1))
         return 0
-    print(describe(open_bundle(options.bundle).manifest))
+    print(describe(open_bundle(options.bundle, again=True).manifest))
     print("all hashes agree")
     return 0
 

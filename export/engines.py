@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +20,10 @@ from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logge
 from mindomni_rt.bundle.contracts import GraphSpec, Profile
 from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
+from mindomni_rt.files import replace_file, write_text
 from mindomni_rt.kernels.onnx_function import DOMAIN, NAME
+
+from .cache import link
 
 logger = logging.getLogger(__name__)
 _REVISION = 1  # of this builder: raise it when the same ONNX would give another engine
@@ -85,25 +86,26 @@ def build_engine(
     kept = None if cache is None else cache / f"{_key(onnx, spec, profile, trt, sms)}.plan"
     note = None if kept is None else kept.with_suffix(".json")
     if kept is not None and note is not None and kept.exists() and note.exists():
-        _link(kept, out)
+        link(kept, out)
         logger.info("%s: taken from %s", spec.name, kept)
         return EngineReport(**{**json.loads(note.read_text(encoding="utf-8")), "cached": True})
     began = time.perf_counter()
     fused = not spec.head_dim or fused_attention(dtype, spec.head_dim)
     errors: list[str] = []
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        attention = _build(trt, onnx, partial, spec, profile, sms, fused, errors, progress)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    attention = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal attention
+        attention = _build(trt, onnx, temporary, spec, profile, sms, fused, errors, progress)
+
+    replace_file(out, write)
     report = EngineReport(
         seconds=round(time.perf_counter() - began, 2), bytes=out.stat().st_size, attention=attention, fused=fused
     )
     if kept is not None and note is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        _link(out, kept)
-        note.write_text(json.dumps(asdict(report)), encoding="utf-8")
+        link(out, kept)
+        write_text(note, json.dumps(asdict(report)))
     return report
 
 
@@ -251,12 +253,6 @@ def _refusal(spec: GraphSpec, sms: Sequence[str], errors: list[str]) -> MindOmni
     return EngineBuildError(f"{spec.name}: no engine for {where}. TensorRT: {said[:600] or _SILENT}")
 
 
-def default_cache() -> Path:
-    """Where engines are kept between builds: $XDG_CACHE_HOME/mindomni-rt/engines."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mindomni-rt" / "engines"
-
-
 def _key(onnx: Path, spec: GraphSpec, profile: Profile, trt: Any, sms: Sequence[str]) -> str:
     """Hash of everything that decides an engine's bytes."""
     files = [onnx, *(onnx.parent / name for name in external_files(onnx))]
@@ -318,12 +314,3 @@ def external_files(onnx: Path) -> list[str]:
     model = onnx_package.load(str(onnx), load_external_data=False)
     tensors = model.graph.initializer
     return sorted({e.value for t in tensors for e in t.external_data if e.key == "location"})
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the same bytes, or a copy where the file system has no links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -13,10 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -24,12 +22,12 @@ from torch.nn import functional as F
 
 from mindomni_rt.bundle.contracts import MASKED, OPSET, GraphSpec, graph_specs, resolve
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.kernels.onnx_function import add_function, attend_by_node
+from mindomni_rt.kernels.onnx_function import attend_by_node
 from mindomni_rt.model.attention import attention, segment_attention
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from .store import WeightStore, fold_transposes, write_graph
+from .store import fold_transposes, name_axes, strip_notes
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -331,34 +329,30 @@ def sample_inputs(spec: GraphSpec, dtype: str) -> tuple[Tensor, ...]:
     )
 
 
-def export_graph(
-    model: MindOmniModel,
-    name: str,
-    dtype: str,
-    folder: Path,
-    store: WeightStore,
-    change: Callable[[ir.Model], object] | None = None,
-    attention: str = "native",
-) -> Path:
-    """Traces one graph and writes `folder`/NAME.onnx, its weights into `store` (which other graphs may share).
-
-    dtype: the type the graph computes in; the model's parameters must have it already. change: edits
-    the traced model (quantization). attention "triton" makes the denoiser's a function of our own domain. Returns the
-    file.
-    """
+def wrapper_of(model: MindOmniModel, name: str, attention: str = "native") -> nn.Module:
+    """A graph as a module over a model's own. Raises BadRequestError for one that the checkpoint has no tensors for."""
     if name not in available(model):
         raise BadRequestError(f"graph {name!r}: this checkpoint has {', '.join(available(model))}")
+    if attention == "triton" and name == "denoiser":
+        return DenoiserGraph(model, node=True).eval()
+    return _WRAPPERS[name](model).eval()
+
+
+def trace(model: MindOmniModel, name: str, dtype: str, attention: str = "native") -> ir.Model:
+    """One graph without weights: initializers that are parameters of the model have names and no values.
+
+    model: of fake parameters in the types that the graph computes in; call it in their FakeTensorMode. dtype: of the
+    inputs. attention "triton" makes the denoiser's a function of our own domain.
+    """
     spec = graph_specs(model.config)[name]
-    ours = attention == "triton" and name == "denoiser"
-    wrapper = (DenoiserGraph(model, node=True) if ours else _WRAPPERS[name](model)).eval()
-    args = sample_inputs(spec, dtype)
+    wrapper = wrapper_of(model, name, attention)
     dynamic = tuple(
         {i: f"{t.name}_{i}" for i, axis in enumerate(t.axes) if isinstance(axis, str)} or None for t in spec.inputs
     )
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             wrapper,
-            args,
+            sample_inputs(spec, dtype),
             dynamo=True,
             opset_version=OPSET,
             input_names=[t.name for t in spec.inputs],
@@ -368,14 +362,15 @@ def export_graph(
             verbose=False,
         )
         assert program is not None
-        fold_transposes(program.model.graph)  # first: the optimizer would fold small ones under names of its own
+        graph, weights = program.model.graph, wrapper.state_dict()
+        fold_transposes(graph)  # first: the optimizer would fold small ones under names of its own
+        for key, value in graph.initializers.items():
+            if key.removesuffix(".T") in weights:
+                value.const_value = None
         program.optimize()
-    path = folder / f"{name}.onnx"
-    write_graph(program.model, spec, path, store, change)
-    if ours:
-        graph = onnx.load(str(path), load_external_data=False)
-        onnx.save(add_function(graph), str(path))
-    return path
+    name_axes(program.model, spec)
+    strip_notes(program.model)
+    return program.model
 
 
 @contextmanager
@@ -383,6 +378,8 @@ def _quiet() -> Iterator[None]:
     """Keeps the tracer's notes on its own workings out of a user's terminal; its errors are exceptions."""
     names = ("torch.onnx", "torch._dynamo", "onnxscript", "onnx_ir")
     before = {name: logging.getLogger(name).level for name in names}
+    notes = logging.getLogger("torch.__trace")  # whole graphs as text, for each step, to whoever listens
+    listeners, notes.handlers = notes.handlers, []
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -392,6 +389,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
+        notes.handlers = listeners
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 

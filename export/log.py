@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mindomni_rt.files import replace_file
+
 _LOGGERS = ("mindomni_rt",)
 
 
@@ -45,4 +47,4 @@ def build_log(bundle: Path) -> Iterator[Path]:
             logger.removeHandler(handler)
             logger.setLevel(level)
         handler.close()
-        running.replace(path)
+        replace_file(path, running.replace)

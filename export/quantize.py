@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from .store import transposed
+from .store import WeightStore, transposed
+from .weights import MICROSOFT
 
 logger = logging.getLogger(__name__)
 CALIBRATED = tuple(name for name, kind in KINDS.items() if kind.calibrated)
 _INT8_MAX, _INT4_MAX, _FP8_MAX, _FP4_MAX = 127.0, 7.0, 448.0, 6.0
 _INT4_BLOCKS = (128, 64, 32, 16)  # TensorRT-RTX takes these; the largest that divides the matrix is the smallest plan
 _FP4_BLOCK = 16
+_IN_INT8 = 4  # MatMulNBits' accuracy_level: blocks of the input are rounded to int8 as they come
+_SLAB = 1 << 24  # numbers that are rounded at a time
 _HEAD = re.compile(r"\.(lm_head|embed_tokens)\.weight(\.T)?$")  # one matrix where head and input table are tied
 _LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
 DEFAULT_PROMPTS = (
@@ -53,10 +57,10 @@ class QuantReport:
     in_8_bits: int = 0
     _squares: list[tuple[float, float]] = field(default_factory=list)
 
-    def add(self, found: NDArray[np.float32], weight: NDArray[np.float32]) -> None:
+    def add(self, squares: tuple[float, float]) -> None:
+        """Counts a rounded product. squares: the sums of (Ŵ − W)² and of W²."""
         self.quantized += 1
-        delta = (found - weight).ravel()
-        self._squares.append((float(delta @ delta), float(weight.ravel() @ weight.ravel())))
+        self._squares.append(squares)
 
     @property
     def error(self) -> float:
@@ -67,10 +71,16 @@ class QuantReport:
         return {"quantized": self.quantized, "in_8_bits": self.in_8_bits, "weight_error": round(self.error, 5)}
 
 
-def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> QuantReport:
+def quantize(
+    model: ir.Model, precision: str, ranges: Mapping[str, float], store: WeightStore, *, packed: bool = False
+) -> QuantReport:
     """Rewrites the products of a traced graph in place. ranges: largest magnitude at each Linear's input, by name.
+    packed: write products of weight-only precisions as onnxruntime's MatMulNBits, which starts and runs faster there
+    than DequantizeLinear and MatMul; TensorRT has no such operator.
 
-    Raises BadRequestError if a calibrated precision has no range for a product.
+    Rounded weights go into the store one by one, so that no more than one matrix is in memory; one that an earlier
+    graph of the store rounded is taken from there. Raises BadRequestError if a calibrated precision has no range for
+    a product.
     """
     report = QuantReport(precision)
     gemm_to_matmul(model)
@@ -82,8 +92,9 @@ def quantize(model: ir.Model, precision: str, ranges: Mapping[str, float]) -> Qu
         head = bool(_HEAD.search(f".{name}.weight"))
         if precision in CALIBRATED and name not in ranges and not head:
             raise BadRequestError(f"no calibration range for {name}; calibrate with prompts that reach it")
-        change = _int8wo if head else PASSES[precision]
-        change(_Site(model, node, weight, ranges.get(name, 0.0)), report)
+        passes = {**PASSES, **_PACKED} if packed else PASSES
+        change = passes["int8wo" if head else precision]
+        change(_Site(model, node, weight, ranges.get(name, 0.0), store), report)
     _halve_tables(model)
     assert report.quantized, f"{precision}: no product of the graph was found to quantize"
     if report.in_8_bits:
@@ -158,29 +169,59 @@ def _weight(node: ir.Node) -> ir.Value | None:
     return weight if _rounded_name(weight) else None
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Constants that a weight was rounded to, by suffix, and the sums of squares of its error and of itself."""
+
+    tensors: Mapping[str, ir.TensorProtocol]
+    squares: tuple[float, float]
+
+
 class _Site:
     """One product x @ W: makes constants and nodes in front of it."""
 
-    def __init__(self, model: ir.Model, node: ir.Node, weight: ir.Value, largest: float) -> None:
-        self.model, self.node, self.weight, self.largest = model, node, weight, largest
+    def __init__(self, model: ir.Model, node: ir.Node, weight: ir.Value, largest: float, store: WeightStore) -> None:
+        self.model, self.node, self.weight, self.largest, self.store = model, node, weight, largest, store
         constant = weight.const_value
         assert constant is not None
         self.type = constant.dtype
-        self.values = constant.numpy().astype(np.float32)
+        inner, outer = constant.shape.numpy()
+        self.inner, self.outer = int(inner), int(outer)
 
-    def constant(self, suffix: str, array: NDArray[Any], dtype: ir.DataType) -> ir.Value:
-        name = f"{self.weight.name}.{suffix}"
-        graph = self.model.graph
+    def rounded(self, kind: str, make: Callable[[WeightRounder], None], report: QuantReport) -> dict[str, ir.Value]:
+        """The constants of the weight, made once for all graphs of the store."""
+        key = (kind, self.weight.name, self.type)
+        if key not in self.store.made:
+            constant = self.weight.const_value
+            assert constant is not None
+            rounder = WeightRounder(constant.numpy().astype(np.float32, copy=False), self.type)
+            make(rounder)
+            tensors = {
+                suffix: self.store.tensor(f"{self.weight.name}.{suffix}", tensor)
+                for suffix, tensor in rounder.tensors.items()
+            }
+            self.store.made[key] = _Made(tensors, rounder.squares)
+        made: _Made = self.store.made[key]
+        report.add(made.squares)
+        return {suffix: self._value(suffix, tensor) for suffix, tensor in made.tensors.items()}
+
+    def _value(self, suffix: str, tensor: ir.TensorProtocol) -> ir.Value:
+        name, graph = f"{self.weight.name}.{suffix}", self.model.graph
         if name not in graph.initializers:
-            tensor = ir.Tensor(array, dtype=dtype, name=name)
             graph.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor
+                name=name,
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(tensor.shape.numpy()),
+                const_value=tensor,
             )
         return graph.initializers[name]
 
-    def scale(self, suffix: str, array: NDArray[np.float32] | np.float32) -> ir.Value:
+    def constant(self, suffix: str, array: NDArray[Any], dtype: ir.DataType) -> ir.Value:
+        return self._value(suffix, ir.Tensor(array, dtype=dtype, name=f"{self.weight.name}.{suffix}"))
+
+    def scale(self, suffix: str, value: float | np.float32) -> ir.Value:
         """A scale in the type of the model, which the dequantized numbers then have."""
-        return self.constant(suffix, np.asarray(array).astype(self.type.numpy()), self.type)
+        return self.constant(suffix, np.asarray(value, np.float32).astype(self.type.numpy()), self.type)
 
     def insert(self, op: str, inputs: Sequence[ir.Value], domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
         node = ir.node(op, inputs, attributes or None, domain=domain, num_outputs=outputs)
@@ -195,6 +236,16 @@ class _Site:
             assert self.weight.name is not None
             del self.model.graph.initializers[self.weight.name]
 
+    def multiply(self, op: str, weights: Sequence[ir.Value], domain: str, **attributes: Any) -> None:
+        """Puts another operator of x and these constants in the product's place."""
+        graph, old = self.model.graph, self.node.outputs[0]
+        node = ir.node(op, [self.x, *weights], attributes, domain=domain)
+        node.outputs[0].shape, node.outputs[0].type = old.shape, old.type
+        ir.convenience.replace_nodes_and_values(graph, self.node, [self.node], [node], [old], node.outputs)
+        if not self.weight.uses():
+            del graph.initializers[str(self.weight.name)]
+        self.model.opset_imports.setdefault(domain, 1)
+
     @property
     def x(self) -> ir.Value:
         value = self.node.inputs[0]
@@ -202,76 +253,154 @@ class _Site:
         return value
 
 
+class WeightRounder:
+    """A matrix (K, N) and the constants that it is rounded to. It works on slabs of columns: temporaries stay small."""
+
+    def __init__(self, values: NDArray[np.float32], dtype: ir.DataType) -> None:
+        self.values, self.type = values, dtype
+        self.tensors: dict[str, ir.TensorProtocol] = {}
+        self._lost = self._whole = 0.0
+
+    @property
+    def squares(self) -> tuple[float, float]:
+        return self._lost, self._whole
+
+    def slabs(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Column ranges, and the numbers in them, contiguous."""
+        inner, outer = self.values.shape
+        width = max(1, _SLAB // inner)
+        for start in range(0, outer, width):
+            columns = slice(start, min(start + width, outer))
+            yield columns, np.ascontiguousarray(self.values[:, columns])
+
+    def lose(self, found: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+        """Notes a slab's error; `found` is overwritten."""
+        found -= values
+        lost, whole = found.ravel(), values.ravel()
+        self._lost += float(lost @ lost)
+        self._whole += float(whole @ whole)
+
+    def keep(self, suffix: str, array: NDArray[Any], dtype: ir.DataType) -> None:
+        self.tensors[suffix] = ir.Tensor(array, dtype=dtype)
+
+    def keep_scale(self, suffix: str, array: NDArray[np.float32] | np.float32) -> None:
+        self.keep(suffix, np.asarray(array).astype(self.type.numpy()), self.type)
+
+
 def _channel_scales(weight: NDArray[np.float32], largest: float) -> NDArray[np.float32]:
-    return np.maximum(np.abs(weight).max(axis=0), 1e-8) / np.float32(largest)
+    return np.maximum(np.maximum(weight.max(axis=0), -weight.min(axis=0)), 1e-8) / np.float32(largest)
+
+
+def _to_int8(rounder: WeightRounder) -> None:
+    inner, outer = rounder.values.shape
+    q, scales = np.empty((inner, outer), np.int8), np.empty(outer, np.float32)
+    for columns, values in rounder.slabs():
+        scale = scales[columns] = _rounded(_channel_scales(values, _INT8_MAX), rounder.type)
+        found = values / scale
+        np.clip(np.rint(found, out=found), -_INT8_MAX, _INT8_MAX, out=found)
+        q[:, columns] = found
+        found *= scale
+        rounder.lose(found, values)
+    rounder.keep("int8", q, ir.DataType.INT8)
+    rounder.keep_scale("scale", scales)
 
 
 def _int8_weight(site: _Site, report: QuantReport) -> ir.Value:
-    scale = _rounded(_channel_scales(site.values, _INT8_MAX), site.type)
-    q = np.clip(np.rint(site.values / scale), -_INT8_MAX, _INT8_MAX).astype(np.int8)
-    report.add(q * scale, site.values)
-    weight = site.constant("int8", q, ir.DataType.INT8)
-    return site.insert("DequantizeLinear", [weight, site.scale("scale", scale)], axis=1)
+    made = site.rounded("int8", _to_int8, report)
+    return site.insert("DequantizeLinear", [made["int8"], made["scale"]], axis=1)
 
 
 def _int8wo(site: _Site, report: QuantReport) -> None:
     site.replace(_int8_weight(site, report))
 
 
+def _quantized_x(site: _Site, zero: NDArray[Any], dtype: ir.DataType, most: float) -> ir.Value:
+    """The product's input, rounded with its calibrated range and widened again."""
+    start = site.constant("x_zero", zero, dtype)
+    scale = site.scale("x_scale", np.float32(max(site.largest, 1e-6) / most))
+    x = site.insert("QuantizeLinear", [site.x, scale, start])
+    return site.insert("DequantizeLinear", [x, scale, start])  # type: ignore[no-any-return]
+
+
 def _int8(site: _Site, report: QuantReport) -> None:
-    zero = site.constant("x_zero", np.zeros((), np.int8), ir.DataType.INT8)
-    scale = site.scale("x_scale", np.float32(max(site.largest, 1e-6) / _INT8_MAX))
-    x = site.insert("DequantizeLinear", [site.insert("QuantizeLinear", [site.x, scale, zero]), scale, zero])
+    x = _quantized_x(site, np.zeros((), np.int8), ir.DataType.INT8, _INT8_MAX)
     site.replace(_int8_weight(site, report), x)
 
 
+def _to_fp8(rounder: WeightRounder) -> None:
+    inner, outer = rounder.values.shape
+    q, scales = np.empty((inner, outer), ml_dtypes.float8_e4m3fn), np.empty(outer, np.float32)
+    for columns, values in rounder.slabs():
+        scale = scales[columns] = _rounded(_channel_scales(values, _FP8_MAX), rounder.type)
+        part = q[:, columns] = np.clip(values / scale, -_FP8_MAX, _FP8_MAX).astype(q.dtype)
+        rounder.lose(part.astype(np.float32) * scale, values)
+    rounder.keep("fp8", q, ir.DataType.FLOAT8E4M3FN)
+    rounder.keep_scale("scale", scales)
+    rounder.keep("zero", np.zeros(outer, q.dtype), ir.DataType.FLOAT8E4M3FN)
+
+
 def _fp8(site: _Site, report: QuantReport) -> None:
-    kind = ir.DataType.FLOAT8E4M3FN
-    zero = site.constant("x_zero", np.zeros((), ml_dtypes.float8_e4m3fn), kind)
-    scale = site.scale("x_scale", np.float32(max(site.largest, 1e-6) / _FP8_MAX))
-    x = site.insert("DequantizeLinear", [site.insert("QuantizeLinear", [site.x, scale, zero]), scale, zero])
-    scales = _rounded(_channel_scales(site.values, _FP8_MAX), site.type)
-    q = np.clip(site.values / scales, -_FP8_MAX, _FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
-    report.add(q.astype(np.float32) * scales, site.values)
-    weight = site.constant("fp8", q, kind)
-    zeros = site.constant("zero", np.zeros(scales.shape, ml_dtypes.float8_e4m3fn), kind)
-    site.replace(site.insert("DequantizeLinear", [weight, site.scale("scale", scales), zeros], axis=1), x)
+    x = _quantized_x(site, np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, _FP8_MAX)
+    made = site.rounded("fp8", _to_fp8, report)
+    site.replace(site.insert("DequantizeLinear", [made["fp8"], made["scale"], made["zero"]], axis=1), x)
+
+
+def _to_int4(rounder: WeightRounder, block: int) -> None:
+    inner, outer = rounder.values.shape
+    nibbles, scales = np.empty((inner, outer), np.uint8), np.empty((inner // block, outer), np.float32)
+    for columns, values in rounder.slabs():
+        groups = values.reshape(inner // block, block, -1)
+        most = np.maximum(np.maximum(groups.max(axis=1), -groups.min(axis=1)), 1e-8)
+        scale = scales[:, columns] = _rounded(most / np.float32(_INT4_MAX), rounder.type)
+        found = groups / scale[:, None]
+        np.clip(np.rint(found, out=found), -_INT4_MAX - 1, _INT4_MAX, out=found)
+        nibbles[:, columns] = found.reshape(inner, -1).astype(np.int8).view(np.uint8) & 15
+        found *= scale[:, None]
+        rounder.lose(found.reshape(inner, -1), values)
+    flat = nibbles.reshape(-1)  # of an even length: the blocks are
+    rounder.tensors["int4"] = ir.PackedTensor(flat[::2] | flat[1::2] << 4, ir.DataType.INT4, shape=(inner, outer))
+    rounder.keep_scale("scale", scales)
 
 
 def _int4(site: _Site, report: QuantReport) -> None:
-    inner, outer = site.values.shape
-    block = next((b for b in _INT4_BLOCKS if inner % b == 0), None)
+    block = next((b for b in _INT4_BLOCKS if site.inner % b == 0), None)
     if block is None:
         report.in_8_bits += 1
         _int8wo(site, report)
         return
-    groups = site.values.reshape(inner // block, block, outer)
-    scale = _rounded(np.maximum(np.abs(groups).max(axis=1), 1e-8) / np.float32(_INT4_MAX), site.type)
-    q = np.clip(np.rint(groups / scale[:, None]), -_INT4_MAX - 1, _INT4_MAX)
-    report.add((q * scale[:, None]).reshape(inner, outer), site.values)
-    weight = site.constant("int4", q.reshape(inner, outer).astype(ml_dtypes.int4), ir.DataType.INT4)
-    site.replace(site.insert("DequantizeLinear", [weight, site.scale("scale", scale)], axis=0, block_size=block))
+    made = site.rounded("int4", lambda rounder: _to_int4(rounder, block), report)
+    site.replace(site.insert("DequantizeLinear", [made["int4"], made["scale"]], axis=0, block_size=block))
+
+
+def _to_nvfp4(rounder: WeightRounder) -> None:
+    inner, outer = rounder.values.shape
+    # Two levels: a float8 scale for each block of 16, one float32 scale for the tensor that brings those into range.
+    most = max(float(rounder.values.max()), -float(rounder.values.min()), 1e-8)
+    top = np.float32(most / (_FP8_MAX * _FP4_MAX))
+    q = np.empty((inner, outer), ml_dtypes.float4_e2m1fn)
+    blocks = np.empty((inner // _FP4_BLOCK, outer), ml_dtypes.float8_e4m3fn)
+    for columns, values in rounder.slabs():
+        groups = values.reshape(inner // _FP4_BLOCK, _FP4_BLOCK, -1)
+        part = blocks[:, columns] = (np.abs(groups).max(axis=1) / np.float32(_FP4_MAX) / top).astype(blocks.dtype)
+        scale = part.astype(np.float32) * top
+        rounded = np.clip(groups / np.maximum(scale, 1e-12)[:, None], -_FP4_MAX, _FP4_MAX).astype(q.dtype)
+        q[:, columns] = rounded.reshape(inner, -1)
+        rounder.lose((rounded.astype(np.float32) * scale[:, None]).reshape(inner, -1), values)
+    rounder.keep("fp4", q, ir.DataType.FLOAT4E2M1)
+    rounder.keep("blocks", blocks, ir.DataType.FLOAT8E4M3FN)
+    rounder.keep_scale("level", top)
 
 
 def _nvfp4(site: _Site, report: QuantReport) -> None:
-    inner, outer = site.values.shape
-    if inner % _FP4_BLOCK:
+    if site.inner % _FP4_BLOCK:
         report.in_8_bits += 1
         _int8wo(site, report)
         return
-    eight = ir.DataType.FLOAT8E4M3FN
-    # Two levels: a float8 scale for each block of 16, one float32 scale for the tensor that brings those into range.
-    top = np.float32(max(np.abs(site.values).max(), 1e-8) / (_FP8_MAX * _FP4_MAX))
-    groups = site.values.reshape(inner // _FP4_BLOCK, _FP4_BLOCK, outer)
-    blocks = (np.abs(groups).max(axis=1) / np.float32(_FP4_MAX) / top).astype(ml_dtypes.float8_e4m3fn)
-    scale = blocks.astype(np.float32) * top
-    q = np.clip(groups / np.maximum(scale, 1e-12)[:, None], -_FP4_MAX, _FP4_MAX).astype(ml_dtypes.float4_e2m1fn)
-    report.add((q.astype(np.float32) * scale[:, None]).reshape(inner, outer), site.values)
-    four = site.constant("fp4", q.reshape(inner, outer), ir.DataType.FLOAT4E2M1)
-    level = site.insert("DequantizeLinear", [site.constant("blocks", blocks, eight), _level(site, "level", top)])
-    weight = site.insert("DequantizeLinear", [four, level], axis=0, block_size=_FP4_BLOCK)
+    made = site.rounded("nvfp4", _to_nvfp4, report)
+    level = site.insert("DequantizeLinear", [made["blocks"], made["level"]])
+    weight = site.insert("DequantizeLinear", [made["fp4"], level], axis=0, block_size=_FP4_BLOCK)
 
-    x_top = _level(site, "x_level", np.float32(max(site.largest, 1e-6) / (_FP8_MAX * _FP4_MAX)))
+    x_top = site.scale("x_level", np.float32(max(site.largest, 1e-6) / (_FP8_MAX * _FP4_MAX)))
     q_x, s_x = site.insert(
         "TRT_FP4DynamicQuantize",
         [site.x, x_top],
@@ -287,34 +416,81 @@ def _nvfp4(site: _Site, report: QuantReport) -> None:
     site.replace(weight, x)
 
 
-def _level(site: _Site, suffix: str, value: np.float32) -> ir.Value:
-    return site.scale(suffix, np.asarray(value, np.float32))
-
-
 def _rounded(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
     """A scale as the model's type will hold it, so that weights are rounded against what will multiply them."""
     return np.maximum(scale.astype(dtype.numpy()).astype(np.float32), np.finfo(np.float16).smallest_subnormal)
 
 
+def _to_packed(rounder: WeightRounder, bits: int, block: int) -> None:
+    """What MatMulNBits reads: rows of an output channel, each in blocks of unsigned numbers around the middle."""
+    inner, outer = rounder.values.shape
+    largest = np.float32(2 ** (bits - 1) - 1)
+    q = np.empty((outer, inner // block, block * bits // 8), np.uint8)
+    scales = np.empty((outer, inner // block), np.float32)
+    for columns, values in rounder.slabs():
+        groups = np.ascontiguousarray(values.T).reshape(-1, inner // block, block)
+        most = np.maximum(np.maximum(groups.max(axis=2), -groups.min(axis=2)), 1e-8)
+        scale = scales[columns] = _rounded(most / largest, rounder.type)
+        found = groups / scale[..., None]
+        np.clip(np.rint(found, out=found), -largest - 1, largest, out=found)
+        numbers = (found + (largest + 1)).astype(np.uint8)
+        q[columns] = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
+        found *= scale[..., None]
+        rounder.lose(found.reshape(-1, inner), groups.reshape(-1, inner))
+    rounder.keep(f"int{bits}", q, ir.DataType.UINT8)
+    rounder.keep_scale("scale", scales)
+
+
+def _pack(site: _Site, report: QuantReport, bits: int) -> None:
+    block = next((b for b in _INT4_BLOCKS if site.inner % b == 0), None)
+    if block is None:
+        report.in_8_bits += bits == 4
+        _int8wo(site, report)
+        return
+    made = site.rounded(f"packed{bits}", lambda rounder: _to_packed(rounder, bits, block), report)
+    site.multiply(
+        "MatMulNBits",
+        [made[f"int{bits}"], made["scale"]],
+        domain=MICROSOFT,
+        K=site.inner,
+        N=site.outer,
+        bits=bits,
+        block_size=block,
+        accuracy_level=_IN_INT8,
+    )
+
+
+_PACKED = {"int4": partial(_pack, bits=4), "int8wo": partial(_pack, bits=8)}
 PASSES = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
 
 
 def calibrate(
-    model: MindOmniModel, folder: Path, prompts: Sequence[str] = DEFAULT_PROMPTS, size: int = 512, steps: int = 4
+    model: MindOmniModel,
+    folder: Path,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    size: int | None = None,
+    steps: int = 4,
 ) -> dict[str, float]:
     """The largest magnitude at the input of every Linear in the blocks, over runs of the whole pipeline on prompts.
 
-    folder: the checkpoint, for its tokenizer. size: image side in pixels. steps: of the sampler, which spread over
-    all noise levels.
+    folder: the checkpoint, for its tokenizer. size: image side in pixels; None is the model's own, 512 at most. steps:
+    of the sampler, which spread over all noise levels.
     """
     from mindomni_rt.backends.torch.backend import TorchBackend
     from mindomni_rt.pipeline import Pipeline
 
     pipe = Pipeline(TorchBackend(model), folder)
+    height, width = (size or min(side, 512) for side in (pipe.recommended.height, pipe.recommended.width))
     with _watching(model) as ranges:
         for seed, prompt in enumerate(prompts):
             pipe.generate(
-                prompt, height=size, width=size, num_inference_steps=steps, seed=seed, max_new_tokens=64, output="numpy"
+                prompt,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                seed=seed,
+                max_new_tokens=64,
+                output="numpy",
             )
     return ranges
 

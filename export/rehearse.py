@@ -6,23 +6,15 @@ Weights decide nothing about either, so this answers before a download of 25 GB 
 from __future__ import annotations
 
 import gc
-import json
-import platform
-import resource
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.contracts import graph_specs, profile
-from mindomni_rt.bundle.manifest import write_whole
 from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.dtypes import DTYPES
@@ -30,9 +22,10 @@ from mindomni_rt.model.mindomni import MindOmniModel
 
 from . import quantize
 from .engines import build_engine
-from .graphs import export_graph
-from .store import WeightStore
+from .record import append, watching
+from .store import WeightStore, write_graph
 from .targets import Target, choose
+from .traces import Traces, fill
 
 PARTS = {"language": ("language",), "connector": ("connector",), "decoder": ("denoiser", "prefix"), "vae": ("vae",)}
 
@@ -83,7 +76,7 @@ def rehearse(
         del model
         gc.collect()
         for graph in PARTS[part]:
-            with _watching() as peak:
+            with watching() as peak:
                 built = build_engine(
                     work / f"{graph}.onnx",
                     work / f"{graph}.plan",
@@ -116,12 +109,13 @@ def rehearse(
 def _trace(
     model: MindOmniModel, graph: str, dtype: str, precision: str, work: Path, store: WeightStore
 ) -> tuple[float, int]:
-    def change(traced: Any) -> None:
-        quantize.quantize(traced, precision, {})
-
     began = time.perf_counter()
-    with _watching() as peak:
-        export_graph(model, graph, dtype, work, store, change if precision in quantize.PASSES else None)
+    with watching() as peak:
+        traced, _ = Traces(model, dtype, "fp32").get(graph)
+        fill(traced, model, graph)
+        if precision in quantize.PASSES:
+            quantize.quantize(traced, precision, {}, store)
+        write_graph(traced, work / f"{graph}.onnx", store)
     return time.perf_counter() - began, peak["bytes"]
 
 
@@ -150,52 +144,13 @@ def _random(config: ModelConfig, part: str, dtype: torch.dtype) -> MindOmniModel
     return model.eval().requires_grad_(False)
 
 
-@contextmanager
-def _watching() -> Iterator[dict[str, int]]:
-    """The peak of the process's own memory (without file pages that can be dropped), sampled every 50 ms."""
-    found = {"bytes": 0}
-    stop = threading.Event()
-
-    def sample() -> None:
-        while True:
-            found["bytes"] = max(found["bytes"], anonymous_bytes())
-            if stop.wait(0.05):
-                return
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
-
-
-def anonymous_bytes() -> int:
-    """Bytes of this process that are backed by no file; the peak so far where /proc does not tell."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("RssAnon:"))) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def record(rows: list[Rehearsal], path: Path) -> None:
     """Writes rows as JSON with date and versions; a file that is there gets them appended."""
     import tensorrt_rtx
 
-    data: dict[str, Any] = {"what": "builds at published width with random weights; no GPU", "runs": []}
-    if path.exists():
-        data = json.loads(path.read_text(encoding="utf-8"))
-    data["runs"].append(
-        {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-            "versions": {"torch": torch.__version__, "tensorrt_rtx": tensorrt_rtx.__version__},
-            "graphs": [asdict(row) for row in rows],
-        }
-    )
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    versions = {"torch": torch.__version__, "tensorrt_rtx": tensorrt_rtx.__version__}
+    run = {"versions": versions, "graphs": [asdict(row) for row in rows]}
+    append("builds at published width with random weights; no GPU", run, path)
 
 
 def table(rows: list[Rehearsal]) -> str:

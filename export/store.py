@@ -7,24 +7,29 @@ share them. Graphs are written without the tracer's notes, so the same checkpoin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
 from mindomni_rt.bundle.contracts import GraphSpec
+from mindomni_rt.files import replace_file
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph
 _ALIGN = 4096  # a page, so that a tensor can be mapped
 
 
 class WeightStore:
-    """An append-only data file that stores equal tensors once. Close it before the graphs are read."""
+    """An append-only data file that stores equal tensors once. Close it before the graphs are read.
+
+    made: what was computed for a weight of this file, by a key of the caller's: graphs over the same weights ask once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.made: dict[Hashable, Any] = {}
         self._places: dict[bytes, tuple[int, int]] = {}
         self._file: BinaryIO = path.open("xb")  # never over the weights of another graph
 
@@ -37,17 +42,25 @@ class WeightStore:
             self._file.write(data)
         return self._places[key]
 
-    def tensor(self, name: str, value: ir.TensorProtocol) -> ir.ExternalTensor:
-        """The same tensor, by reference to this file."""
-        offset, length = self.add(value.tobytes())
+    def tensor(self, name: str, value: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The same tensor, by reference to this file; a small one stays as it is."""
+        if value.nbytes <= _INLINE:
+            return ir.Tensor(value.numpy(), dtype=value.dtype, name=name)
+        if isinstance(value, ir.ExternalTensor) and Path(value.path) == self.path:
+            return value
+        key = ("whole", name, value.dtype)  # a checkpoint's weight has one name in all graphs of a file
+        if not isinstance(value, ir.LazyTensor) or key not in self.made:
+            self.made[key] = self._place(name, _bytes(value), value.dtype, tuple(value.shape.numpy()))
+        found: ir.ExternalTensor = self.made[key]
+        return found
+
+    def _place(
+        self, name: str, data: bytes | memoryview, dtype: ir.DataType, shape: Sequence[int]
+    ) -> ir.ExternalTensor:
+        """A tensor of these bytes, by reference to this file."""
+        offset, length = self.add(data)
         return ir.ExternalTensor(
-            self.path.name,
-            offset,
-            length,
-            value.dtype,
-            shape=ir.Shape(cast(Any, value.shape)),
-            name=name,
-            base_dir=str(self.path.parent),
+            self.path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=str(self.path.parent)
         )
 
     def close(self) -> None:
@@ -60,30 +73,23 @@ class WeightStore:
         self.close()
 
 
-def write_graph(
-    model: ir.Model,
-    spec: GraphSpec,
-    path: Path,
-    store: WeightStore,
-    change: Callable[[ir.Model], object] | None = None,
-) -> None:
-    """Writes a traced model under its contract: axes named, weights in the store, notes and file paths removed.
+def _bytes(value: ir.TensorProtocol) -> bytes | memoryview:
+    """A tensor's bytes as ONNX stores them, without a copy where numpy has the type."""
+    if value.dtype.bitwidth < 8:
+        return value.tobytes()
+    return np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8).data
 
-    change: edits the model first, when its weights lie the way MatMul reads them.
-    """
-    graph = model.graph
-    if change is not None:
-        change(model)
-    _name_axes(model, spec)
-    strip_notes(model)
-    for name, value in graph.initializers.items():
-        if value.const_value is not None and value.const_value.nbytes > _INLINE:
-            value.const_value = store.tensor(name, value.const_value)
+
+def write_graph(model: ir.Model, path: Path, store: WeightStore) -> None:
+    """Writes a traced model, its weights into the store, one at a time."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            value.const_value = store.tensor(str(name), value.const_value)
     model.producer_name, model.producer_version = "mindomni-rt", None
-    ir.save(model, path)
+    replace_file(path, lambda temporary: ir.save(model, temporary, format="protobuf"))
 
 
-def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
+def name_axes(model: ir.Model, spec: GraphSpec) -> None:
     """Checks inputs and outputs against the contract and gives free axes its names."""
     graph = model.graph
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):

@@ -75,7 +75,11 @@ def verify(bundle: Path, checkpoint: Path | None = None, device: str = "auto") -
 
 def _same_model(bundle: ModelConfig, checkpoint: ModelConfig, where: Path | None) -> None:
     """Raises BadRequestError naming the parts in which two models differ in shape."""
-    parts = [f.name for f in fields(bundle) if getattr(bundle, f.name) != getattr(checkpoint, f.name)]
+    parts = [
+        f.name
+        for f in fields(bundle)
+        if f.name != "recommended" and getattr(bundle, f.name) != getattr(checkpoint, f.name)
+    ]
     if parts:
         raise BadRequestError(
             f"--against {where}: another model than the bundle's; {', '.join(parts)} differ. Give the checkpoint "

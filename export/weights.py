@@ -22,6 +22,7 @@ _BITS = {"int4": 4, "uint4": 4, "fp4": 4, "bool": 8}
 _STORED = {"int8": "int8", "int8wo": "int8", "fp8": "fp8", "int4": "int4", "nvfp4": "fp4"}
 BLOCK = 16
 _PASSED = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose")  # between a stored matrix and its product
+MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 _PRODUCTS = ("Conv", "Einsum", "Gather", "Gemm", "MatMul")
 _LAYER = re.compile(r"\.layers\.\d+\.")
 # Small or sensitive: patch and time embeddings, the final layer. They stay in the type that the graph computes in.
@@ -73,6 +74,8 @@ def read_weights(path: Path) -> list[Weight]:
         for index, name in enumerate(node.input):
             readers.setdefault(name, []).append((node, index))
 
+    packed = {n.input[1]: n for n in graph.node if n.domain == MICROSOFT and n.op_type == "MatMulNBits"}
+
     def products(name: str) -> Iterator[str]:
         for node, index in readers.get(name, ()):
             if node.op_type in _PRODUCTS:
@@ -81,9 +84,17 @@ def read_weights(path: Path) -> list[Weight]:
                 yield from products(node.output[0])
 
     return [
-        Weight(name=name, type=_type(t), shape=tuple(t.dims), op=next(filter(None, products(name)), ""))
+        _packed(name, packed[name])
+        if name in packed
+        else Weight(name=name, type=_type(t), shape=tuple(t.dims), op=next(filter(None, products(name)), ""))
         for name, t in stored
     ]
+
+
+def _packed(name: str, node: onnx.NodeProto) -> Weight:
+    """The matrix that a MatMulNBits reads: stored as bytes, of `bits` a number."""
+    found = {a.name: a.i for a in node.attribute}
+    return Weight(name=name, type=f"int{found['bits']}", shape=(found["K"], found["N"]), op=node.op_type)
 
 
 def _type(tensor: TensorProto) -> str:

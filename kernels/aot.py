@@ -38,6 +38,7 @@ MODULES = (
     "linear8",
     "int4_linear",
     "gemv",
+    "int8_linear",
     "norm_gemv",
     "int8_attention",
 )

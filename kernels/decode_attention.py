@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .dependent import begin, dependent, launch_options
 from .launch import Launch, for_sm, for_width, sm_of, upcast, use_triton
 from .segment_attention import LOG2_E
 from .spec import Spec, make_spec, pointers
@@ -27,7 +28,6 @@ LAUNCHES = {
     87: Launch(block_m=16, block_n=64, warps=4, stages=2),
     89: Launch(block_m=16, block_n=64, warps=4, stages=3),
     90: Launch(block_m=16, block_n=64, warps=4, stages=4),
-    100: Launch(block_m=16, block_n=64, warps=4, stages=4),
     120: Launch(block_m=16, block_n=64, warps=4, stages=3),
 }
 SPLITS = 32
@@ -60,8 +60,13 @@ def partial_kernel(
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    """Writes part (B·Hkv, SPLITS, GROUP·S, D) float32 and stats (…, 2): running maximum (base 2) and sum."""
+    """Writes part (B·Hkv, SPLITS, GROUP·S, D) float32 and stats (…, 2): running maximum (base 2) and sum.
+
+    Splits past the length at hand do nothing.
+    """
+    begin(PDL)
     split = tl.program_id(0)
     index = tl.program_id(1).to(tl.int64)
     batch, kv_head = index // kv_heads, index % kv_heads
@@ -74,6 +79,8 @@ def partial_kernel(
     rows = tl.arange(0, BM)
     real = rows < GROUP * tokens
     head, token = kv_head * GROUP + rows // tokens, rows % tokens
+    if first >= length:
+        return
     d = tl.arange(0, D)
     columns = tl.arange(0, BN)
     q_rows = q_ptr + batch * q_b + head * q_h + token * q_n
@@ -114,6 +121,7 @@ def join_kernel(
     part_ptr: tl.tensor,
     stats_ptr: tl.tensor,
     o_ptr: tl.tensor,
+    length_ptr: tl.tensor,
     tokens: tl.tensor,
     kv_heads: tl.tensor,
     o_b: tl.tensor,
@@ -121,17 +129,23 @@ def join_kernel(
     o_n: tl.tensor,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    BN: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    begin(PDL)
+    blocks = (tl.load(length_ptr) + BN - 1) // BN
+    each = (blocks + SPLITS - 1) // SPLITS
     row = tl.program_id(0)
     index = tl.program_id(1).to(tl.int64)
     batch, kv_head = index // kv_heads, index % kv_heads
     splits, d = tl.arange(0, SPLITS), tl.arange(0, D)
     place = (index * SPLITS + splits) * GROUP * tokens + row
-    top = tl.load(stats_ptr + place * 2)
-    total = tl.load(stats_ptr + place * 2 + 1)
+    used = splits * each < blocks
+    top = tl.load(stats_ptr + place * 2, mask=used, other=float("-inf"))
+    total = tl.load(stats_ptr + place * 2 + 1, mask=used, other=0.0)
     weight = tl.exp2(top - tl.max(top, 0))
-    part = tl.load(part_ptr + place[:, None] * D + d[None, :])
+    part = tl.load(part_ptr + place[:, None] * D + d[None, :], mask=used[:, None], other=0.0)
     out = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
     head, token = kv_head * GROUP + row // tokens, row % tokens
     tl.store(o_ptr + batch * o_b + head * o_h + token * o_n + d, out.to(o_ptr.dtype.element_ty))
@@ -148,6 +162,11 @@ def decode_attention_torch(q: Tensor, keys: Tensor, values: Tensor, length: Tens
     return scores.softmax(-1) @ v
 
 
+def most_splits(capacity: int, block: int) -> int:
+    """As many as a full cache has blocks, up to `SPLITS`: a short cache needs fewer programs and fewer partial sums."""
+    return min(triton.next_power_of_2(triton.cdiv(capacity, block)), SPLITS)
+
+
 def decode_attention(
     q: Tensor,
     keys: Tensor,
@@ -155,13 +174,14 @@ def decode_attention(
     length: Tensor,
     impl: str = "auto",
     launch: Launch | None = None,
-    splits: int = SPLITS,
+    splits: int | None = None,
 ) -> Tensor:
     """Attention of the cache's last S tokens, causal among themselves.
 
     q (B, Hq, S, D), S up to 32 over a group; keys, values (B, Hkv, C, D), the new tokens' already written; length
     int32 (1,) on the device: tokens in the cache, the new ones included. Any strides with a contiguous D, a power of
-    two of 16 or more. Returns (B, Hq, S, D) stored as (B, S, Hq, D). Raises ValueError for shapes that do not fit.
+    two of 16 or more. splits: programs that share the cache of a row and head, a power of two; None goes by the
+    capacity. Returns (B, Hq, S, D) stored as (B, S, Hq, D). Raises ValueError for shapes that do not fit.
     """
     batch, heads, tokens, head_dim = q.shape
     kv_heads = keys.shape[1]
@@ -176,6 +196,8 @@ def decode_attention(
     if any(t.stride(-1) != 1 or t.dtype != q.dtype for t in (q, keys, values)):
         raise ValueError("q, keys and values need one dtype and a contiguous last axis")
     launch = launch or for_width(for_sm(LAUNCHES, sm_of(q)), q.dtype == torch.float32)
+    splits = splits or most_splits(keys.shape[2], launch.block_n)
+    pdl = dependent(sm_of(q))
     group, rows = heads // kv_heads, heads // kv_heads * tokens
     part = torch.empty(batch * kv_heads, splits, rows, head_dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(batch * kv_heads, splits, rows, 2, dtype=torch.float32, device=q.device)
@@ -184,11 +206,13 @@ def decode_attention(
         q, keys, values, length, part, stats, head_dim**-0.5 * LOG2_E, tokens, kv_heads,
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         GROUP=group, D=head_dim, BM=max(launch.block_m, triton.next_power_of_2(rows)), BN=launch.block_n,
-        SPLITS=splits, UPCAST=upcast(q), num_warps=launch.warps, num_stages=launch.stages,
+        SPLITS=splits, UPCAST=upcast(q), PDL=pdl,
+        num_warps=launch.warps, num_stages=launch.stages, **launch_options(pdl),
     )  # fmt: skip
     join_kernel[rows, batch * kv_heads](
-        part, stats, out, tokens, kv_heads, *out.stride()[:3], GROUP=group, D=head_dim, SPLITS=splits, num_warps=4
-    )
+        part, stats, out, length, tokens, kv_heads, *out.stride()[:3],
+        GROUP=group, D=head_dim, BN=launch.block_n, SPLITS=splits, PDL=pdl, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
@@ -201,7 +225,7 @@ def specs(sm: int, dtype: str, head_dim: int = 128, group: int = 7) -> Iterator[
             f"decode_attention_{head_dim}{name}",
             partial_kernel,
             {**types, "scale": "fp32"},
-            dict(GROUP=group, D=head_dim, BM=block, BN=launch.block_n, SPLITS=SPLITS, UPCAST=False),
+            dict(GROUP=group, D=head_dim, BM=block, BN=launch.block_n, SPLITS=SPLITS, UPCAST=False, PDL=dependent(sm)),
             launch.warps,
             launch.stages,
             unaligned=("tokens", "kv_heads"),
@@ -209,8 +233,8 @@ def specs(sm: int, dtype: str, head_dim: int = 128, group: int = 7) -> Iterator[
     yield make_spec(
         f"decode_attention_{head_dim}_join",
         join_kernel,
-        pointers(join_kernel, "fp32", o=dtype),
-        dict(GROUP=group, D=head_dim, SPLITS=SPLITS),
+        pointers(join_kernel, "fp32", o=dtype, length="i32"),
+        dict(GROUP=group, D=head_dim, BN=launch.block_n, SPLITS=SPLITS, PDL=dependent(sm)),
         4,
         1,
         unaligned=("tokens", "kv_heads"),

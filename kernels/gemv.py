@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .dependent import AHEAD, begin, dependent, launch_options, prefetch
 from .launch import Launch, for_sm, sm_of, use_triton
 from .parts import by_parts, unpacked_rows
 from .quantize import Rows
@@ -20,7 +21,7 @@ from .triton_compat import tl, triton
 
 # block_m outputs, block_n inputs. None is measured yet.
 LAUNCHES = {
-    75: Launch(block_m=4, block_n=512, warps=4, stages=2),
+    75: Launch(block_m=4, block_n=512, warps=4, stages=1),
     80: Launch(block_m=4, block_n=1024, warps=4, stages=3),
     90: Launch(block_m=4, block_n=1024, warps=4, stages=4),
     120: Launch(block_m=4, block_n=1024, warps=4, stages=3),
@@ -40,13 +41,19 @@ def gemv_kernel(
     SCALED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = columns < n
     row = tl.where(inside, columns, 0).to(tl.int64)
     inner = tl.arange(0, BK)
+    if PDL:
+        ahead = tl.minimum(tl.arange(0, AHEAD * BK // 64) * 64, k - 1)
+        prefetch(w_ptr + row[:, None] * k + ahead[None, :])
+    begin(PDL)
     acc = tl.zeros([BN, BK], dtype=tl.float32)
-    for start in range(0, k, BK):
+    for start in tl.range(0, k, BK, num_stages=STAGES):
         keep = start + inner < k
         x = tl.load(x_ptr + start + inner, mask=keep, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + row[:, None] * k + start + inner[None, :], mask=keep[None, :], other=0.0)
@@ -82,11 +89,12 @@ def gemv(
             return weight_only_torch(x, weight, bias)
         return torch.nn.functional.linear(x, weight, bias)
     launch = launch or for_sm(LAUNCHES, sm_of(x))
+    pdl = dependent(sm_of(x))
     out = x.new_empty(*x.shape[:-1], n)
     gemv_kernel[(triton.cdiv(n, launch.block_m),)](
         x.contiguous(), values, weight.scale if isinstance(weight, Rows) else x, x if bias is None else bias, out, n, k,
         BIAS=bias is not None, SCALED=scaled, BN=launch.block_m, BK=launch.block_n,
-        num_warps=launch.warps, num_stages=launch.stages,
+        STAGES=launch.stages, PDL=pdl, num_warps=launch.warps, num_stages=launch.stages, **launch_options(pdl),
     )  # fmt: skip
     return out
 
@@ -100,7 +108,14 @@ def specs(sm: int, dtype: str) -> Iterator[Spec]:
                 "gemv" + ("_int8" if weight == "i8" else "") + ("_bias" if bias else ""),
                 gemv_kernel,
                 pointers(gemv_kernel, dtype, w=weight, scale="fp32"),
-                dict(BIAS=bias, SCALED=weight == "i8", BN=launch.block_m, BK=launch.block_n),
+                dict(
+                    BIAS=bias,
+                    SCALED=weight == "i8",
+                    BN=launch.block_m,
+                    BK=launch.block_n,
+                    STAGES=launch.stages,
+                    PDL=dependent(sm),
+                ),
                 launch.warps,
                 launch.stages,
             )

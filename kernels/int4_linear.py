@@ -16,14 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .launch import Launch, for_sm, interpreting, sm_of, use_triton
+from .dependent import AHEAD, begin, dependent, launch_options, prefetch
+from .launch import Launch, for_sm, interpreting, sm_of, tensor_cores, use_triton
 from .parts import by_parts, unpacked_rows
 from .spec import Spec, make_spec, pointers
 from .triton_compat import tl, triton
 
 # block_m: outputs of a program; block_n: groups read at once (GEMV), rows of x (product). None is measured yet.
 GEMV = {
-    75: Launch(block_m=8, block_n=8, warps=4, stages=2),
+    75: Launch(block_m=8, block_n=8, warps=4, stages=1),
     80: Launch(block_m=8, block_n=8, warps=4, stages=3),
     90: Launch(block_m=8, block_n=8, warps=4, stages=4),
     120: Launch(block_m=8, block_n=8, warps=4, stages=3),
@@ -34,7 +35,12 @@ PRODUCT = {
     90: Launch(block_m=64, block_n=16, warps=4, stages=4),
     120: Launch(block_m=64, block_n=16, warps=4, stages=3),
 }
-MOST_ROWS = 64  # beyond, unpacking once and one library product is less work
+WIDE = {
+    80: Launch(block_m=128, block_n=64, warps=8, stages=3),
+    90: Launch(block_m=128, block_n=128, warps=8, stages=3),
+    120: Launch(block_m=128, block_n=64, warps=8, stages=3),
+}
+FEW_ROWS = 64  # with more, tiles are as large as those of an ordinary product
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
@@ -115,14 +121,20 @@ def gemv_kernel(
     HALF: tl.constexpr,
     BN: tl.constexpr,
     BG: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One row of x: outputs BN at a time, BG groups of 2 · HALF inputs in flight."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = columns < n
     row = tl.where(inside, columns, 0).to(tl.int64)
     j = tl.arange(0, HALF)
+    if PDL:
+        ahead = tl.minimum(tl.arange(0, AHEAD * BG * HALF // 128) * 128, groups * HALF - 1)
+        prefetch(w_ptr + row[:, None] * groups * HALF + ahead[None, :])
+    begin(PDL)
     acc = tl.zeros([BN], dtype=tl.float32)
-    for start in range(0, groups, BG):
+    for start in tl.range(0, groups, BG, num_stages=STAGES):
         g = start + tl.arange(0, BG)
         keep = g < groups
         at = g[:, None] * 2 * HALF + j[None, :]
@@ -196,24 +208,36 @@ def int4_linear(
 ) -> Tensor:
     """x (…, K) times the packed weight (N, K) transposed -> (…, N).
 
-    "auto" unpacks for more than 64 rows (a prompt). Raises ValueError for shapes that do not fit.
+    "auto" unpacks for many rows on Turing alone. Raises ValueError for shapes that do not fit.
     """
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"x {tuple(x.shape)} does not fit a weight of {n}x{k}")
     m = x.numel() // k
     good = weight.group >= 32 and weight.group & (weight.group - 1) == 0
-    if not use_triton("torch" if impl == "auto" and m > MOST_ROWS else impl, x, good, f"group {weight.group} below 32"):
+    plain = impl == "auto" and m > FEW_ROWS and not tensor_cores(x.device)
+    if not use_triton("torch" if plain else impl, x, good, f"group {weight.group} below 32"):
         return int4_linear_torch(x, weight, bias)
     x = x.contiguous()
-    launch = launch or for_sm(GEMV if m == 1 else PRODUCT, sm_of(x))
+    launch = launch or for_sm(GEMV if m == 1 else PRODUCT if m <= FEW_ROWS else WIDE, sm_of(x))
     out = x.new_empty(*x.shape[:-1], n)
     arguments = (x, weight.packed, weight.scale, weight.minimum, x if bias is None else bias, out)
     shared = dict(BIAS=bias is not None, HALF=weight.group // 2, BN=launch.block_m)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
     columns, groups = triton.cdiv(n, launch.block_m), weight.scale.shape[1]
     if m == 1:
-        gemv_kernel[(columns,)](*arguments, n, groups, BG=launch.block_n, **shared, **options)
+        pdl = dependent(sm_of(x))
+        gemv_kernel[(columns,)](
+            *arguments,
+            n,
+            groups,
+            BG=launch.block_n,
+            STAGES=launch.stages,
+            PDL=pdl,
+            **shared,
+            **options,
+            **launch_options(pdl),
+        )
     else:
         product_kernel[columns, triton.cdiv(m, launch.block_n)](
             *arguments, m, n, groups, BM=launch.block_n,
@@ -223,11 +247,17 @@ def int4_linear(
 
 
 def specs(sm: int, dtype: str, group: int = 128) -> Iterator[Spec]:
-    """What `kernels.aot` compiles: one row (a token) and a few (a guess to verify), with and without a bias."""
+    """What `kernels.aot` compiles: one row (a token), a few (a guess to verify) and many, with
+    and without a bias."""
     for bias in (False, True):
-        for name, kernel, table in (("gemv", gemv_kernel, GEMV), ("product", product_kernel, PRODUCT)):
+        tables = [("gemv", gemv_kernel, GEMV), ("product", product_kernel, PRODUCT), ("wide", product_kernel, WIDE)]
+        for name, kernel, table in tables if sm >= min(WIDE) else tables[:2]:
             launch = for_sm(table, sm)
-            own = dict(BG=launch.block_n) if name == "gemv" else dict(BM=launch.block_n, UPCAST=False)
+            own = (
+                dict(BG=launch.block_n, STAGES=launch.stages, PDL=dependent(sm))
+                if name == "gemv"
+                else dict(BM=launch.block_n, UPCAST=False)
+            )
             yield make_spec(
                 f"int4_{name}" + ("_bias" if bias else ""),
                 kernel,
@@ -235,5 +265,5 @@ def specs(sm: int, dtype: str, group: int = 128) -> Iterator[Spec]:
                 dict(BIAS=bias, HALF=group // 2, BN=launch.block_m, **own),
                 launch.warps,
                 launch.stages,
-                unaligned=("groups", *(("m",) if name == "product" else ())),
+                unaligned=("groups", *(("m",) if name != "gemv" else ())),
             )

@@ -1,9 +1,11 @@
 """Attention with 8-bit scores: int8 Q and K with a scale a token, then fp8 or 16-bit P·V.
 
-Two kernels. `pack` writes [image | time | condition] of K once as int8 (it must be read anyway, so joining the segments
-is free here) and V beside it, as fp8 or as it was. `attend` quantizes each query row while it is in registers, takes
-scores in int32 and the softmax in float32. Subtracting any one vector from all keys of a head leaves the softmax as it
-is; the mean of the image's keys is taken away first because it is what makes int8 too coarse (as SageAttention found).
+Three kernels. `measure` reads K and V once for what `pack` scales by. `pack` writes [image | time | condition] of K as
+int8 (it must be read anyway, so joining the segments is free here) and V beside it: as it was, or as fp8 and
+transposed, for 8-bit products want the keys of a channel side by side. `attend` quantizes each query row while it is in
+registers, takes scores in int32 and the softmax in float32. Subtracting any one vector from all keys of a head leaves
+the softmax as it is; the mean of the image's keys is taken away first because it is what makes int8 too coarse (as
+SageAttention found).
 fp8 P·V: P is in [0, 1] and becomes e4m3 times 448, V has a scale a head and channel.
 
 Axes as in `segment_attention`; T = N + 1 + L tokens packed.
@@ -24,33 +26,28 @@ from .triton_compat import tl, triton
 
 LAUNCHES = {
     80: Launch(block_m=128, block_n=64, warps=8, stages=3),
-    86: Launch(block_m=128, block_n=64, warps=8, stages=3),
-    89: Launch(block_m=128, block_n=64, warps=8, stages=3),
     90: Launch(block_m=128, block_n=128, warps=8, stages=3),
     100: Launch(block_m=128, block_n=64, warps=8, stages=3),
-    120: Launch(block_m=128, block_n=64, warps=8, stages=3),
 }
 PACK_ROWS = 16
+MEASURE_ROWS = 128
+ALIGN = 16  # keys of a channel of a transposed V are padded to a multiple
 PV = ("fp8", "16bit")
 
 
 @triton.jit
-def pack_kernel(
+def measure_kernel(
     ik_ptr: tl.tensor,
     iv_ptr: tl.tensor,
-    tk_ptr: tl.tensor,
     tv_ptr: tl.tensor,
-    ck_ptr: tl.tensor,
     cv_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    v_scale_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    k_scale_ptr: tl.tensor,
-    v_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    top_ptr: tl.tensor,
     images: tl.tensor,
-    total: tl.tensor,
     heads: tl.tensor,
     share: tl.tensor,
+    chunks: tl.tensor,
     ik_b: tl.tensor,
     ik_h: tl.tensor,
     ik_n: tl.tensor,
@@ -63,9 +60,65 @@ def pack_kernel(
     D: tl.constexpr,
     PADDED: tl.constexpr,
     FP8: tl.constexpr,
+) -> None:
+    """Of ROWS tokens: the sum of the image's keys and the largest magnitude of V, both (B, Hkv, chunks, D)."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    index = tl.program_id(1).to(tl.int64)
+    batch, head = index // heads, index % heads
+    owner = batch // share
+    d = tl.arange(0, PADDED)
+    place = (index * chunks + tl.program_id(0)) * D + d
+    at = batch * ik_b + head * ik_h + n * ik_n
+    image = (n < images)[:, None] & (d < D)[None, :]
+    k = tl.load(ik_ptr + at[:, None] + d[None, :], mask=image, other=0.0).to(tl.float32)
+    tl.store(sum_ptr + place, tl.sum(k, 0), mask=d < D)
+    if FP8:
+        # Rows past a branch's length hold what an earlier request left.
+        keep = (n < images + 1 + tl.load(lengths_ptr + owner))[:, None] & (d < D)[None, :]
+        time = owner * tk_b + head * tk_h
+        after = owner * ck_b + head * ck_h + (n - images - 1) * ck_n
+        rows = tl.where(n < images, iv_ptr + at, tl.where(n == images, tv_ptr + time, cv_ptr + after))
+        v = tl.load(rows[:, None] + d[None, :], mask=keep, other=0.0).to(tl.float32)
+        tl.store(top_ptr + place, tl.max(tl.abs(v), 0), mask=d < D)
+
+
+@triton.jit
+def pack_kernel(
+    ik_ptr: tl.tensor,
+    iv_ptr: tl.tensor,
+    tk_ptr: tl.tensor,
+    tv_ptr: tl.tensor,
+    ck_ptr: tl.tensor,
+    cv_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    top_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    images: tl.tensor,
+    total: tl.tensor,
+    padded: tl.tensor,
+    chunks: tl.tensor,
+    heads: tl.tensor,
+    share: tl.tensor,
+    ik_b: tl.tensor,
+    ik_h: tl.tensor,
+    ik_n: tl.tensor,
+    tk_b: tl.tensor,
+    tk_h: tl.tensor,
+    ck_b: tl.tensor,
+    ck_h: tl.tensor,
+    ck_n: tl.tensor,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    FP8: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
-    """K and V of a segment share their strides. mean, v_scale (B, Hkv, D); k, v (B, Hkv, T, D); k_scale (B, Hkv, T)."""
+    """K and V of a segment share their strides. k (B, Hkv, T, D); k_scale (B, Hkv, T); v (B, Hkv, T, D), or as fp8
+    (B, Hkv, D, padded) with v_scale (B, Hkv, D)."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.program_id(1).to(tl.int64)
     batch, head = index // heads, index % heads
@@ -78,7 +131,10 @@ def pack_kernel(
     k_rows = tl.where(n < images, ik_ptr + at, tl.where(n == images, tk_ptr + time, ck_ptr + after))
     v_rows = tl.where(n < images, iv_ptr + at, tl.where(n == images, tv_ptr + time, cv_ptr + after))
     k = tl.load(k_rows[:, None] + d[None, :], mask=keep, other=0.0).to(tl.float32)
-    k = k - tl.load(mean_ptr + index * D + d, mask=d < D, other=0.0)[None, :]
+    chunk = tl.arange(0, CHUNKS)
+    parts = (index * chunks + chunk)[:, None] * D + d[None, :]
+    known = (chunk < chunks)[:, None] & (d < D)[None, :]
+    k = k - (tl.sum(tl.load(sum_ptr + parts, mask=known, other=0.0), 0) / images)[None, :]
     k = tl.where(keep, k, 0.0)
     scale = tl.maximum(tl.max(tl.abs(k), 1) / 127.0, 1e-12)
     k = (k / scale[:, None] + 12582912.0) - 12582912.0
@@ -87,11 +143,17 @@ def pack_kernel(
     tl.store(k_scale_ptr + place, scale, mask=n < total)
     v = tl.load(v_rows[:, None] + d[None, :], mask=keep, other=0.0)
     if FP8:
-        v = v.to(tl.float32) / tl.load(v_scale_ptr + index * D + d, mask=d < D, other=1.0)[None, :]
+        v_scale = tl.maximum(tl.max(tl.load(top_ptr + parts, mask=known, other=0.0), 0) / 448.0, 1e-12)
+        if tl.program_id(0) == 0:
+            tl.store(v_scale_ptr + index * D + d, v_scale, mask=d < D)
+        v = v.to(tl.float32) / v_scale[None, :]
         v = tl.minimum(tl.maximum(v, -448.0), 448.0)
         if EMULATE:
             v = round_e4m3(v)
-    tl.store(v_ptr + place[:, None] * D + d[None, :], v.to(v_ptr.dtype.element_ty), mask=keep)
+        to = v_ptr + (index * D + d)[None, :] * padded + n[:, None]
+        tl.store(to, v.to(v_ptr.dtype.element_ty), mask=keep)
+    else:
+        tl.store(v_ptr + place[:, None] * D + d[None, :], v.to(v_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -106,6 +168,7 @@ def attend_eight(
     k_rows: tl.tensor,
     k_scale: tl.tensor,
     v_rows: tl.tensor,
+    v_d: tl.tensor,
     keep: tl.tensor,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -114,17 +177,17 @@ def attend_eight(
     EMULATE: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """One block of keys under the running softmax; k_rows, v_rows, k_scale: pointers (BN,)."""
+    """One block of keys under the running softmax; k_rows, v_rows, k_scale: pointers (BN,); v_d: between channels."""
     d0, d1 = tl.arange(0, D0), D0 + tl.arange(0, D1)
     if MASKED:
         k0 = tl.load(k_rows[None, :] + d0[:, None], mask=keep[None, :], other=0)
         k1 = tl.load(k_rows[None, :] + d1[:, None], mask=keep[None, :], other=0)
-        v0 = tl.load(v_rows[:, None] + d0[None, :], mask=keep[:, None], other=0.0)
-        v1 = tl.load(v_rows[:, None] + d1[None, :], mask=keep[:, None], other=0.0)
+        v0 = tl.load(v_rows[:, None] + d0[None, :] * v_d, mask=keep[:, None], other=0.0)
+        v1 = tl.load(v_rows[:, None] + d1[None, :] * v_d, mask=keep[:, None], other=0.0)
         scale = tl.load(k_scale, mask=keep, other=0.0)
     else:
         k0, k1 = tl.load(k_rows[None, :] + d0[:, None]), tl.load(k_rows[None, :] + d1[:, None])
-        v0, v1 = tl.load(v_rows[:, None] + d0[None, :]), tl.load(v_rows[:, None] + d1[None, :])
+        v0, v1 = tl.load(v_rows[:, None] + d0[None, :] * v_d), tl.load(v_rows[:, None] + d1[None, :] * v_d)
         scale = tl.load(k_scale)
     scores = tl.dot(q0, k0, out_dtype=tl.int32)
     scores = tl.dot(q1, k1, scores, out_dtype=tl.int32)
@@ -160,6 +223,7 @@ def attend_kernel(
     queries: tl.tensor,
     images: tl.tensor,
     total: tl.tensor,
+    padded: tl.tensor,
     heads: tl.tensor,
     share: tl.tensor,
     q_b: tl.tensor,
@@ -198,18 +262,20 @@ def attend_kernel(
     sums = tl.zeros([BM], dtype=tl.float32)
     columns = tl.arange(0, BN)
     length = images + 1 + tl.load(lengths_ptr + batch // share)
-    keys, values, scales = k_ptr + kv * total * D, v_ptr + kv * total * D, k_scale_ptr + kv * total
+    keys, scales = k_ptr + kv * total * D, k_scale_ptr + kv * total
+    values = v_ptr + kv * D * (padded if FP8 else total)
+    v_n, v_d = 1 if FP8 else D, padded if FP8 else 1
     whole = (length // BN) * BN
     for start in range(0, whole, BN):
         n = start + columns
         acc0, acc1, top, sums = attend_eight(
-            acc0, acc1, top, sums, q0, q1, q_scale, keys + n * D, scales + n, values + n * D, n < length,
+            acc0, acc1, top, sums, q0, q1, q_scale, keys + n * D, scales + n, values + n * v_n, v_d, n < length,
             D0, D1, False, FP8, EMULATE, UPCAST,
         )  # fmt: skip
     if whole < length:
         n = whole + columns
         acc0, acc1, top, sums = attend_eight(
-            acc0, acc1, top, sums, q0, q1, q_scale, keys + n * D, scales + n, values + n * D, n < length,
+            acc0, acc1, top, sums, q0, q1, q_scale, keys + n * D, scales + n, values + n * v_n, v_d, n < length,
             D0, D1, True, FP8, EMULATE, UPCAST,
         )  # fmt: skip
     o_rows = o_ptr + batch * o_b + head * o_h + rows[:, None] * o_n
@@ -226,12 +292,13 @@ def attend_kernel(
 Pair = tuple[Tensor, Tensor]
 
 
-def _statistics(condition: Pair, time: Pair, image: Pair, fp8: bool) -> tuple[Tensor, Tensor]:
+def _statistics(condition: Pair, time: Pair, image: Pair, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """(mean of the image's keys, scale of each channel of V), float32 (B, Hkv, D)."""
-    mean = image[0].mean(2, dtype=torch.float32)
-    if not fp8:
-        return mean, mean
-    prefix = torch.maximum(condition[1].abs().amax(2), time[1].abs())
+    mean, values = image[0].mean(2, dtype=torch.float32), condition[1]
+    if lengths is not None:  # rows past a branch's length hold what an earlier request left
+        places = torch.arange(values.shape[2], device=values.device)
+        values = values.masked_fill((places >= lengths[:, None])[:, None, :, None], 0)
+    prefix = torch.maximum(values.abs().amax(2), time[1].abs())
     prefix = prefix.repeat_interleave(mean.shape[0] // prefix.shape[0], 0)
     return mean, (torch.maximum(image[1].abs().amax(2), prefix).float() / 448).clamp_min(1e-12)
 
@@ -241,7 +308,7 @@ def int8_attention_torch(
 ) -> Tensor:
     """Reference implementation of `int8_attention`, with every rounding but that of P against a running maximum."""
     batch, group = q.shape[0], q.shape[1] // image[0].shape[1]
-    mean, v_scale = _statistics(condition, time, image, pv == "fp8")
+    mean, v_scale = _statistics(condition, time, image, lengths)
     share = batch // condition[0].shape[0]
     out = []
     for row in range(batch):
@@ -296,22 +363,32 @@ def int8_attention(
     fp8, prefixes, capacity = pv == "fp8", *condition[0].shape[0::2][:2]
     if lengths is None:
         lengths = torch.full((prefixes,), capacity, dtype=torch.int32, device=q.device)
-    mean, v_scale = _statistics(condition, time, image, fp8)
     total = images + 1 + capacity
+    padded, chunks = triton.cdiv(total, ALIGN) * ALIGN, triton.cdiv(total, MEASURE_ROWS)
     keys = torch.empty(batch, kv_heads, total, head_dim, dtype=torch.int8, device=q.device)
-    values = torch.empty_like(keys, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
+    if fp8:
+        values = torch.empty(batch, kv_heads, head_dim, padded, dtype=torch.float8_e4m3fn, device=q.device)
+    else:
+        values = torch.empty_like(keys, dtype=q.dtype)
     k_scale = torch.empty(batch, kv_heads, total, dtype=torch.float32, device=q.device)
-    share = batch // prefixes
+    sums, tops = torch.empty(2, batch, kv_heads, chunks, head_dim, dtype=torch.float32, device=q.device)
+    v_scale = torch.empty(batch, kv_heads, head_dim, dtype=torch.float32, device=q.device)
+    share, wide = batch // prefixes, triton.next_power_of_2(head_dim)
+    strides = (*image[0].stride()[:3], *time[0].stride()[:2], *condition[0].stride()[:3])
+    measure_kernel[chunks, batch * kv_heads](
+        *image, time[1], condition[1], lengths, sums, tops, images, kv_heads, share, chunks, *strides,
+        ROWS=MEASURE_ROWS, D=head_dim, PADDED=wide, FP8=fp8, num_warps=4,
+    )  # fmt: skip
     pack_kernel[triton.cdiv(total, PACK_ROWS), batch * kv_heads](
-        *image, *time, *condition, mean, v_scale, keys, k_scale, values, images, total, kv_heads, share,
-        *image[0].stride()[:3], *time[0].stride()[:2], *condition[0].stride()[:3],
-        ROWS=PACK_ROWS, D=head_dim, PADDED=triton.next_power_of_2(head_dim), FP8=fp8, EMULATE=interpreting(),
-        num_warps=4,
+        *image, *time, *condition, sums, tops, v_scale, keys, k_scale, values,
+        images, total, padded, chunks, kv_heads, share, *strides,
+        ROWS=PACK_ROWS, CHUNKS=triton.next_power_of_2(chunks), D=head_dim, PADDED=wide, FP8=fp8,
+        EMULATE=interpreting(), num_warps=4,
     )  # fmt: skip
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     attend_kernel[triton.cdiv(queries, launch.block_m), batch * heads](
         q, keys, k_scale, values, v_scale, out, lengths, head_dim**-0.5 * LOG2_E,
-        queries, images, total, heads, share, *q.stride()[:3], *out.stride()[:3],
+        queries, images, total, padded, heads, share, *q.stride()[:3], *out.stride()[:3],
         GROUP=heads // kv_heads, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, FP8=fp8, EMULATE=interpreting(),
         UPCAST=upcast(q) and not fp8, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -325,7 +402,7 @@ def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[S
     launch, (d0, d1) = for_width(for_sm(LAUNCHES, sm), dtype == "fp32"), split_head(head_dim)
     own = dict(GROUP=group, D0=d0, D1=d1, BM=launch.block_m, BN=launch.block_n, EMULATE=False, UPCAST=False)
     floats = dict(k="i8", k_scale="fp32", v_scale="fp32")
-    sizes = ("images", "total", "heads", "share")
+    sizes, packing = ("images", "total", "heads", "share"), dict(D=head_dim, PADDED=triton.next_power_of_2(head_dim))
     for pv in PV if sm >= 89 else PV[1:]:
         v = "fp8e4nv" if pv == "fp8" else dtype
         yield make_spec(
@@ -340,11 +417,18 @@ def specs(sm: int, dtype: str, head_dim: int = 96, group: int = 1) -> Iterator[S
         yield make_spec(
             f"int8_attention_{head_dim}_pack_{pv}",
             pack_kernel,
-            pointers(pack_kernel, dtype, **floats, v=v, mean="fp32"),
-            dict(
-                ROWS=PACK_ROWS, D=head_dim, PADDED=triton.next_power_of_2(head_dim), FP8=pv == "fp8", EMULATE=False
-            ),
+            pointers(pack_kernel, dtype, **floats, v=v, sum="fp32", top="fp32"),
+            dict(ROWS=PACK_ROWS, CHUNKS=64, **packing, FP8=pv == "fp8", EMULATE=False),
             4,
             1,
-            unaligned=sizes,
+            unaligned=(*sizes, "chunks"),
+        )
+        yield make_spec(
+            f"int8_attention_{head_dim}_measure_{pv}",
+            measure_kernel,
+            pointers(measure_kernel, dtype, lengths="i32", sum="fp32", top="fp32"),
+            dict(ROWS=MEASURE_ROWS, **packing, FP8=pv == "fp8"),
+            4,
+            1,
+            unaligned=("images", "heads", "share", "chunks"),
         )  # fmt: skip

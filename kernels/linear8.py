@@ -20,14 +20,11 @@ from .spec import Spec, make_spec, pointers
 from .triton_compat import tl, triton
 
 BLOCK_K = 128
+LIBRARY_ROWS = 1024  # that torch._int_mm writes as int32 at once: twice to four times the bytes of the result
 GROUP = 8  # row blocks that share a column block before moving on, for the L2
 LAUNCHES = {
     80: Launch(block_m=128, block_n=128, warps=8, stages=3),
-    86: Launch(block_m=128, block_n=128, warps=8, stages=3),
-    87: Launch(block_m=128, block_n=128, warps=8, stages=3),
-    89: Launch(block_m=128, block_n=128, warps=8, stages=3),
     90: Launch(block_m=128, block_n=256, warps=8, stages=4),
-    100: Launch(block_m=128, block_n=256, warps=8, stages=4),
     120: Launch(block_m=128, block_n=128, warps=8, stages=3),
 }
 
@@ -104,15 +101,23 @@ def linear8_library(
     flat = a.values.reshape(-1, a.values.shape[-1])
     scale, channels = a.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
     if flat.dtype == torch.int8:
-        short = max(17 - flat.shape[0], 0)  # _int_mm on CUDA wants more than 16 rows
-        product = torch._int_mm(F.pad(flat, (0, 0, 0, short)), weight.values.T)[: flat.shape[0]]
-        out = product * scale * channels
-        out = (out if bias is None else out + bias.float()).to(dtype)
+        out = torch.empty(flat.shape[0], weight.values.shape[0], dtype=dtype, device=flat.device)
+        for rows, scales, place in zip(*(t.split(LIBRARY_ROWS) for t in (flat, scale, out)), strict=True):
+            _int8_library(rows, scales, weight.values, channels, bias, place)
     else:
         out = torch._scaled_mm(
             flat, weight.values.T, scale_a=scale, scale_b=channels, bias=bias, out_dtype=dtype, use_fast_accum=fast
         )
     return out.unflatten(0, a.values.shape[:-1])
+
+
+def _int8_library(
+    rows: Tensor, scale: Tensor, weight: Tensor, channels: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    short = max(17 - rows.shape[0], 0)  # _int_mm on CUDA wants more than 16 rows
+    product = torch._int_mm(F.pad(rows, (0, 0, 0, short)) if short else rows, weight.T)[: rows.shape[0]]
+    wide = (product * scale).mul_(channels)
+    out.copy_(wide if bias is None else wide.add_(bias.float()))
 
 
 def linear8(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .dependent import AHEAD, begin, dependent, launch_options, prefetch
 from .gemv import gemv
 from .launch import Launch, for_sm, sm_of, use_triton
 from .norms import add_norm_torch
@@ -24,7 +25,7 @@ from .triton_compat import tl, triton
 
 # block_m outputs, block_n inputs; with the gate twice as many weights are in flight. None is measured yet.
 LAUNCHES = {
-    75: Launch(block_m=2, block_n=512, warps=4, stages=2),
+    75: Launch(block_m=2, block_n=512, warps=4, stages=1),
     80: Launch(block_m=4, block_n=512, warps=4, stages=3),
     90: Launch(block_m=4, block_n=512, warps=4, stages=4),
     120: Launch(block_m=4, block_n=512, warps=4, stages=3),
@@ -50,15 +51,23 @@ def norm_gemv_kernel(
     GATE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = columns < n
     row = tl.where(inside, columns, 0).to(tl.int64)
     inner = tl.arange(0, BK)
+    if PDL:
+        ahead = tl.minimum(tl.arange(0, AHEAD * BK // 64) * 64, k - 1)
+        prefetch(w_ptr + row[:, None] * k + ahead[None, :])
+        if GATE:
+            prefetch(w_ptr + (row + n)[:, None] * k + ahead[None, :])
+    begin(PDL)
     acc = tl.zeros([BN, BK], dtype=tl.float32)
     up = tl.zeros([BN, BK], dtype=tl.float32)
     squares = tl.zeros([BK], dtype=tl.float32)
-    for start in range(0, k, BK):
+    for start in tl.range(0, k, BK, num_stages=STAGES):
         keep = start + inner < k
         t = tl.load(x_ptr + start + inner, mask=keep, other=0.0).to(tl.float32)
         if RESIDUAL:
@@ -131,14 +140,15 @@ def norm_gemv(
     if not use_triton(impl, x, x.numel() == k, f"{x.numel() // k} rows; norm_gemv takes one"):
         return norm_gemv_torch(x, weight, norm, eps, residual, bias, gate)
     launch = launch or for_sm(LAUNCHES, sm_of(x))
-    x = x.contiguous()
+    x, pdl = x.contiguous(), dependent(sm_of(x))
     out = x.new_empty(*x.shape[:-1], n)
     total = x if residual is None else torch.empty_like(x)
     norm_gemv_kernel[(triton.cdiv(n, launch.block_m),)](
         x, x if residual is None else residual.contiguous(), norm, values,
         weight.scale if isinstance(weight, Rows) else x, x if bias is None else bias, out, total, eps, n, k,
         BIAS=bias is not None, SCALED=isinstance(weight, Rows), RESIDUAL=residual is not None, GATE=gate,
-        BN=launch.block_m, BK=launch.block_n, num_warps=launch.warps, num_stages=launch.stages,
+        BN=launch.block_m, BK=launch.block_n, STAGES=launch.stages, PDL=pdl,
+        num_warps=launch.warps, num_stages=launch.stages, **launch_options(pdl),
     )  # fmt: skip
     return out, total
 
@@ -153,7 +163,14 @@ def specs(sm: int, dtype: str) -> Iterator[Spec]:
                 norm_gemv_kernel,
                 {**pointers(norm_gemv_kernel, dtype, w=weight, scale="fp32"), "eps": "fp32"},
                 dict(
-                    BIAS=not gate, SCALED=weight == "i8", RESIDUAL=True, GATE=gate, BN=launch.block_m, BK=launch.block_n
+                    BIAS=not gate,
+                    SCALED=weight == "i8",
+                    RESIDUAL=True,
+                    GATE=gate,
+                    BN=launch.block_m,
+                    BK=launch.block_n,
+                    STAGES=launch.stages,
+                    PDL=dependent(sm),
                 ),
                 launch.warps,
                 launch.stages,

@@ -27,7 +27,6 @@ LAUNCHES = {
     80: Launch(block_m=128, block_n=64, warps=8, stages=3),
     86: Launch(block_m=128, block_n=32, warps=4, stages=3),
     87: Launch(block_m=128, block_n=64, warps=8, stages=2),
-    89: Launch(block_m=128, block_n=64, warps=8, stages=2),
     90: Launch(block_m=128, block_n=128, warps=8, stages=2),
     100: Launch(block_m=128, block_n=64, warps=8, stages=3),
     120: Launch(block_m=128, block_n=64, warps=8, stages=2),

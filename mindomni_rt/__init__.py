@@ -19,6 +19,7 @@ from .errors import (
 from .loading import load
 
 if TYPE_CHECKING:
+    from .asynchronous import AsyncPipeline
     from .events import AnswerEvent, Event, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
     from .inputs.saving import read_settings, save_image
     from .pipeline import Pipeline
@@ -31,6 +32,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 __version__ = "0.2.0"
 __all__ = [
     "AnswerEvent",
+    "AsyncPipeline",
     "BadBundleError",
     "BadCheckpointError",
     "BadRequestError",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 from_pretrained = load  # the name that users of diffusers and transformers look for
 _LAZY = {
+    "AsyncPipeline": "asynchronous",
     "Pipeline": "pipeline",
     "Request": "request",
     "UnderstandRequest": "request",

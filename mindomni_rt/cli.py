@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import secrets
 import sys
 import tempfile
@@ -22,45 +21,37 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, doctor, load
+from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
-from .errors import BadRequestError, MindOmniError, MissingExtraError
+from .commands import front_door
+from .demo import DEMO_MODELS
+from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
 from .model.random import command as random_checkpoint
-from .options import HANDED_OVER, USER_ERROR, build_parser, parse_interval, parse_size
+from .options import HANDED_OVER, build_parser, parse_adapter, parse_interval, parse_size
+from .progress import step_bar
 from .request import Request, UnderstandRequest
-
-INTERRUPTED = 130
-# A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
-_INSTALLED = Path(__file__).with_name("assets")
-_ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
-DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _accept_any_text()
-    try:
-        if given and given[0] in HANDED_OVER:
-            return _hand_over(given[0], given[1:])
-        options = build_parser().parse_args(given)
-        logging.basicConfig(
-            level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
-            format="%(levelname)s %(message)s",
-            stream=sys.stderr,
-        )
-        return int(_COMMANDS[options.command](options))
-    except MindOmniError as error:
-        print(f"mindomni: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("mindomni: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away: nothing left to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return front_door(lambda: _run(given), "mindomni")
+
+
+def _run(given: list[str]) -> int:
+    if given and given[0] in HANDED_OVER:
+        return _hand_over(given[0], given[1:])
+    options = build_parser().parse_args(given)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
+        format="%(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    return int(_COMMANDS[options.command](options))
 
 
 def _accept_any_text() -> None:
@@ -87,20 +78,26 @@ def _hand_over(command: str, rest: Sequence[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    return load(
-        options.model,
+    folder = resolve(options.model, options.revision, None, options.offline)
+    if options.adapter and is_bundle(folder):
+        raise BadRequestError(f"--adapter: {folder} is a bundle; adapters need a checkpoint, on the torch backend")
+    pipe = load(
+        folder,
         backend=options.backend,
         device=options.device,
         dtype=options.dtype,
         precision=options.precision,
         memory_budget=options.memory_budget,
-        revision=options.revision,
-        local_files_only=options.offline,
+        fast=False if options.adapter else None,
     )
+    for item in options.adapter:
+        path, scale = parse_adapter(item)
+        pipe.load_adapter(path, scale=scale)
+    return pipe
 
 
 def _generate(options: argparse.Namespace) -> int:
-    width, height = parse_size(options.size)
+    width, height = parse_size(options.size) if options.size else (None, None)
     request: dict[str, Any] = dict(
         image=options.image,
         think=options.think,
@@ -166,13 +163,12 @@ def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationR
                     print(f"\n[{event.kind}] " if event.kind != "text" else "\n", end="")
                     kind = event.kind
                 print(event.text, end="", flush=True)
-            elif isinstance(event, StepEvent):
+            elif isinstance(event, StepEvent) and not options.quiet:
                 if bar is None:
                     if show and kind:
                         print(flush=True)
-                    bar = _bar(event.total, disable=options.quiet)
-                if bar is not None:
-                    bar.update(1)
+                    bar = step_bar(event.total)
+                bar.update(1)
             elif isinstance(event, (ImageEvent, AnswerEvent)):
                 result = event.result
     finally:
@@ -180,14 +176,6 @@ def _follow(events: Iterable[Event], options: argparse.Namespace) -> GenerationR
             bar.close()
     assert result is not None
     return result
-
-
-def _bar(total: int, disable: bool) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc="painting", unit="step", disable=disable, file=sys.stderr)
 
 
 def _finish(result: GenerationResult, paths: list[Path], options: argparse.Namespace) -> None:
@@ -266,11 +254,10 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
-    # The small model draws 96x96 pixels and was trained to need no guidance.
-    events = pipe.stream(
-        prompt, height=96, width=96, num_inference_steps=20, guidance_scale=1.0, max_new_tokens=48, seed=7
-    )
-    _finish(_follow(events, options), paths, options)
+    _finish(_follow(pipe.stream(prompt, max_new_tokens=48, seed=7), options), paths, options)
+    if not (options.json or options.quiet):
+        print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
+        print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")
     return 0
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .bundle.manifest import Manifest, is_bundle, read_manifest
+from .checkpoint.config import RecommendedConfig
 from .checkpoint.headers import elements
 from .checkpoint.layout import PARTS, Checkpoint, open_checkpoint
+from .checkpoint.parse import own_config
 
 
 def describe(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -15,6 +18,14 @@ def describe(folder: Path) -> tuple[dict[str, Any], list[str]]:
     if is_bundle(folder):
         return _bundle(folder, read_manifest(folder))
     return _checkpoint(open_checkpoint(folder))
+
+
+def read_recommended(folder: Path) -> RecommendedConfig:
+    """A model's own settings, without opening the rest of it. Raises BadCheckpointError or BadBundleError."""
+    if is_bundle(folder):
+        return read_manifest(folder).model.recommended
+    found: RecommendedConfig = own_config(folder / "mindomni.json")["recommended"]
+    return found
 
 
 def _bundle(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[str]]:
@@ -31,12 +42,14 @@ def _bundle(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], list[str]
         "bytes": total,
         "precision": {name: graph.precision for name, graph in manifest.graphs.items()},
         "built_by": dict(manifest.built_by),
+        "recommended": asdict(manifest.model.recommended),
         "config": manifest.model.to_dict(),
     }
     lines = [
         f"bundle {folder}",
         f"  runs on    {manifest.runtime} {manifest.runtime_version}, {', '.join(targets)}",
         f"  computes   {manifest.dtype}, sizes {manifest.profile.name!r}, {total / 2**20:.1f} MiB",
+        f"  recommends {manifest.model.recommended}",
     ]
     lines += [f"  {name:15} {graph.precision}" for name, graph in sorted(manifest.graphs.items())]
     return data, lines
@@ -50,11 +63,13 @@ def _checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
         "kind": "checkpoint",
         "parameters": count,
         "dtypes": kinds,
+        "recommended": asdict(checkpoint.config.recommended),
         "config": checkpoint.config.to_dict(),
     }
     lines = [f"checkpoint {checkpoint.path}"]
     lines += [f"  {part:10} {count[part]:>15,} parameters  {', '.join(kinds[part])}" for part in PARTS]
     lines.append(f"  {'total':10} {sum(count.values()):>15,} parameters")
+    lines.append(f"  recommended: {checkpoint.config.recommended}")
     for title, names in (("computed", checkpoint.computed), ("unused", checkpoint.unused)):
         lines += [f"  {title}: {', '.join(names)}"] if names else []
     return data, lines

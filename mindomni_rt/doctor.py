@@ -103,6 +103,7 @@ def _model_lines(model: Mapping[str, Any] | None) -> list[str]:
     lines = ["", f"model    {model['path']}: {model['kind']}"]
     if "error" in model:
         return [*lines, f"  cannot be read: {model['error']}"]
+    lines += [f"  recommends {model['recommended']}"]
     for device, found in model["devices"].items():
         lines.append(f"  {device}: {found['fits'] or found['error']}")
         if found.get("speed"):
@@ -172,11 +173,13 @@ def _notes(machine: Machine) -> list[str]:
 def _model(model: str | Path, machine: Machine) -> dict[str, Any]:
     from .bundle.manifest import is_bundle
     from .checkpoint.hub import resolve
+    from .describe import read_recommended
 
     found: dict[str, Any] = {"path": str(model), "kind": "unknown"}
     try:
         folder = resolve(model, local_files_only=True)
         found["kind"] = "bundle" if is_bundle(folder) else "checkpoint"
+        found["recommended"] = str(read_recommended(folder))
         found["devices"] = _bundle(folder, machine) if is_bundle(folder) else _checkpoint(folder, machine)
     except MindOmniError as error:
         found["error"] = str(error)

@@ -43,6 +43,11 @@ class MissingExtraError(MindOmniError, ImportError):
     def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
         advice = advice or f"pip install 'mindomni-rt[{extra}]'"
         super().__init__(f"{package} is not installed: {advice}")
+        self._given = (package, extra, advice)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """Errors cross processes; this one is made of other arguments than its message."""
+        return type(self), self._given
 
 
 def not_finite(stage: str, dtype: str) -> NotFiniteError:

@@ -17,11 +17,14 @@ HANDED_OVER = {
     "export": ("mindomni_rt.export.cli", (), "export", "build, verify and inspect bundles"),
     "plan": ("mindomni_rt.export.cli", ("plan",), "export", "what fits into the memory of a device"),
     "bench": ("mindomni_rt.benchmarks.cli", (), "bench", "measure latency, counts and quality"),
+    "serve": ("mindomni_rt.serving.cli", ("serve",), "serve", "an HTTP server in OpenAI's form"),
+    "ui": ("mindomni_rt.serving.cli", ("ui",), "ui", "a page in the browser"),
+    "batch": ("mindomni_rt.serving.cli", ("batch",), "ray", "a file of prompts to a folder of pictures"),
     "train": ("mindomni_rt.training.cli", (), "train", "the three training stages"),
 }
 EXAMPLES = """examples:
   mindomni demo
-  mindomni generate "three yellow circles" --model MODEL --size 1024x1024 --out a.png
+  mindomni generate "three yellow circles" --model MODEL --out a.png
   mindomni edit photo.jpg "make it winter" --model MODEL --out b.png
   mindomni understand "What is in this picture?" --image photo.jpg --model MODEL
   mindomni info --model MODEL
@@ -31,6 +34,9 @@ EXAMPLES = """examples:
   mindomni plan --help
   mindomni bench latency --help
   mindomni train sft --help
+  mindomni serve MODEL --port 8000
+  mindomni ui MODEL
+  mindomni batch prompts.jsonl --model MODEL --out DIR
 
 MODEL is a folder or a hub id (owner/name), of a checkpoint or a bundle."""
 
@@ -71,6 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-budget", metavar="SIZE", default="auto", help="such as 8GiB (default: what is free): parts take turns"
     )
 
+    model.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER[:SCALE]",
+        help="a LoRA adapter (torch); repeatable",
+    )
+
     write = _Parser(add_help=False)
     write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
     write.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
@@ -80,9 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     paint = _Parser(add_help=False)
-    paint.add_argument("--size", default=f"{defaults.width}x{defaults.height}", metavar="WxH")
-    paint.add_argument("--steps", type=int, default=defaults.num_inference_steps)
-    paint.add_argument("--guidance", type=float, default=defaults.guidance_scale)
+    paint.add_argument("--size", metavar="WxH", help="pixels (default: the input image's, or the model's own)")
+    paint.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    paint.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: the model's own)")
     paint.add_argument("--negative", default=defaults.negative_prompt, help="what to stay away from")
     paint.add_argument("--no-think", dest="think", action="store_false")
     paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")
@@ -126,6 +140,15 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(p.isdecimal() and len(p) < 7 for p in parts):
         raise BadRequestError(f"size {shown(text)}: expected WIDTHxHEIGHT in pixels, for example 1024x768")
     return int(parts[0]), int(parts[1])
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """ "FOLDER" or "FOLDER:SCALE" → folder and scale, 1 without one."""
+    folder, colon, scale = text.rpartition(":")
+    try:
+        return (folder, float(scale)) if colon and folder else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a colon of the path
 
 
 def parse_interval(text: str) -> tuple[float, float]:

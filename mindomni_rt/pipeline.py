@@ -14,22 +14,32 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Array, Backend, DenoiseRequest, LanguageRequest, Prefix
-from .errors import BadRequestError, GenerationCancelled, not_finite
+from .backends.base import (
+    ADAPTERS,
+    OPTIONAL,
+    PROMPT_BATCHES,
+    Array,
+    Backend,
+    DenoiseRequest,
+    LanguageRequest,
+    Prefix,
+)
+from .batch import Prompts, as_requests, groups
+from .checkpoint.config import RecommendedConfig
+from .clock import Clock
+from .errors import BadCheckpointError, BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
-from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
+from .inputs.images import ImagePatches, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -43,7 +53,9 @@ from .inputs.prompts import (
     split_thought,
     understand_messages,
 )
+from .progress import with_progress
 from .request import (
+    CompleteRequest,
     EditOptions,
     GenerateOptions,
     Request,
@@ -52,7 +64,7 @@ from .request import (
     as_request,
     check_callback,
     check_cancel,
-    edit_size,
+    complete,
 )
 from .sampling.decode import generate_tokens
 from .sampling.denoise import check, denoise
@@ -61,6 +73,7 @@ from .sampling.schedule import timesteps
 from .turn import Turn
 
 logger = logging.getLogger(__name__)
+Callback = Callable[[Event], bool | None]
 NEGATIVE_CACHE = 2  # prefixes kept; one is 0.4 MB a token at full size in 16 bits
 
 
@@ -73,6 +86,36 @@ class Thought:
     token_ids: list[int] = field(default_factory=list)
     image_latents: list[tuple[int, Array]] = field(default_factory=list)
     rounds: tuple[Round, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One request of a batch on its way: its place, and where its thinking led."""
+
+    place: int
+    request: CompleteRequest
+    seed: int
+    thought: Thought
+    guided: Prefix
+
+    def latents(self) -> NDArray[np.float32]:
+        """The noise to start from."""
+        if self.request.latents is not None:
+            return self.request.latents
+        return batch_noise(self.seed, self.request.num_images, self.request.latent_shape[1:])
+
+
+def _at(place: int, events: Generator[Event, None, Thought]) -> Generator[Event, None, Thought]:
+    """The events of the prompt at a place of a list."""
+    try:
+        while True:
+            event = next(events)
+            yield replace(event, prompt=place) if isinstance(event, TextEvent) else event
+    except StopIteration as end:
+        thought: Thought = end.value
+        return thought
+    finally:
+        events.close()
 
 
 class Pipeline:
@@ -89,21 +132,49 @@ class Pipeline:
         self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
         self._turn = Turn()
 
+    @overload
     def generate(
         self,
         prompt: str | Request,
         *,
-        callback: Callable[[Event], bool | None] | None = None,
+        callback: Callback | None = None,
         cancel: threading.Event | None = None,
+        progress: bool = False,
         **options: Unpack[GenerateOptions],
-    ) -> GenerationResult:
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        callback: Callback | None = None,
+        cancel: threading.Event | None = None,
+        progress: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompt: str | Request | Prompts,
+        *,
+        callback: Callback | None = None,
+        cancel: threading.Event | None = None,
+        progress: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationResult | list[GenerationResult]:
         """Thinks about the prompt and paints the result.
 
         Args:
-            prompt: the text, or a `Request` that holds everything.
+            prompt: the text, or a `Request` that holds everything; or a list of either, whose results are a list.
+                Neighbours with equal settings are painted as one batch where the backend can. Each result is that of
+                its prompt alone, up to rounding. With `seed`, prompt i has seed + i · num_images; each result tells
+                its own.
             callback: called with each event; returning False cancels.
             cancel: setting it, from any thread, ends the request after the current token or step.
-            **options: the fields of `Request`, which documents each with its default and limits.
+            progress: shows words and steps on standard error.
+            **options: the fields of `Request`, which documents each with its default and limits. The settings of a
+                result or of a saved picture (`read_settings`) are such options: they repeat it.
 
         Raises:
             BadRequestError: an option is unknown, out of its limits, or missing on this backend.
@@ -114,84 +185,141 @@ class Pipeline:
             >>> result.images[0].save("cat.png")  # doctest: +SKIP
         """
         cancel = check_cancel(cancel) or threading.Event()
-        return self._last(self.stream(prompt, cancel=cancel, **options), callback, cancel)
+        results = self._results(self.stream(prompt, cancel=cancel, **options), callback, cancel, progress)
+        return results if isinstance(prompt, (list, tuple)) else results[0]
 
     def edit(
         self,
         image: Any,
         prompt: str,
         *,
-        callback: Callable[[Event], bool | None] | None = None,
+        callback: Callback | None = None,
         cancel: threading.Event | None = None,
+        progress: bool = False,
         **options: Unpack[EditOptions],
     ) -> GenerationResult:
-        """`generate` with a reference image, at the image's own size unless height and width are given.
+        """`generate` with a reference image: the same, with the image first.
 
-        The size is the image's, reduced to 1024² pixels where it is larger, each side a multiple of 16. Arguments and
-        errors are those of `generate`.
+        Without height and width the size is the image's in multiples of 16, within what the model paints
+        (`recommended`). Arguments and errors are those of `generate`.
         """
-        picture = open_image(image)
-        width, height = edit_size(*picture.size)
-        options = {**options, "height": options.get("height", height), "width": options.get("width", width)}
-        return self.generate(prompt, callback=callback, cancel=cancel, image=picture, **options)
+        return self.generate(prompt, callback=callback, cancel=cancel, progress=progress, **{"image": image, **options})
 
     def understand(
         self,
         prompt: str | UnderstandRequest,
         image: Any = None,
         *,
-        callback: Callable[[Event], bool | None] | None = None,
+        callback: Callback | None = None,
         cancel: threading.Event | None = None,
+        progress: bool = False,
         **options: Unpack[UnderstandOptions],
     ) -> GenerationResult:
         """Answers in words, about an image if one is given.
 
         prompt: the question, or an `UnderstandRequest` that holds everything. options: the fields of
-        `UnderstandRequest`. callback, cancel and errors are those of `generate`.
+        `UnderstandRequest`. callback, cancel, progress and errors are those of `generate`.
         """
         cancel = check_cancel(cancel) or threading.Event()
         request = as_request(UnderstandRequest, prompt, options if image is None else {"image": image, **options})
-        return self._last(self.stream(request, cancel=cancel), callback, cancel)
+        return self._results(self.stream(request, cancel=cancel), callback, cancel, progress)[0]
 
     @staticmethod
-    def _last(
-        events: Iterator[Event], callback: Callable[[Event], bool | None] | None, cancel: threading.Event
-    ) -> GenerationResult:
-        result: GenerationResult | None = None
+    def _results(
+        events: Iterator[Event], callback: Callback | None, cancel: threading.Event, progress: bool
+    ) -> list[GenerationResult]:
+        results: list[GenerationResult] = []
         check_callback(callback)
-        for event in events:
+        for event in with_progress(events) if progress else events:
             if callback is not None and callback(event) is False:
                 cancel.set()
                 if isinstance(event, (ImageEvent, AnswerEvent)):  # no step is left that would see it
                     raise GenerationCancelled("cancelled by the callback")
             if isinstance(event, (ImageEvent, AnswerEvent)):
-                result = event.result
-        assert result is not None
-        return result
+                results.append(event.result)
+        return results
 
     def stream(
         self,
-        request: str | Request | UnderstandRequest,
+        request: str | Request | UnderstandRequest | Prompts,
         *,
         cancel: threading.Event | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[Event, None, None]:
         """A request as events: text while it is written, each denoising step, then the image or the answer.
 
-        request: a prompt with the fields of `Request` as options, a `Request`, or an `UnderstandRequest`. Setting
-        `cancel` from another thread ends the request at the next token or step with GenerationCancelled; closing the
-        generator ends it too. Mistakes in the request raise BadRequestError at the call, before the first event.
+        request: a prompt with the fields of `Request` as options, a `Request`, an `UnderstandRequest`, or a list of
+        prompts, whose events tell the place of theirs. Setting `cancel` from another thread ends the request at the
+        next token or step with GenerationCancelled; closing the generator ends it too. Mistakes in the request raise
+        BadRequestError at the call, before the first event.
         """
         cancel = check_cancel(cancel)
         if isinstance(request, UnderstandRequest):
-            return self._turn.during(self._understand(as_request(UnderstandRequest, request, options), cancel))
-        request = as_request(Request, request, options)
-        lacking = [n for n in request.optional() if n not in self.backend.capabilities]
+            return self._turn.during(self._understand(as_request(UnderstandRequest, request, options), cancel), cancel)
+        if isinstance(request, (list, tuple)):
+            asked = as_requests(request, options)
+        else:
+            asked = [as_request(Request, request, options)]
+        requests = [self.complete(one) for one in asked]
+        lacking = sorted({n for one in requests for n in one.optional() if n not in self.backend.capabilities})
         if lacking:
             raise BadRequestError(
-                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
+                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; "
+                f"{OPTIONAL[lacking[0]]}"
             )
-        return self._turn.during(self._generate(request, cancel))
+        return self._turn.during(self._generate(requests, cancel), cancel)
+
+    def load_adapter(self, folder: str | Path, *, scale: float = 1.0, name: str | None = None) -> str:
+        """Adds a LoRA adapter: a folder as peft and our training write it. Returns its name.
+
+        Sums are computed in float32 and rounded once to the type of the weights. name: the folder's by default.
+        Several adapters add up. Raises BadCheckpointError for one that does not fit, BadRequestError where the backend
+        cannot: adapters need a checkpoint on the torch backend without the fast path.
+        """
+        path = Path(folder)
+        name = path.resolve().name if name is None else name
+        with self._turn.alone():
+            self._adapters().load(path, scale, name)
+            self._negatives.clear()
+        return name
+
+    def set_adapter_scale(self, name: str, scale: float) -> None:
+        """Changes how much of an adapter is added; 0 is none of it. Raises BadRequestError."""
+        with self._turn.alone():
+            self._adapters().set_scale(name, scale)
+            self._negatives.clear()
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away: the weights have the bits that they had before. Raises BadRequestError."""
+        with self._turn.alone():
+            self._adapters().unload(name)
+            self._negatives.clear()
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Loaded adapters and their scales."""
+        return self._adapters().scales() if ADAPTERS in self.backend.capabilities else {}
+
+    def _adapters(self) -> Any:
+        if ADAPTERS not in self.backend.capabilities:
+            kind = "the fast path" if hasattr(self.backend, "model") else f"backend {self.backend.name!r}"
+            raise BadRequestError(
+                f"{kind} takes no adapters: its weights are packed, compiled or rounded. Load the checkpoint with "
+                "backend='torch', fast=False; or merge the adapter by training and build a bundle of the result"
+            )
+        return self.backend.adapters  # type: ignore[attr-defined]
+
+    @property
+    def recommended(self) -> RecommendedConfig:
+        """The model's own size, steps and guidance: what a request takes where it leaves them unset."""
+        return self.config.recommended
+
+    def complete(self, request: Request) -> CompleteRequest:
+        """The request with what it leaves unset filled in from `recommended`; a complete one is returned as it is.
+
+        A size outside of what the model was trained for is logged.
+        """
+        return complete(request, self.recommended)
 
     def close(self) -> None:
         """Frees the model's memory once the running request has ended. Later requests raise BadRequestError."""
@@ -205,59 +333,78 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _generate(self, request: Request, cancel: threading.Event | None) -> Generator[Event, None, None]:
-        clock = _Clock(self.backend)
-        seed = request.seed if request.seed is not None else secrets.randbits(32)
-        latents = request.latents
-        if latents is None:
-            latents = batch_noise(seed, request.num_images, request.latent_shape[1:])
-        if request.guidance_scale != 1:
-            self._negative_request(request)  # a negative prompt that is too long is found before any work
-        thought = yield from self.think(request, seed=seed, cancel=cancel, clock=clock)
-        guided = self.connect(thought, request, clock)
-        unguided = self.connect_negative(request, clock) if request.guidance_scale != 1 else None
-        final = yield from self.paint(request, latents, guided, unguided, cancel=cancel, clock=clock)
+    def _generate(
+        self, requests: Sequence[CompleteRequest], cancel: threading.Event | None
+    ) -> Generator[Event, None, None]:
+        for group in groups(requests, PROMPT_BATCHES in self.backend.capabilities):
+            yield from self._paint_group(group, cancel)
+
+    def _paint_group(
+        self, group: Sequence[tuple[int, CompleteRequest]], cancel: threading.Event | None
+    ) -> Generator[Event, None, None]:
+        """Requests of equal settings: each thinks by itself, then all are painted in one loop."""
+        clock, first = Clock(self.backend), group[0][1]
+        if first.guidance_scale != 1:
+            self._negative_request(first)  # a negative prompt that is too long is found before any work
+        thoughts, seeds = list[Thought](), list[int]()
+        for place, request in group:
+            seed = request.seed if request.seed is not None else secrets.randbits(32)
+            thoughts.append((yield from _at(place, self.think(request, seed=seed, cancel=cancel, clock=clock))))
+            seeds.append(seed)
+        jobs, unguided = self._connect_all(group, seeds, thoughts, clock)
+        each = tuple(job.guided for job in jobs for _ in range(job.request.num_images))
+        latents = np.concatenate([job.latents() for job in jobs])
+        final = yield from self.paint(
+            first, latents, jobs[0].guided if len(jobs) == 1 else each, unguided, cancel=cancel, clock=clock
+        )
         pixels = self.decode(final, clock)
+        at = 0
+        for job in jobs:
+            rows = slice(at, at + job.request.num_images)
+            at = rows.stop
+            own = final if len(jobs) == 1 else final[rows]
+            yield ImageEvent(self._result(job, pixels[rows], own, clock), job.place)
+
+    def _result(self, job: _Job, pixels: NDArray[np.float32], latents: Array, clock: Clock) -> GenerationResult:
+        request, thought = job.request, job.thought
         last = thought.rounds[-1] if thought.rounds else Round(text=request.prompt, answer=request.prompt)
-        yield ImageEvent(
-            GenerationResult(
-                images=to_pil(pixels) if request.output == "pil" else pixels,
-                text=thought.text,
-                thinking=last.thinking,
-                answer=last.answer,
-                finish_reason=last.finish_reason,
-                rounds=thought.rounds,
-                seed=None if request.latents is not None else seed,
-                timings=clock.report(),
-                token_ids=thought.token_ids,
-                fetch_latents=partial(self.backend.numpy, final),
-                settings={
-                    **request.settings(),
-                    "seed": seed,
-                    "backend": self.backend.name,
-                    "dtype": self.backend.dtype,
-                },
-            )
+        return GenerationResult(
+            images=to_pil(pixels) if request.output == "pil" else pixels,
+            text=thought.text,
+            thinking=last.thinking,
+            answer=last.answer,
+            finish_reason=last.finish_reason,
+            rounds=thought.rounds,
+            seed=None if request.latents is not None else job.seed,
+            timings=clock.report(),
+            token_ids=thought.token_ids,
+            fetch_latents=partial(self.backend.numpy, latents),
+            settings={
+                **request.settings(),
+                "seed": job.seed,
+                "backend": self.backend.name,
+                "dtype": self.backend.dtype,
+                **({"adapters": self.adapters} if self.adapters else {}),
+            },
         )
 
     def think(
-        self, request: Request, *, seed: int = 0, cancel: threading.Event | None = None, clock: _Clock | None = None
+        self, request: Request, *, seed: int = 0, cancel: threading.Event | None = None, clock: Clock | None = None
     ) -> Generator[Event, None, Thought]:
         """Prompt (and image) → text and hidden states. Without thinking, one prefill and no text."""
-        clock = clock or _Clock(self.backend)
+        request, clock = self.complete(request), clock or Clock(self.backend)
         patches = embeds = latents = None
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                picture = open_image(request.image)
-                patches = prepare_image(picture, self.config, request.max_image_tokens)
+                patches = prepare_image(request.image, self.config, request.max_image_tokens)
                 embeds = self._finite("vision", self.backend.vision(patches))
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
                     most = self.config.language.max_positions // 2
-                    latents = self.backend.vae_encode(vae_pixels(picture, max_tokens=most))
+                    latents = self.backend.vae_encode(vae_pixels(request.image, max_tokens=most))
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         rounds: list[Round] = []
         prompt = request.prompt
@@ -278,7 +425,7 @@ class Pipeline:
         return Thought(text, hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
 
     def _write(
-        self, language: LanguageRequest, index: int, clock: _Clock
+        self, language: LanguageRequest, index: int, clock: Clock
     ) -> Generator[Event, None, tuple[Round, Array]]:
         """Runs stage `language` to its end and yields each piece of text. Returns the round and its hidden states."""
         stream, parser = TextStream(self.chat), ThoughtParser()
@@ -302,36 +449,75 @@ class Pipeline:
             yield TextEvent(text, kind, index)
         thinking, answer = split_thought(stream.text)
         reason: FinishReason = "length" if cut else "stop"
-        written = Round(text=stream.text, thinking=thinking, answer=answer, finish_reason=reason, token_ids=tokens)
+        written = Round(
+            text=stream.text,
+            thinking=thinking,
+            answer=answer,
+            finish_reason=reason,
+            token_ids=tokens,
+            prompt_tokens=len(language.token_ids),
+        )
         return written, hidden
 
-    def connect(self, thought: Thought, request: Request, clock: _Clock | None = None) -> Prefix:
+    def connect(self, thought: Thought, request: Request, clock: Clock | None = None) -> Prefix:
         """Hidden states → condition → K/V of the guided branch."""
-        clock = clock or _Clock(self.backend)
-        with clock("connector"):
-            condition = self._finite("connector", self.backend.connector(thought.hidden, thought.image_latents))
-        patch = self.config.decoder.patch_size
-        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in thought.image_latents]
-        return self._prefix(condition, request, clock, blocks)
+        request, clock = self.complete(request), clock or Clock(self.backend)
+        condition = self._condition(clock, thought.hidden, thought.image_latents)
+        return self._prefix(condition, request, clock, thought.image_latents)
 
-    def connect_negative(self, request: Request, clock: _Clock | None = None) -> Prefix:
+    def connect_negative(self, request: Request, clock: Clock | None = None) -> Prefix:
         """The unguided branch: the negative prompt without thinking or image. Kept across calls."""
-        clock = clock or _Clock(self.backend)
-        # Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size.
+        request, clock = self.complete(request), clock or Clock(self.backend)
+        hidden = self._negative_hidden(request, clock)
+        condition = None if hidden is None else self._condition(clock, hidden)
+        return self._negative_prefix(condition, request, clock)
+
+    def _connect_all(
+        self,
+        group: Sequence[tuple[int, CompleteRequest]],
+        seeds: Sequence[int],
+        thoughts: Sequence[Thought],
+        clock: Clock,
+    ) -> tuple[list[_Job], Prefix | None]:
+        """`connect` and `connect_negative` stage by stage: of parts that take turns, each is loaded once."""
+        first = group[0][1]
+        guidance = first.guidance_scale != 1
+        hidden = self._negative_hidden(first, clock) if guidance else None
+        conditions = [self._condition(clock, thought.hidden, thought.image_latents) for thought in thoughts]
+        negative = None if hidden is None else self._condition(clock, hidden)
+        jobs = []
+        for (place, request), seed, thought, condition in zip(group, seeds, thoughts, conditions, strict=True):
+            prefix = self._prefix(condition, request, clock, thought.image_latents)
+            jobs.append(_Job(place, request, seed, thought, prefix))
+        return jobs, self._negative_prefix(negative, first, clock) if guidance else None
+
+    def _negative_key(self, request: CompleteRequest, tokens: int) -> tuple[Any, ...]:
+        """Everything the K/V depend on; LongRoPE's choice of factors is the only trace of the image's size."""
         rope = self.config.decoder.stack.rope
+        long = tokens + 1 + self._image_tokens(request) > rope.original_max_positions
+        return request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope"
+
+    def _negative_hidden(self, request: CompleteRequest, clock: Clock) -> Array | None:
+        """Hidden states of the negative prompt; None where its prefix is known."""
         language = self._negative_request(request)
-        long = len(language.token_ids) + 1 + self._image_tokens(request) > rope.original_max_positions
-        key = (request.negative_prompt, request.num_inference_steps, long and rope.kind == "longrope")
-        if key not in self._negatives:
-            with clock("language"):
-                hidden = self.backend.language(language).hidden()
-            with clock("connector"):
-                condition = self._finite("connector", self.backend.connector(hidden))
+        if self._negative_key(request, len(language.token_ids)) in self._negatives:
+            return None
+        with clock("language"):
+            return self.backend.language(language).hidden()
+
+    def _negative_prefix(self, condition: Array | None, request: CompleteRequest, clock: Clock) -> Prefix:
+        """The prefix of a condition, kept from here on; of None the one that is known."""
+        key = self._negative_key(request, len(self._negative_request(request).token_ids))
+        if condition is not None:
             self._negatives[key] = self._prefix(condition, request, clock)
             while len(self._negatives) > NEGATIVE_CACHE:
                 self._negatives.popitem(last=False)
         self._negatives.move_to_end(key)
         return self._negatives[key]
+
+    def _condition(self, clock: Clock, hidden: Array, image_latents: Sequence[tuple[int, Array]] = ()) -> Array:
+        with clock("connector"):
+            return self._finite("connector", self.backend.connector(hidden, image_latents))
 
     def _negative_request(self, request: Request) -> LanguageRequest:
         return self.language_request(generate_messages(request.negative_prompt, think=False))
@@ -343,24 +529,33 @@ class Pipeline:
         return array
 
     def _prefix(
-        self, condition: Array, request: Request, clock: _Clock, blocks: list[tuple[int, int]] | None = None
+        self,
+        condition: Array,
+        request: CompleteRequest,
+        clock: Clock,
+        image_latents: Sequence[tuple[int, Array]] = (),
     ) -> Prefix:
         times = timesteps(request.num_inference_steps)[:-1]
+        patch = self.config.decoder.patch_size
+        blocks = [(at, at + x.shape[-2] * x.shape[-1] // patch**2) for at, x in image_latents]
         with clock("prefix"):
-            return self.backend.prefix(condition, times, self._image_tokens(request), blocks or ())
+            return self.backend.prefix(condition, times, self._image_tokens(request), blocks)
 
     def paint(
         self,
         request: Request,
         latents: NDArray[np.float32],
-        guided: Prefix,
+        guided: Prefix | tuple[Prefix, ...],
         unguided: Prefix | None,
         *,
         cancel: threading.Event | None = None,
-        clock: _Clock | None = None,
+        clock: Clock | None = None,
     ) -> Generator[Event, None, Array]:
-        """Noise (n, 4, H/8, W/8) → latents, an event after each step."""
-        clock = clock or _Clock(self.backend)
+        """Noise (n, 4, H/8, W/8) → latents, an event after each step.
+
+        guided: one for all images, or one for each (PROMPT_BATCHES).
+        """
+        request, clock = self.complete(request), clock or Clock(self.backend)
         loop = DenoiseRequest(
             latents=np.ascontiguousarray(latents, np.float32),
             times=timesteps(request.num_inference_steps),
@@ -384,16 +579,16 @@ class Pipeline:
                     yield StepEvent(state.step, state.total, preview)
             return self._finite("denoiser", state.latents)
 
-    def decode(self, latents: Array, clock: _Clock | None = None) -> NDArray[np.float32]:
+    def decode(self, latents: Array, clock: Clock | None = None) -> NDArray[np.float32]:
         """Latents → pixels (n, H, W, 3) in [0, 1]."""
-        with (clock or _Clock(self.backend))("vae"):
+        with (clock or Clock(self.backend))("vae"):
             pixels = self.backend.vae(latents)
         if not np.isfinite(pixels).all():
             raise not_finite("vae", self.backend.dtype)
         return pixels
 
     def _understand(self, request: UnderstandRequest, cancel: threading.Event | None) -> Generator[Event, None, None]:
-        clock = _Clock(self.backend)
+        clock = Clock(self.backend)
         prompt, image, max_new_tokens = request.prompt, request.image, request.max_new_tokens
         temperature, seed = request.temperature, request.seed if request.seed is not None else secrets.randbits(32)
         patches = embeds = None
@@ -432,6 +627,11 @@ class Pipeline:
         """A chat as stage `language` takes it: token ids, positions, and the checkpoint's generation settings."""
         ids = np.array(self.chat.encode(messages, [patches.tokens] if patches else []), np.int64)
         language, generation = self.config.language, self.config.generation
+        if ids.max() >= language.vocab_size:
+            raise BadCheckpointError(
+                f"{self.chat.folder}: the tokenizer gives token {ids.max()}, the model has {language.vocab_size}: "
+                "they belong to different models"
+            )
         room = language.max_positions - len(ids)
         if room < 1:
             raise BadRequestError(
@@ -456,42 +656,6 @@ class Pipeline:
             cancel=cancel,
         )
 
-    def _image_tokens(self, request: Request) -> int:
+    def _image_tokens(self, request: CompleteRequest) -> int:
         side = self.config.vae.downscale * self.config.decoder.patch_size
         return (request.height // side) * (request.width // side)
-
-
-class _Clock:
-    """Seconds by stage, the device's work included. What the caller does with an event is not counted."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._began = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-        self._idle = 0.0
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        began, idle = time.perf_counter(), self._idle
-        try:
-            yield
-        finally:
-            self._backend.synchronize()
-            spent = time.perf_counter() - began - (self._idle - idle)
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._idle += time.perf_counter() - began
-
-    def mark(self, name: str) -> None:
-        """Seconds since the request began, the first time only."""
-        self._seconds.setdefault(name, time.perf_counter() - self._began - self._idle)
-
-    def report(self) -> dict[str, float]:
-        self._backend.synchronize()
-        return {**self._seconds, "total": time.perf_counter() - self._began - self._idle}

@@ -13,20 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import FIRST_STEPS, OPTIONAL
-from .checkpoint.config import EDIT_FEATURES
+from .checkpoint.config import EDIT_FEATURES, MAX_SIDE, MAX_STEPS, Guidance, RecommendedConfig, Side, Steps
 from .checks import Many, Number, OneOf, Whole, check_fields, shown
 from .errors import BadRequestError
-from .inputs.images import DEFAULT_IMAGE_TOKENS
+from .inputs.images import DEFAULT_IMAGE_TOKENS, open_image
 from .inputs.prompts import DEFAULT_NEGATIVE, IMAGE_TOKEN
 from .sampling.schedule import SOLVERS
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", "Request", "UnderstandRequest")
-MAX_SIDE = 3072
-MAX_STEPS = 1000
-EDIT_SIDE = 1024  # an edited image has at most this side's square of pixels, what the published model was trained at
 MAX_TEXT = 2**19  # characters; a context of 128,000 tokens holds about as many
 MAX_PIXELS = 2**27  # of all images of a request: 128 of 1024x1024
+RECORDED = ("backend", "dtype", "adapters", "text", "mindomni_rt")  # in the settings of a picture, beside its request
 OUTPUTS = ("pil", "numpy")
 Seed = Annotated[int | None, Whole(-(2**63), 2**64 - 1)]
 NewTokens = Annotated[int, Whole(1, 2**21)]
@@ -60,7 +58,10 @@ class UnderstandRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Arguments of `Pipeline.generate`. Raises BadRequestError naming the field that cannot be served."""
+    """Arguments of `Pipeline.generate`. Raises BadRequestError naming the field that cannot be served.
+
+    Size, steps and guidance that are None are the model's own: `complete` takes them from its configuration.
+    """
 
     prompt: str
     """What to paint, or how to change `image`."""
@@ -70,14 +71,14 @@ class Request:
     """Reason in words first, as the model was trained to."""
     cascade: bool = False
     """A second round of thinking on the first one's answer; needs think."""
-    height: Annotated[int, Whole(16, MAX_SIDE, step=16)] = 1024
-    """Pixels, a multiple of 16."""
-    width: Annotated[int, Whole(16, MAX_SIDE, step=16)] = 1024
-    """Pixels, a multiple of 16."""
-    num_inference_steps: Annotated[int, Whole(1, MAX_STEPS)] = 50
-    """Denoising steps; the time tokens of all of them are computed in one pass."""
-    guidance_scale: Annotated[float, Number(0, 1000)] = 3.0
-    """Classifier-free guidance; 1 runs the guided branch alone, in half the time."""
+    height: Side | None = None
+    """Pixels, a multiple of 16. None is that of `latents`, of `image` within what the model paints, or the model's."""
+    width: Side | None = None
+    """As height."""
+    num_inference_steps: Steps | None = None
+    """Denoising steps, None the model's; the time tokens of all of them are computed in one pass."""
+    guidance_scale: Guidance | None = None
+    """Classifier-free guidance, None the model's; 1 runs the guided branch alone, in half the time."""
     negative_prompt: str = DEFAULT_NEGATIVE
     """What the unguided branch is given. None is the default; "" is no text at all."""
     seed: Seed = None
@@ -124,18 +125,20 @@ class Request:
             raise BadRequestError(
                 f"guidance_interval = {self.guidance_interval}: expected (start, end), start below end"
             )
-        if self.num_images * self.height * self.width > MAX_PIXELS:
+        if self.latents is not None:
+            object.__setattr__(self, "latents", _as_noise(self.latents))
+        if self.height is not None and self.width is not None:
+            self._check_size(self.width, self.height)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if self.num_images * height * width > MAX_PIXELS:
             raise BadRequestError(
-                f"num_images = {self.num_images} of {self.width}x{self.height} pixels: expected at most {MAX_PIXELS} "
+                f"num_images = {self.num_images} of {width}x{height} pixels: expected at most {MAX_PIXELS} "
                 "pixels in all; ask for fewer at a time"
             )
-        if self.latents is not None:
-            object.__setattr__(self, "latents", _as_noise(self.latents, self.latent_shape))
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(n, 4, H/8, W/8)."""
-        return self.num_images, 4, self.height // 8, self.width // 8
+        shape = (self.num_images, 4, height // 8, width // 8)
+        if self.latents is not None and self.latents.shape != shape:
+            raise BadRequestError(f"latents of shape {self.latents.shape}: expected {shape} float32")
 
     def optional(self) -> list[str]:
         """Options in use that a backend may lack."""
@@ -146,6 +149,50 @@ class Request:
         """What repeats the request, as plain data: everything but images and latents."""
         left_out = ("image", "latents", "output", "preview_every")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteRequest(Request):
+    """A request whose size, steps and guidance are known. `complete` makes one."""
+
+    height: Side
+    width: Side
+    num_inference_steps: Steps
+    guidance_scale: Guidance
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(n, 4, H/8, W/8)."""
+        return self.num_images, 4, self.height // 8, self.width // 8
+
+
+def complete(request: Request, recommended: RecommendedConfig) -> CompleteRequest:
+    """The request with the model's recommendations in place of None, its image opened. The one place that does so.
+
+    A size that the model was not trained for is logged, with the one that is recommended.
+    """
+    if isinstance(request, CompleteRequest):
+        return request
+    given = {f.name: getattr(request, f.name) for f in fields(request)}
+    width, height = recommended.width, recommended.height
+    if request.image is not None:
+        given["image"] = open_image(request.image)  # once: a file object can be read only once
+        width, height = edit_size(given["image"].width, given["image"].height, recommended)
+    if request.latents is not None:
+        height, width = (8 * side for side in request.latents.shape[2:])
+    unset = {
+        "width": width,
+        "height": height,
+        "num_inference_steps": recommended.num_inference_steps,
+        "guidance_scale": recommended.guidance_scale,
+    }
+    found = CompleteRequest(**given | {name: value for name, value in unset.items() if given[name] is None})
+    if not recommended.covers(found.width, found.height):
+        logger.warning(
+            "size %dx%d: this model was %s; recommended is %dx%d",
+            found.width, found.height, recommended.range(), recommended.width, recommended.height,
+        )  # fmt: skip
+    return found
 
 
 class UnderstandOptions(TypedDict, total=False):
@@ -162,10 +209,10 @@ class EditOptions(TypedDict, total=False):
 
     think: bool
     cascade: bool
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
     negative_prompt: str | None
     seed: int | None
     latents: Any
@@ -190,8 +237,12 @@ class GenerateOptions(EditOptions, total=False):
 
 
 def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
-    """A request from a prompt and options, or the given one. Raises BadRequestError, also for unknown options."""
+    """A request from a prompt and options, or the given one. Raises BadRequestError, also for unknown options.
+
+    What a picture's settings record beside the request (RECORDED) is left out, so that they repeat it.
+    """
     names = [f.name for f in fields(kind)]
+    options = {name: value for name, value in options.items() if name not in RECORDED}
     for name in options:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
@@ -204,10 +255,14 @@ def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
     return kind(prompt=prompt, **options)
 
 
-def edit_size(width: int, height: int) -> tuple[int, int]:
-    """The size (width, height) at which an image is edited: its own, within 1024² pixels, multiples of 16."""
-    scale = min(1.0, EDIT_SIDE / (width * height) ** 0.5)
-    sides = (min(max(round(side * scale / 16) * 16, 16), MAX_SIDE) for side in (width, height))
+def edit_size(width: int, height: int, recommended: RecommendedConfig) -> tuple[int, int]:
+    """The size (width, height) at which an image is edited: its own in multiples of 16, within what the model paints.
+
+    That is at most as many pixels as its recommended size has, and the sides that it was trained for.
+    """
+    low, high = recommended.trained_sides or (16, MAX_SIDE)
+    scale = min(1.0, (recommended.width * recommended.height / (width * height)) ** 0.5)
+    sides = (min(max(round(side * scale / 16) * 16, low), high) for side in (width, height))
     return next(sides), next(sides)
 
 
@@ -252,12 +307,12 @@ def _require_temperature(temperature: float) -> None:
         raise BadRequestError(f"temperature = {temperature:g}: expected 0 (greedy) or at least 0.001")
 
 
-def _as_noise(latents: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _as_noise(latents: Any) -> NDArray[np.float32]:
     """An array or tensor as float32 on the host. A tensor's gradient is not followed."""
-    found = tuple(getattr(latents, "shape", np.shape(latents) if isinstance(latents, (list, tuple)) else ()))
-    if found != shape:
-        raise BadRequestError(f"latents of shape {shown(found)}: expected {shape} float32")
+    shape = "(num_images, 4, height / 8, width / 8)"
     try:
+        if len(getattr(latents, "shape", np.shape(latents) if isinstance(latents, (list, tuple)) else ())) != 4:
+            raise BadRequestError(f"latents = a {type(latents).__name__}: expected an array of shape {shape}")
         if hasattr(latents, "detach"):
             if latents.is_complex():
                 raise TypeError
@@ -265,6 +320,8 @@ def _as_noise(latents: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if np.asarray(latents).dtype.kind not in "fiu":
             raise TypeError
         values = np.ascontiguousarray(latents, np.float32)
+    except BadRequestError:
+        raise
     except (TypeError, ValueError, RuntimeError):
         raise BadRequestError(f"latents = a {type(latents).__name__}: expected real numbers, {shape} float32") from None
     if not np.isfinite(values).all() or np.abs(values).max() > 1e4:

@@ -7,9 +7,10 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from .errors import BadRequestError
+from .errors import BadRequestError, GenerationCancelled
 
 E = TypeVar("E")
+_LOOK = 0.05  # seconds between looks at whether a waiting request was cancelled
 
 
 class Turn:
@@ -21,15 +22,26 @@ class Turn:
         self._thread = 0  # the one that last advanced the running request
         self._closed = False
 
-    def during(self, events: Generator[E, None, None]) -> Generator[E, None, None]:
-        """The events of a request, from whose first to whose end the turn is taken. Closing it closes the request."""
-        with self._taken():
+    def during(
+        self, events: Generator[E, None, None], cancel: threading.Event | None = None
+    ) -> Generator[E, None, None]:
+        """The events of a request, from whose first to whose end the turn is taken. Closing it closes the request.
+
+        Setting `cancel` ends the waiting with GenerationCancelled.
+        """
+        with self._taken(cancel=cancel):
             try:
                 for event in events:
                     yield event
                     self._thread = threading.get_ident()  # a generator may be advanced by several threads in turn
             finally:
                 events.close()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A turn without a request: nothing runs meanwhile."""
+        with self._taken():
+            yield
 
     @contextmanager
     def last(self) -> Iterator[None]:
@@ -39,14 +51,14 @@ class Turn:
             yield
 
     @contextmanager
-    def _taken(self, again: bool = False) -> Iterator[None]:
+    def _taken(self, again: bool = False, cancel: threading.Event | None = None) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             if self._thread == threading.get_ident():
                 raise BadRequestError(
                     "this thread has an unfinished request on this pipeline; read its events to the end or close them "
                     "before the next one"
                 )
-            self._lock.acquire()
+            self._wait(cancel)
         self._thread = threading.get_ident()
         try:
             if self._closed and not again:
@@ -55,3 +67,8 @@ class Turn:
         finally:
             self._thread = 0
             self._lock.release()
+
+    def _wait(self, cancel: threading.Event | None) -> None:
+        while not self._lock.acquire(timeout=_LOOK if cancel is not None else -1):
+            if cancel is not None and cancel.is_set():
+                raise GenerationCancelled("cancelled by the caller")

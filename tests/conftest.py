@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,22 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def export_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One folder for what builds keep, for all tests and the processes that they start: tracing is most of a build."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+    yield shared / "cache" / "mindomni-rt"
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bundles(export_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Bundles of the parity checkpoint for onnxruntime on the CPU, by precision; each is built once."""
     pytest.importorskip("onnxscript", reason="building graphs needs the export extra")
     from mindomni_rt.export.build import BuildRequest, build
@@ -55,7 +69,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def bundle(precision: str) -> Path:
         out = folder / precision
         choice = choose(target, precision, {"vae": precision} if precision in ("fp32", "fp16") else None)
-        build(BuildRequest(checkpoint=PARITY, out=out, target=target, choice=choice, calibration_size=64))
+        request = BuildRequest(
+            checkpoint=PARITY, out=out, target=target, choice=choice, calibration_size=64, cache=export_cache
+        )
+        build(request)
         return out
 
     return bundle

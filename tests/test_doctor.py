@@ -110,5 +110,6 @@ def test_it_needs_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100, check=True
     )
-    assert "lacks torch" in done.stdout and "bundle\n  cpu: cpu, float32" in done.stdout
+    assert "lacks torch" in done.stdout and "bundle\n  recommends 96x96, 10 steps" in done.stdout
+    assert "\n  cpu: cpu, float32" in done.stdout
     assert "cannot be read: safetensors is not installed" in done.stdout

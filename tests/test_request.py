@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import mindomni_rt
 from mindomni_rt import BadRequestError, Pipeline
+from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.errors import NotFiniteError
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE
 from mindomni_rt.request import (
@@ -26,9 +28,11 @@ from mindomni_rt.request import (
     check_callback,
     check_cancel,
     clean_text,
+    complete,
     edit_size,
 )
 
+BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=1, guidance_scale=1.0, seed=1, max_new_tokens=4)
 
 
@@ -83,7 +87,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_none_is_the_default_where_it_means_something() -> None:
     assert Request(prompt="x", negative_prompt=None).negative_prompt == DEFAULT_NEGATIVE  # type: ignore[arg-type]
-    for name in ("guidance_scale", "guidance_interval", "height", "num_images", "solver", "first_step", "step_cache"):
+    for name in ("height", "width", "num_inference_steps", "guidance_scale"):
+        assert getattr(Request(prompt="x"), name) is None
+    for name in ("guidance_interval", "num_images", "solver", "first_step", "step_cache"):
         with pytest.raises(BadRequestError, match=name):
             Request(prompt="x", **{name: None})
 
@@ -93,7 +99,7 @@ def test_none_is_the_default_where_it_means_something() -> None:
     [
         (dict(guidance_scale=1e38), "guidance_scale"),
         (dict(num_images=10**9), "num_images"),
-        (dict(num_images=200), "pixels in all"),
+        (dict(num_images=200, height=1024, width=1024), "pixels in all"),
         (dict(temperature=1e-9), "temperature"),
         (dict(guidance_interval=(0.5, 0.5)), "start below end"),
         (dict(guidance_interval=(0, float("nan"))), "guidance_interval"),
@@ -246,7 +252,60 @@ def test_a_request_object_is_taken_as_it_is(pipe: Pipeline) -> None:
      ((5, 7), (16, 16)), ((100_000, 20), (3072, 16))],
 )  # fmt: skip
 def test_size_of_an_edit(size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    assert edit_size(*size) == wanted
+    assert edit_size(*size, RecommendedConfig()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((640, 480), (112, 80)), ((96, 96), (96, 96)), ((20, 500), (64, 128)), ((16, 16), (64, 64))]
+)
+def test_an_edit_stays_within_what_the_model_was_trained_for(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """640x480 at 96² pixels is 110.9x83.1, in sixteens 112x80; 20x500 is 19x480, whose sides are clamped."""
+    trained = RecommendedConfig(width=96, height=96, trained_sides=(64, 128))
+    assert edit_size(*size, trained) == wanted
+
+
+TRAINED = RecommendedConfig(width=64, height=48, num_inference_steps=3, guidance_scale=1.5, trained_sides=(48, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "steps", "guidance"),
+    [
+        ({}, (64, 48), 3, 1.5),
+        (dict(height=64), (64, 64), 3, 1.5),
+        (dict(num_inference_steps=7, guidance_scale=1.0), (64, 48), 7, 1.0),
+        (dict(latents=np.zeros((1, 4, 8, 6))), (48, 64), 3, 1.5),
+        (dict(image=np.zeros((480, 480, 3), np.uint8)), (48, 48), 3, 1.5),
+    ],
+)
+def test_what_is_unset_is_the_models(
+    options: dict[str, Any], size: tuple[int, int], steps: int, guidance: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = complete(Request(prompt="x", **options), TRAINED)
+    assert (found.width, found.height) == size
+    assert (found.num_inference_steps, found.guidance_scale) == (steps, guidance)
+    assert not caplog.records
+    assert complete(found, RecommendedConfig()) is found
+
+
+def test_the_published_model_keeps_its_own() -> None:
+    found = complete(Request(prompt="x"), RecommendedConfig())
+    assert (found.width, found.height, found.num_inference_steps, found.guidance_scale) == (1024, 1024, 50, 3.0)
+
+
+def test_another_size_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = mindomni_rt.load(BUNDLE, device="cpu")
+    pipe.generate("a red circle", width=64, height=80, num_inference_steps=1, max_new_tokens=48, seed=1)
+    (record,) = caplog.records
+    assert record.getMessage() == ("size 64x80: this model was trained for sides of 96 pixels; recommended is 96x96")
+    made = pipe.generate("a red circle", max_new_tokens=48, seed=1)
+    assert len(caplog.records) == 1 and made.images[0].size == (96, 96)
+    assert (made.settings["num_inference_steps"], made.settings["guidance_scale"]) == (10, 1.0)
+
+
+@pytest.mark.parametrize("latents", [np.zeros((1, 4, 4, 4)), np.zeros((2, 4, 4, 6))])
+def test_latents_of_another_size(latents: Any) -> None:
+    with pytest.raises(BadRequestError, match=r"latents of shape .*expected \(1, 4, 4, 6\)"):
+        Request(prompt="x", height=32, width=48, latents=latents)
 
 
 def test_edit_takes_the_size_of_the_picture(pipe: Pipeline) -> None:

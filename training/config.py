@@ -153,8 +153,8 @@ class RgpoConfig:
     updates: int = 1  # optimizer steps on a set of rollouts; above 1 the ratio leaves 1 and the clip acts
     temperature: float = 1.0  # of sampled text
     max_new_tokens: int = 512  # of sampled text
-    image_steps: int = 50  # Euler steps of an image
-    guidance: float = 3.0  # scale of classifier-free guidance; 1 is none
+    image_steps: int | None = None  # Euler steps of an image; unset is the model's own
+    guidance: float | None = None  # scale of classifier-free guidance, 1 is none; unset is the model's own
     same_noise: bool = True  # all rollouts of a step start from the same noise, as released
     rewards: tuple[str, ...] = ("format", "consistency")  # names, or module:function of your own
     weights: tuple[float, ...] = ()  # of the rewards; empty is 1.0 each
@@ -172,7 +172,7 @@ class RgpoConfig:
     def __post_init__(self) -> None:
         _at_least("rgpo.group", self.group, 2)
         for name in ("updates", "max_new_tokens", "image_steps"):
-            _at_least(f"rgpo.{name}", getattr(self, name), 1)
+            _at_least(f"rgpo.{name}", 1 if getattr(self, name) is None else getattr(self, name), 1)
         for name in ("clip_low", "clip_high", "beta_text", "beta_image", "replay", "dump_every"):
             _at_least(f"rgpo.{name}", getattr(self, name), 0)
         if self.temperature <= 0:

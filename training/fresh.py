@@ -22,6 +22,7 @@ from mindomni_rt.checkpoint.config import (
     ImageConfig,
     LanguageConfig,
     ModelConfig,
+    RecommendedConfig,
     RopeConfig,
     StackConfig,
     VAEConfig,
@@ -31,6 +32,7 @@ from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOK
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.outputs import write_atomic
 
+from .data.world.scene import SIDE
 from .outputs import save_checkpoint
 
 SPECIAL = (
@@ -91,6 +93,9 @@ def fresh_config(vocab_size: int, vae: VAEConfig, width: int = 128, connector_la
         image=ImageConfig(min_pixels=56 * 56, max_pixels=112 * 112),
         generation=GenerationConfig(eos_token_ids=(SPECIAL.index("<|im_end|>"), SPECIAL.index("<|endoftext|>"))),
         edit_features="vit+vae",
+        recommended=RecommendedConfig(
+            width=SIDE, height=SIDE, num_inference_steps=10, guidance_scale=1.0, trained_sides=(SIDE, SIDE)
+        ),
     )
 
 

@@ -25,6 +25,7 @@ from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.host import host_peak
 from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
 from mindomni_rt.options import parse_size
+from mindomni_rt.request import CompleteRequest, Request
 from mindomni_rt.stages import STAGES
 
 from ..clocks import NONE, clock_state
@@ -37,6 +38,7 @@ from .energy import Energy, describe_energy
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
 
+_RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_new_tokens")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
 
@@ -45,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, hub id or bundle")
     parser.add_argument("--prompt", default=_PROMPT)
     parser.add_argument("--image", type=Path, help="reference image")
-    parser.add_argument("--size", default="1024", metavar="WxH", help="pixels; one number for a square")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--size", metavar="WxH", help="pixels; one number for a square (default: the model's own)")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--max-new-tokens", type=int, default=300)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, help="default: the model's own")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="auto")
@@ -78,18 +80,21 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result, in the form that `results.read_result` reads."""
-    width, height = parse_size(options.size)
-    request = {
-        "image": options.image,
-        "height": height,
-        "width": width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "max_new_tokens": options.max_new_tokens,
-        "output": "numpy",
-    }
+    width, height = parse_size(options.size) if options.size else (None, None)
     load = {"device": options.device, "dtype": options.dtype, "memory_budget": options.memory_budget}
     pipe = mindomni_rt.load(options.model, **load)
+    asked = pipe.complete(
+        Request(
+            prompt=options.prompt,
+            image=options.image,
+            height=height,
+            width=width,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            max_new_tokens=options.max_new_tokens,
+        )
+    )
+    request = {name: getattr(asked, name) for name in _RECORDED} | {"image": options.image, "output": "numpy"}
     energy = Energy(pipe.backend.device)
     before = clock_state(pipe.backend.device)
     runs: list[dict[str, float]] = []
@@ -108,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
     after = clock_state(pipe.backend.device)
     peak = host_peak()
-    work = _workload(pipe, options, (height, width), tokens)
+    work = _workload(pipe, asked, options.image, tokens)
     weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
     streamed = min(weights["language"], weights["decoder"])
     data = {
@@ -140,26 +145,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _workload(pipe: Pipeline, options: argparse.Namespace, size: tuple[int, int], tokens: Sequence[int]) -> Workload:
+def _workload(pipe: Pipeline, asked: CompleteRequest, picture: Path | None, tokens: Sequence[int]) -> Workload:
     """The sizes of the request as it ran. With VAE features the prompt is longer by their tokens."""
     patches, counts, latents = (0, 0), list[int](), 0
-    if options.image:
-        image = prepare_image(options.image, pipe.config)
+    if picture:
+        image = prepare_image(picture, pipe.config)
         patches, counts = (image.grid[1], image.grid[2]), [image.tokens]
         if pipe.config.edit_features == "vit+vae":
-            height, width = vae_pixels(options.image).shape[-2:]
+            height, width = vae_pixels(picture).shape[-2:]
             latents = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
-    prompt = pipe.chat.encode(generate_messages(options.prompt, True, bool(counts), latents), counts)
+    prompt = pipe.chat.encode(generate_messages(asked.prompt, True, bool(counts), latents), counts)
     negative = pipe.chat.encode(generate_messages(DEFAULT_NEGATIVE, think=False))
     return Workload(
         prompt_tokens=len(prompt),
         new_tokens=round(float(np.mean(tokens))),
         negative_tokens=len(negative),
         patches=patches,
-        height=size[0],
-        width=size[1],
-        steps=options.steps,
-        guidance=options.guidance != 1,
+        height=asked.height,
+        width=asked.width,
+        steps=asked.num_inference_steps,
+        guidance=asked.guidance_scale != 1,
     )
 
 

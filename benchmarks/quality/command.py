@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mindomni_rt
 from mindomni_rt.checkpoint.layout import resolve
+from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError, MissingExtraError
 from mindomni_rt.options import parse_size
 
@@ -34,7 +35,7 @@ SUITES = {s.name: s for s in (*IMAGES, SHAPES)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command. Defaults are each suite's own: `--list` shows them."""
+    """Arguments of the command. Defaults are each suite's own, which `--list` shows, and the model's."""
     parser.add_argument("suite", nargs="?", help=", ".join(SUITES))
     parser.add_argument("model", nargs="?", help="checkpoint folder, hub id or bundle")
     parser.add_argument("--list", action="store_true", help="suites, their prompt files, published scores")
@@ -70,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     request_of(prompts.items[0], settings)  # its checks, before a model is loaded
     chosen = prompts.items[: options.n]
     model = resolve(options.model)
+    settings = settings.of_model(read_recommended(model))
     job = Job(suite=suite, settings=settings, folder=RunFolder(options.out), prompts=prompts, chosen=chosen)
     name = model.resolve().name if Path(options.model).is_dir() else Path(options.model).name
     claim: dict[str, Any] = {

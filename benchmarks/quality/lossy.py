@@ -19,7 +19,7 @@ import mindomni_rt
 from mindomni_rt.errors import BadRequestError
 
 from ..machine import commit, describe_machine
-from ..results import check_out, write_atomic, write_json
+from ..results import check_out, read_json, write_atomic, write_json
 from .judge import riddles, share
 
 EXACT: dict[str, Any] = {"num_inference_steps": 50}
@@ -60,8 +60,6 @@ def measure(model: Path, n: int, guidance: float) -> dict[str, dict[str, float]]
             results[name].append(
                 pipe.generate(
                     riddle.instruction,
-                    height=96,
-                    width=96,
                     guidance_scale=guidance,
                     seed=seed,
                     max_new_tokens=48,
@@ -95,7 +93,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", type=Path, help="assets/shapes-world")
-    parser.add_argument("--n", type=int, default=24, help="riddles")
+    parser.add_argument("--n", type=int, help="riddles (24), or pictures with --precisions (320)")
+    parser.add_argument("--precisions", action="store_true", help="what rounding costs, alone and with the options")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--out", type=Path, help="a .json file; the table goes beside it as .md")
 
@@ -103,19 +102,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures and reports."""
     check_out(options.out)
+    options.n = options.n if options.n is not None else 320 if options.precisions else 24
+    if options.precisions:
+        return _precisions(options)
     found = measure(options.model, options.n, options.guidance)
-    text = table(found)
-    sys.stdout.write(text + "\n")
-    if options.out:
-        record = {
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "machine": describe_machine(),
-            "model": options.model.name,
-            "n": options.n,
-            "guidance": options.guidance,
-            "options": found,
-        }
-        write_json(options.out, record)
-        write_atomic(options.out.with_suffix(".md"), text + "\n")
+    sys.stdout.write(table(found) + "\n")
+    _store(options, found, table(found))
     return 0
+
+
+def _precisions(options: argparse.Namespace) -> int:
+    """Each arm is stored as it ends; the same command goes on with those that are missing."""
+    from . import precisions
+
+    found: dict[str, Any] = {}
+    if options.out and options.out.exists():
+        before = read_json(options.out)
+        if [before.get(k) for k in ("model", "n", "guidance")] != [options.model.name, options.n, options.guidance]:
+            raise BadRequestError(f"{options.out} is of another model, n or guidance; name another --out")
+        found = before["options"]
+    missing = {name: arm for name, arm in precisions.arms().items() if name not in found}
+    bench = precisions.Bench(options.model, options.n, options.guidance) if missing else None
+    for name, (kind, options_of) in missing.items():
+        assert bench is not None
+        found[name] = bench.figures(kind, options_of)
+        _store(options, found, precisions.table(found))
+    sys.stdout.write(precisions.table(found) + "\n")
+    return 0
+
+
+def _store(options: argparse.Namespace, found: dict[str, Any], text: str) -> None:
+    if options.out is None:
+        return
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": describe_machine(),
+        "model": options.model.name,
+        "n": options.n,
+        "guidance": options.guidance,
+        "options": found,
+    }
+    write_json(options.out, record)
+    write_atomic(options.out.with_suffix(".md"), text + "\n")

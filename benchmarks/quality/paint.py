@@ -39,7 +39,7 @@ def make(pipe: Pipeline, suite: Suite, item: Item, settings: Settings) -> dict[s
 
     Each image is what `pipe.generate` makes of the same prompt and the seed in the record.
     """
-    request = request_of(item, settings)
+    request = pipe.complete(request_of(item, settings))
     thought = _last(pipe.think(request))
     guided = pipe.connect(thought, request)
     unguided = pipe.connect_negative(request) if request.guidance_scale != 1 else None

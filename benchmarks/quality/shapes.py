@@ -66,8 +66,7 @@ SHAPES = Suite(
     project="this one",
     evaluated="benchmarks/quality/judge.py, at once; for assets/shapes-world or its bundle",
     published={},
-    # Those of the small model's card; the arms think or not, whatever the setting says.
-    defaults=Settings(samples=1, size=96, steps=10, guidance=1.0, max_new_tokens=48),
+    defaults=Settings(samples=1, max_new_tokens=48),  # the arms think or not, whatever the setting says
     read=_read,
     files=one_grid,
     scores=_scores,

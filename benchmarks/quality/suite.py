@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.errors import BadRequestError
 
 from .run import RunFolder, item_file
@@ -23,15 +24,27 @@ _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name and a 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How images are made. size: side in pixels. samples: images a prompt. think None: each item says."""
+    """How images are made. size: side in pixels. samples: images a prompt. think None: each item says.
+
+    size, steps and guidance None: the model's own, which `of_model` fills in.
+    """
 
     seed: int = 0
     think: bool | None = None
     samples: int = 1
-    size: int = 1024
-    steps: int = 50
-    guidance: float = 3.0
+    size: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
     max_new_tokens: int = 512
+
+    def of_model(self, recommended: RecommendedConfig) -> Settings:
+        """The same with the model's own settings in place of None."""
+        return replace(
+            self,
+            size=recommended.width if self.size is None else self.size,
+            steps=recommended.num_inference_steps if self.steps is None else self.steps,
+            guidance=recommended.guidance_scale if self.guidance is None else self.guidance,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,16 @@ from ..sampling.schedule import Step
 
 Array = Any
 FIRST_STEPS = ("full", "condition_only")
-OPTIONAL = ("draft_tokens", "step_cache")
-"""Options of a request that a backend may lack."""
+OPTIONAL = {
+    "draft_tokens": "leave it out",
+    "step_cache": "leave it out",
+    "first_step": "leave it out, or build the bundle with --first-step condition_only",
+}
+"""Options of a request that a backend may lack, beside their defaults, and what to do then."""
+ADAPTERS = "adapters"
+"""A capability: LoRA adapters are loaded and unloaded, by the backend's `adapters`."""
+PROMPT_BATCHES = "prompt_batches"
+"""A capability: images of several prompts are painted in one loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +101,8 @@ class Prefix(Protocol):
 class DenoiseRequest:
     """One denoising loop. latents (n, 4, h, w) float32 noise; times (steps + 1,) from 0 to 1.
 
+    guided: one prefix for all latents, or one for each (with the capability PROMPT_BATCHES).
+
     unguided None runs the guided branch alone (guidance scale 1 needs no other). first_step "condition_only" gives
     the first step the condition's keys only, as the released code does with its cache on; "full" is the model as
     trained. guidance_interval, solver and step_cache are lossy (`schedule.within`, `schedule.Solver`,
@@ -101,7 +111,7 @@ class DenoiseRequest:
 
     latents: NDArray[np.float32]
     times: NDArray[np.float64]
-    guided: Prefix
+    guided: Prefix | tuple[Prefix, ...]
     unguided: Prefix | None
     guidance_scale: float
     first_step: str = "full"
@@ -111,8 +121,14 @@ class DenoiseRequest:
     cancel: threading.Event | None = None
 
     def prefixes(self) -> list[Prefix]:
-        """The guided prefix, then the unguided one if there is any."""
+        """The guided prefix, then the unguided one if there is any; of one prompt."""
+        assert not isinstance(self.guided, tuple), "a batch of prompts for a backend that paints one at a time"
         return [self.guided] if self.unguided is None else [self.guided, self.unguided]
+
+    def branches(self) -> list[tuple[Prefix, ...]]:
+        """The prefixes of each branch: one for all latents, or one for each."""
+        guided = self.guided if isinstance(self.guided, tuple) else (self.guided,)
+        return [guided] if self.unguided is None else [guided, (self.unguided,)]
 
 
 class DenoiseSession(Protocol):
@@ -138,7 +154,7 @@ class DenoiseSession(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded model. capabilities: those of `OPTIONAL` that it has."""
+    """A loaded model. capabilities: those of `OPTIONAL` that it has, ADAPTERS, PROMPT_BATCHES."""
 
     name: str
     device: str

@@ -12,6 +12,7 @@ trust.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -27,10 +28,16 @@ from ..checkpoint.config import ModelConfig
 from ..checks import Many, OneOf, Text, Whole, check_fields, shown
 from ..errors import BadBundleError, BadCheckpointError, UnsupportedDeviceError
 from ..files import parse_json, read_bytes, replace_file, require_regular
+from .checked import Checked
 from .contracts import DTYPE_BYTES, STAGES, Profile, graph_specs
 from .interface import check_interface
 from .onnx_file import read_onnx
 from .seal import KEY, seal_of, sealed_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed build leaves stays
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -216,9 +223,10 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).exists() or _PARTIAL in folder.name
 
 
-def open_bundle(folder: str | Path) -> Bundle:
+def open_bundle(folder: str | Path, *, again: bool = False) -> Bundle:
     """Reads the manifest and checks every file and graph before anything is loaded. Raises BadBundleError.
 
+    again: hash also the files that were hashed before and have not changed since (`checked`).
     Checked: that the folder holds the listed files and no others, their sizes and hashes, that no link leads out, and
     that each ONNX graph has the inputs and outputs of its contract and names no other data files than the manifest.
     """
@@ -236,13 +244,19 @@ def open_bundle(folder: str | Path) -> Bundle:
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "too long"
             raise BadBundleError(f"{path} is {kind}: {size} bytes, {entry.bytes} expected. Copy the bundle again")
+    checked = Checked(folder)
     for name, entry in manifest.files.items():
+        if not again and checked.has(name, entry.sha256):
+            continue
         found = sha256(folder / name)
-        if found != entry.sha256:
+        if found == entry.sha256:
+            checked.add(name, found)
+        else:
             raise BadBundleError(
                 f"{folder / name} is corrupt: its sha256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…. "
                 "Copy or build the bundle again"
             )
+    checked.save()
     if manifest.runtime == "onnx":
         _check_graphs(folder, manifest)
     return Bundle(folder, manifest)
@@ -261,7 +275,8 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
         name = path.relative_to(folder).as_posix()
         if name not in manifest.files and name != MANIFEST:
             raise BadBundleError(f"{path} is not listed in {MANIFEST}: remove it, or copy the bundle again")
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+        # Unlike Path.resolve, realpath leaves a link to itself as it is; that one is named when its size is read.
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places):
             raise BadBundleError(f"{path} is a link that leads out of the bundle")
 
 
@@ -275,6 +290,8 @@ def _check_graphs(folder: Path, manifest: Manifest) -> None:
             raise BadBundleError(
                 f"{path} reads the file {shown(other[0])}, which {MANIFEST} does not give to graph {name}"
             )
+        if found.nested:  # no graph of ours has one, and a loop need not end
+            raise BadBundleError(f"{path} has a graph inside its graph (Loop, Scan or If): build the bundle again")
         check_interface(str(path), specs[name], manifest.dtype, found.inputs, found.outputs)
 
 
@@ -325,13 +342,13 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
 def writing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its name when the block ends well and is removed otherwise.
 
-    The block must leave a manifest. Raises BadBundleError if `folder` exists and may not be replaced; only an empty
-    folder or a bundle ever is.
+    Folders that killed processes left for the same name are removed first. The block must leave a manifest. Raises
+    BadBundleError if `folder` exists and may not be replaced; only an empty folder or a bundle ever is.
     """
     folder = Path(folder)
     _check_free(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}{_PARTIAL}", dir=folder.parent))
+    temporary, claim = _claim(folder)
     try:
         yield temporary
         assert (temporary / MANIFEST).exists(), "a bundle without manifest"
@@ -339,6 +356,38 @@ def writing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         _take_name(temporary, folder, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
+
+
+def _claim(folder: Path) -> tuple[Path, int | None]:
+    """A new temporary folder for a bundle, locked while this process lives, and the lock. What dead ones left goes."""
+    prefix = f".{folder.name}{_PARTIAL}"
+    if fcntl is None:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)), None
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)  # nobody takes a folder that is new for one that was left
+        for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+            claim = _lock(left)
+            if claim is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(claim)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+        return temporary, _lock(temporary)
+    finally:
+        os.close(parent)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open handle that locks a folder, None where another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _check_free(folder: Path, overwrite: bool) -> bool:

@@ -21,6 +21,12 @@ Positions = Annotated[int, Whole(1, 2**21)]
 TokenId = Annotated[int, Whole(0, 2**22)]
 Epsilon = Annotated[float, Number(0.0, 1.0, above=True)]
 EDIT_FEATURES = ("vit", "vit+vae")
+MAX_SIDE = 3072
+MAX_STEPS = 1000
+PIXELS = Whole(16, MAX_SIDE, step=16)
+Side = Annotated[int, PIXELS]
+Steps = Annotated[int, Whole(1, MAX_STEPS)]
+Guidance = Annotated[float, Number(0, 1000)]
 _FACTORS = Many(Number(0.0, 1e6, above=True), most=2**12)
 
 
@@ -236,6 +242,46 @@ class GenerationConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecommendedConfig(_Checked):
+    """What a request takes where it leaves a setting unset. The defaults are the published model's.
+
+    trained_sides: the least and the most pixels a side that the model was trained for; None where that is not known.
+    """
+
+    width: Side = 1024
+    height: Side = 1024
+    num_inference_steps: Steps = 50
+    guidance_scale: Guidance = 3.0
+    trained_sides: Annotated[tuple[int, int] | None, Many(PIXELS, 2, 2)] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trained_sides is not None:
+            low, high = self.trained_sides
+            self._require(low <= high, f"trained_sides = [{low}, {high}]: expected the least first")
+            self._require(
+                all(low <= side <= high for side in (self.width, self.height)),
+                f"width = {self.width}, height = {self.height}: expected within trained_sides = [{low}, {high}]",
+            )
+
+    def covers(self, width: int, height: int) -> bool:
+        """Whether the model was trained for a size; True where that is not known."""
+        return self.trained_sides is None or all(
+            self.trained_sides[0] <= side <= self.trained_sides[1] for side in (width, height)
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.width}x{self.height}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}"
+        return text if self.trained_sides is None else f"{text}; {self.range()}"
+
+    def range(self) -> str:
+        """The sizes that the model was trained for, in words."""
+        assert self.trained_sides is not None
+        low, high = self.trained_sides
+        return f"trained for sides of {low} pixels" if low == high else f"trained for sides of {low} to {high} pixels"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Checked):
     """All of MindOmni."""
 
@@ -247,6 +293,7 @@ class ModelConfig(_Checked):
     image: ImageConfig = field(default_factory=ImageConfig)
     generation: GenerationConfig
     edit_features: Annotated[str, OneOf(EDIT_FEATURES)] = "vit"  # "vit+vae": trained with VAE features of the input
+    recommended: RecommendedConfig = field(default_factory=RecommendedConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -287,11 +334,17 @@ class ModelConfig(_Checked):
                         "vae": VAEConfig(**_known(VAEConfig, data["vae"])),
                         "image": ImageConfig(**_known(ImageConfig, data["image"])),
                         "generation": GenerationConfig(**_known(GenerationConfig, data["generation"])),
+                        "recommended": recommended_config(data.get("recommended", {})),
                     },
                 )
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise BadCheckpointError(f"model configuration is incomplete: {error}") from error
+
+
+def recommended_config(data: Mapping[str, Any]) -> RecommendedConfig:
+    """From plain data; what is absent is the published model's. Raises BadCheckpointError."""
+    return RecommendedConfig(**_known(RecommendedConfig, data))
 
 
 def published() -> ModelConfig:

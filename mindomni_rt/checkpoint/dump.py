@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from .config import ModelConfig, RopeConfig
 
+OWN = "mindomni.json"  # what this program knows of a checkpoint and the published files do not say
 SHARD_BYTES = 5 * 10**9  # as transformers shards
 
 
@@ -99,7 +101,7 @@ def config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "shift_factor": vae.shift_factor or None,
         },
     }
-    files["mindomni.json"] = {"edit_features": config.edit_features}
+    files[OWN] = {"edit_features": config.edit_features, "recommended": asdict(config.recommended)}
     return files
 
 

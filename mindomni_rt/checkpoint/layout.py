@@ -4,7 +4,7 @@
     image_decoder/   config.json (a Phi3Config), model.safetensors or model.pt
     connector.safetensors
     vae/             config.json, diffusion_pytorch_model.safetensors
-    mindomni.json    {"edit_features": "vit"}, or "vit+vae"; absent from the released checkpoint
+    mindomni.json    edit_features ("vit" or "vit+vae") and recommended settings; absent from the released checkpoint
 
 Nothing here imports torch; `model/weights.py` reads the tensors themselves.
 """

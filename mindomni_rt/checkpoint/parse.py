@@ -25,6 +25,7 @@ from .config import (
     StackConfig,
     VAEConfig,
     VisionConfig,
+    recommended_config,
 )
 from .json_files import Keys, optional_json, read_json
 from .rope import language_rope, phi3_rope
@@ -119,7 +120,7 @@ def read_config(path: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]])
         vae=_vae(path / "vae" / "config.json"),
         image=_image(path / "mllm", vision),
         generation=_generation(path / "mllm", text, mllm),
-        edit_features=_edit_features(path / "mindomni.json"),
+        **own_config(path / "mindomni.json"),
     )
     for token in config.generation.eos_token_ids:
         if token >= config.language.vocab_size:
@@ -311,13 +312,17 @@ def _generation(folder: Path, text: Keys, mllm: Keys) -> GenerationConfig:
         raise BadCheckpointError(f"{path}: {error}") from error
 
 
-def _edit_features(path: Path) -> str:
-    """mindomni.json's one key; without the file the released checkpoint's "vit"."""
+def own_config(path: Path) -> dict[str, Any]:
+    """mindomni.json: edit_features and recommended. Without the file they are the released checkpoint's."""
     config = Keys(optional_json(path), str(path))
-    unknown = sorted(set(config.data) - {"edit_features"})
+    unknown = sorted(set(config.data) - {"edit_features", "recommended"})
     if unknown:
-        raise BadCheckpointError(f"{path}: unknown keys {unknown}; expected edit_features")
+        raise BadCheckpointError(f"{path}: unknown keys {unknown}; expected edit_features, recommended")
     value = config.get("edit_features", "vit") if "edit_features" in config.data or not config.data else None
     if value not in EDIT_FEATURES:
         raise config.bad("edit_features", f"one of {', '.join(EDIT_FEATURES)}")
-    return str(value)
+    try:
+        recommended = recommended_config(config.part("recommended").data)
+    except BadCheckpointError as error:
+        raise BadCheckpointError(f"{path}: {error}") from error
+    return {"edit_features": value, "recommended": recommended}

@@ -14,16 +14,30 @@ from .layers import Layer, Workload, parameters, vae_decoder
 from .precision import BITS, COMPUTE
 from .precision import Precision as Precision
 
+LEAST_CAPACITY = 512  # tokens of the fast path's buffers; larger ones double, so that few requests make them anew
+STEP_CACHE = 3  # copies of the image tokens' states that a request with a step cache adds
+UNPACKED = 64_000_000  # bytes of a packed weight that products with many rows unpack at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
     """Bytes while one stage runs. weights: of its own part; state: what it holds for later (K/V, hidden states) and
-    what earlier stages left for it; activations: its largest set of intermediate tensors."""
+    what earlier stages left for it; activations: its largest set of intermediate tensors.
+
+    held: what stays in other stages for as long as the part's weights do, the next request's included: buffers that
+    never move and the memory of captured graphs.
+    """
 
     stage: str
     weights: int
     state: int
     activations: int
+    held: int = 0
+
+
+def capacity(tokens: int) -> int:
+    """Tokens that the fast path makes room for when a request has this many."""
+    return max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
 
 
 def weight_bytes(config: ModelConfig, precision: Precision) -> dict[str, int]:
@@ -67,13 +81,28 @@ def _vision(config: ModelConfig, work: Workload, element: int) -> int:
     return max(rows * mlp, attention) * element + rows * vision.patch_dim * (4 + element) + slots * side**2 * 5
 
 
-def _language(config: ModelConfig, work: Workload, element: int) -> tuple[int, int]:
-    """(hidden states and cache, activations of the prefill)."""
+def _language(config: ModelConfig, work: Workload, element: int, kind: str) -> tuple[int, int, int]:
+    """(hidden states and cache, activations of the prefill, what a graph of one token holds).
+
+    joint: the cache is rounded up, beside it are the tables of the tokens' choice.
+    """
     language = config.language
-    stack, capacity = language.stack, work.condition_tokens
-    state = _kv(stack, capacity, element) + capacity * stack.hidden_size * element
+    stack, room = language.stack, work.condition_tokens
+    if work.joint:
+        room = capacity(max(room, work.negative_tokens) + 1)
+    state = _kv(stack, room, element) + room * stack.hidden_size * element
     logits = language.vocab_size * (element + 4 + 8 + 8)
-    return state, _block(stack, max(work.prompt_tokens, work.negative_tokens), element) + logits
+    graph = 0
+    if work.joint:
+        state += language.vocab_size * 9 + room * (stack.head_dim * 4 + 16)
+        graph = 2 * logits + 8 * stack.intermediate_size * element
+    rows = max(work.prompt_tokens, work.negative_tokens)
+    return state, _block(stack, rows, element) + logits + _unpacked(kind, work), graph
+
+
+def _unpacked(kind: str, work: Workload) -> int:
+    """Weights that the fast path unpacks for many rows."""
+    return UNPACKED if work.joint and kind in ("int8wo", "int4") else 0
 
 
 def _prefix(config: ModelConfig, length: int, work: Workload, element: int) -> tuple[int, int]:
@@ -89,12 +118,14 @@ def _prefix(config: ModelConfig, length: int, work: Workload, element: int) -> t
 def _denoiser(config: ModelConfig, work: Workload, element: int) -> int:
     """One step's block, every branch's K/V buffer of one layer, positions, and latents in float32.
 
-    joint: rows of all branches in one block, and their conditions' K/V of all layers copied side by side instead.
+    joint: rows of all branches in one block, and their conditions' K/V of all layers copied side by side instead; the
+    step cache, which a request may ask for, is counted.
     """
     stack, rows = config.decoder.stack, work.image_tokens * work.images
     if work.joint:
         rows *= len(work.branches)
-        buffers = len(work.branches) * _kv(stack, max(work.branches), element)
+        buffers = len(work.branches) * _kv(stack, capacity(max(work.branches)), element)
+        buffers += STEP_CACHE * rows * stack.hidden_size * element
     else:
         buffers = sum(
             2 * stack.num_kv_heads * stack.head_dim * (length + 1 + work.image_tokens) * work.images * element
@@ -134,7 +165,7 @@ def stage_memory(config: ModelConfig, work: Workload, precision: Precision) -> t
     lengths = [n for n in work.branches if n]
     stack, hidden = config.decoder.stack, config.language.stack.hidden_size
     merged = work.patches[0] * work.patches[1] // config.vision.merge_size**2
-    language, prefill = _language(config, work, element)
+    language, prefill, token = _language(config, work, element, precision.language)
     embeds = merged * hidden * element
     connector = config.connector.stack
     longest = max(lengths)
@@ -142,14 +173,18 @@ def stage_memory(config: ModelConfig, work: Workload, precision: Precision) -> t
     kept = sum(k for k, _ in passes)
     latents = work.images * config.decoder.latent_channels * (work.height // 8) * (work.width // 8) * 4
     conditions = longest * (stack.hidden_size + hidden) * element
+    unpacked, step = _unpacked(precision.decoder, work), _denoiser(config, work, element)
+    said = language + token + embeds
     rows = {
         "vision": (embeds, _vision(config, work, element)),
-        "language": (language + embeds, prefill),
-        "connector": (language + embeds + conditions, _block(connector, longest, element)),
-        "prefix": (language + embeds + conditions + kept, max(extra for _, extra in passes)),
-        "denoiser": (kept + latents, _denoiser(config, work, element)),
+        "language": (said, prefill),
+        "connector": (said + conditions, _block(connector, longest, element)),
+        "prefix": (said + conditions + kept, max(extra for _, extra in passes) + unpacked),
+        "denoiser": (kept + latents, step + unpacked),
         "vae": (kept + latents, _vae(config.vae, work, COMPUTE[precision.vae])),
     }
+    held = {"language": language + token, "denoiser": step + unpacked} if work.joint else {}
     return tuple(
-        StageMemory(stage=s, weights=weights[PART_OF[s]], state=rows[s][0], activations=rows[s][1]) for s in STAGES
+        StageMemory(stage=s, weights=weights[PART_OF[s]], state=rows[s][0], activations=rows[s][1], held=held.get(s, 0))
+        for s in STAGES
     )

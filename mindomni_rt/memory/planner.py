@@ -86,7 +86,13 @@ def _runs(stages: tuple[StageMemory, ...], work: Workload) -> list[StageMemory]:
     return [s for s in stages if s.stage != "vision" or work.patches[0]]
 
 
-def _schedule(
+def _held(stages: tuple[StageMemory, ...], running: str, resident: tuple[str, ...]) -> int:
+    """What resident parts hold while another stage runs. The stages after `language` up to `prefix` count its state."""
+    counted = {"language": ("language", "connector", "prefix"), "denoiser": ("denoiser",)}
+    return sum(s.held for s in stages if PART_OF[s.stage] in resident and running not in counted.get(s.stage, ()))
+
+
+def schedule_of(
     stages: tuple[StageMemory, ...], work: Workload, resident: tuple[str, ...], reserve: int
 ) -> tuple[Move, ...]:
     """The moves of one request when `resident` parts stay and the others come and go."""
@@ -99,7 +105,8 @@ def _schedule(
         load = (part,) if part not in resident and part != loaded else ()
         loaded = part if part not in resident else "" if drop else loaded
         guest = weights[loaded] if loaded else 0
-        moves.append(Move(stage=stage.stage, drop=drop, load=load, peak=base + guest + stage.state + stage.activations))
+        peak = base + guest + stage.state + stage.activations + _held(stages, stage.stage, resident)
+        moves.append(Move(stage=stage.stage, drop=drop, load=load, peak=peak))
     return tuple(moves)
 
 
@@ -113,7 +120,7 @@ def _choices(stages: tuple[StageMemory, ...]) -> Iterator[tuple[str, ...]]:
 def _fit(config: ModelConfig, work: Workload, precision: Precision, budget: int | None, reserve: int) -> Plan | None:
     stages = stage_memory(config, work, precision)
     for kept in _choices(stages):
-        schedule = _schedule(stages, work, kept, reserve)
+        schedule = schedule_of(stages, work, kept, reserve)
         if budget is None or max(move.peak for move in schedule) <= budget:
             return Plan(
                 precision=precision,
@@ -147,7 +154,7 @@ def plan(
             return found
     assert budget is not None
     tried = precision or LADDER[-1]
-    least = _schedule(stage_memory(config, work, tried), work, (), reserve)
+    least = schedule_of(stage_memory(config, work, tried), work, (), reserve)
     worst = max(least, key=lambda move: move.peak)
     raise OutOfMemoryError(
         f"stage {worst.stage} alone needs {gigabytes(worst.peak)} of the {gigabytes(budget)} given ({tried}, "
@@ -169,6 +176,7 @@ def _advice(config: ModelConfig, work: Workload, precision: Precision | None, bu
             if found:
                 return f"this fits: {width}x{height}, {found.summary()}"
     peaks = [
-        max(move.peak for move in _schedule(stage_memory(config, work, choice), work, (), reserve)) for choice in LADDER
+        max(move.peak for move in schedule_of(stage_memory(config, work, choice), work, (), reserve))
+        for choice in LADDER
     ]
     return f"nothing fits; the least that this image size needs is {gigabytes(min(peaks))} ({LADDER[-1]})"

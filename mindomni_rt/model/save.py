@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint.dump import config_files, plan_shards
+from ..checkpoint.dump import OWN, config_files, plan_shards
+from ..checkpoint.parse import own_config
 from ..errors import BadCheckpointError
 from ..files import replace_file, write_text
 from .mindomni import MindOmniModel
@@ -20,7 +21,8 @@ def save_model(model: MindOmniModel, folder: Path, source: Path | None = None) -
     """Writes `folder` in the published layout; the tensors keep their dtype, so load and save is bit-exact.
 
     source: a checkpoint whose tokenizer, template and preprocessor files are copied (and whose JSON configurations
-    are kept as they are); without one the configurations are written from `model.config` and the caller adds the
+    are kept as they are, but for settings of mindomni.json that changed since); without one the configurations are
+    written from `model.config` and the caller adds the
     tokenizer. Files are written beside their names and renamed, so a name never holds half a file; shards and an
     index that an earlier save left are removed. Raises BadCheckpointError if a file cannot be written.
     """
@@ -28,6 +30,9 @@ def save_model(model: MindOmniModel, folder: Path, source: Path | None = None) -
         folder.mkdir(parents=True, exist_ok=True)
         if source is not None:
             _copy_files(source, folder)
+            own = {name: getattr(model.config, name) for name in ("edit_features", "recommended")}
+            if own_config(source / OWN) != own:
+                _write_json(folder / OWN, config_files(model.config)[OWN])
         else:
             for name, data in config_files(model.config).items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

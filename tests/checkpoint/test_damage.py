@@ -18,9 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from mindomni_rt.checkpoint.config import ModelConfig, RecommendedConfig
+from mindomni_rt.checkpoint.dump import config_files
 from mindomni_rt.checkpoint.layout import open_checkpoint, resolve
+from mindomni_rt.checkpoint.parse import own_config
 from mindomni_rt.checkpoint.pickled import read_pickled_header
 from mindomni_rt.errors import BadCheckpointError
+
+
+def _own(**recommended: Any) -> dict[str, Any]:
+    """mindomni.json with these settings."""
+    return {"edit_features": "vit", "recommended": recommended}
+
 
 DEEP = "[" * 100_000
 MISSING = object()
@@ -119,6 +128,14 @@ def test_any_value_anywhere_is_read_or_refused(folder: Path, data: st.DataObject
         ("image_decoder/config.json", {"model_type": "llama"}, "model_type = 'llama'"),
         ("mindomni.json", {"edit_features": "all"}, "mindomni.json: edit_features = 'all'"),
         ("mindomni.json", {"edit_featurs": "vit+vae"}, "unknown keys"),
+        ("mindomni.json", _own(width=100), "mindomni.json: RecommendedConfig: width = 100: expected a multiple of 16"),
+        ("mindomni.json", _own(num_inference_steps=0), "num_inference_steps = 0: expected .* at least 1"),
+        ("mindomni.json", _own(guidance_scale="3"), "guidance_scale = '3'"),
+        ("mindomni.json", _own(trained_sides=[96]), "trained_sides = "),
+        ("mindomni.json", _own(trained_sides=[512, 256]), "expected the least first"),
+        ("mindomni.json", _own(trained_sides=[512, 512]), "width = 1024, height = 1024: expected within trained_sides"),
+        ("mindomni.json", _own(stepps=3), "RecommendedConfig: unknown keys"),
+        ("mindomni.json", {"edit_features": "vit", "recommended": [1]}, "recommended = .*expected an object"),
     ],
 )
 def test_values_that_would_change_pictures(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:
@@ -127,6 +144,16 @@ def test_values_that_would_change_pictures(folder: Path, file: str, changes: dic
     path.write_text(json.dumps(data | changes))
     with pytest.raises(BadCheckpointError, match=message):
         open_checkpoint(folder)
+
+
+def test_recommended_settings_are_read_and_written(folder: Path, tmp_path: Path) -> None:
+    assert open_checkpoint(folder).config.recommended == RecommendedConfig()
+    (folder / "mindomni.json").write_text(json.dumps(_own(width=96, height=48, trained_sides=[48, 96])))
+    config = open_checkpoint(folder).config
+    assert config.recommended == RecommendedConfig(width=96, height=48, trained_sides=(48, 96))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    (tmp_path / "mindomni.json").write_text(json.dumps(config_files(config)["mindomni.json"]))
+    assert own_config(tmp_path / "mindomni.json")["recommended"] == config.recommended
 
 
 def test_an_edit_mode_that_got_lost(folder: Path) -> None:

@@ -193,7 +193,7 @@ def test_unknown_profile() -> None:
         profile("2048", published())
 
 
-def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path) -> None:
+def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path, export_cache: Path) -> None:
     """The tiny random checkpoint takes VAE features; graph `features` and the VAE's encoder are used."""
     import numpy as np
     from PIL import Image
@@ -204,7 +204,12 @@ def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path) -> None:
 
     write_random_checkpoint(tmp_path / "model")
     target = parse_target("cpu")
-    build(BuildRequest(checkpoint=tmp_path / "model", out=tmp_path / "b", target=target, choice=choose(target, "fp32")))
+    choice = choose(target, "fp32")
+    build(
+        BuildRequest(
+            checkpoint=tmp_path / "model", out=tmp_path / "b", target=target, choice=choice, cache=export_cache
+        )
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 72, 3), np.uint8))
     options = dict(
         image=image, edit_features="vit+vae", height=32, width=48, num_inference_steps=2, max_new_tokens=5, seed=1,
@@ -245,7 +250,8 @@ def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path]
 
     out = tmp_path / "ours"
     assert main(["build", str(PARITY), "--target", "cpu", "--attention", "triton", "--out", str(out)]) == 0
-    assert "denoiser: traced in" in (tmp_path / "ours.build.log").read_text()
+    log = (tmp_path / "ours.build.log").read_text()
+    assert "denoiser: trace" in log and "time: " in log and "export cache --clear" in log
     config = read_manifest(out).model
     nodes = onnx.load(str(out / "denoiser.onnx"), load_external_data=False).graph.node
     assert sum(n.domain == "mindomni" for n in nodes) == config.decoder.stack.num_layers

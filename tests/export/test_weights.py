@@ -18,8 +18,7 @@ from mindomni_rt.export.store import WeightStore
 from mindomni_rt.export.weights import BuildError, bytes_by_type, check_weights, promise, read_weights
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-TYPES = {"int8": TensorProto.INT8, "int8wo": TensorProto.INT8, "int4": TensorProto.INT4, "fp32": TensorProto.FLOAT,
-         "fp16": TensorProto.FLOAT16}  # fmt: skip
+TYPES = {"int8": "int8", "int8wo": "uint8 of 8 bits", "int4": "uint8 of 4 bits", "fp32": "float", "fp16": "float16"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8wo", "int4"])
@@ -27,9 +26,15 @@ def test_types_of_weights(bundles: Callable[[str], Path], precision: str) -> Non
     bundle = bundles(precision)
     manifest = read_manifest(bundle)
     for name, entry in manifest.graphs.items():
-        tensors = onnx.load(str(bundle / f"{name}.onnx")).graph.initializer
+        graph = onnx.load(str(bundle / f"{name}.onnx")).graph
+        tensors = graph.initializer
         rounded = name in ("language", "prefix", "denoiser", "denoiser_first") and precision not in ("fp32", "fp16")
-        large = {t.name: t.data_type for t in tensors if len(t.dims) == 2 and ".scale" not in t.name}
+        packed = {n.input[1]: n for n in graph.node if n.op_type == "MatMulNBits"}
+        large = {
+            t.name: stored_type(t, packed)
+            for t in tensors
+            if len(t.dims) == 2 + (t.name in packed) and ".scale" not in t.name
+        }
         blocks = [kind for n, kind in large.items() if ".layers." in n or n.startswith("connector.")]
         if name in ("language", "denoiser", "prefix", "connector"):
             assert blocks
@@ -37,19 +42,41 @@ def test_types_of_weights(bundles: Callable[[str], Path], precision: str) -> Non
         if name == "language" and rounded:
             head = [kind for n, kind in large.items() if "lm_head" in n]
             table = [kind for n, kind in large.items() if "embed_tokens" in n]
-            assert head == [TensorProto.INT8] and table == [TensorProto.FLOAT16]
+            assert head == [TYPES["int8"] if precision == "int8" else TYPES["int8wo"]] and table == ["float16"]
             assert entry.report["weights"] == {
                 "products": precision, "head": "int8wo", "table": "float16", "rest": "float32",
             }  # fmt: skip
         assert sum(entry.report["bytes_by_type"].values()) == sum(
-            -(-int(np.prod(t.dims, dtype=np.int64)) * (4 if t.data_type == TensorProto.INT4 else 8 * _size(t)) // 8)
-            for t in tensors
+            int(np.prod(t.dims, dtype=np.int64)) * numpy_helper.to_array(t).itemsize for t in tensors
         ) + sum(_constants(bundle / f"{name}.onnx"))
     assert {manifest.graphs[n].report["weights"]["rest"] for n in ("vision", "connector")} <= {"float32", "float16"}
 
 
-def _size(tensor: TensorProto) -> int:
-    return 1 if tensor.data_type == TensorProto.INT4 else numpy_helper.to_array(tensor).itemsize
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_no_tensor_stands_twice(bundles: Callable[[str], Path], precision: str) -> None:
+    """Graphs that read the same numbers read the same place of one file."""
+    places: dict[bytes, set[tuple[str, str]]] = {}
+    for path in bundles(precision).glob("*.onnx"):
+        for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+            at = {e.key: e.value for e in tensor.external_data}
+            if at:
+                data = (path.parent / at["location"]).read_bytes()
+                part = data[int(at["offset"]) : int(at["offset"]) + int(at["length"])]
+                places.setdefault(part, set()).add((at["location"], at["offset"]))
+            else:
+                assert len(tensor.raw_data) <= 1024
+    assert len(places) > 50 and all(len(found) == 1 for found in places.values())
+
+
+def stored_type(tensor: TensorProto, packed: dict[str, onnx.NodeProto]) -> str:
+    """A tensor's type in words; of one that MatMulNBits reads with the bits of a number, if its bytes are that many."""
+    kind = TensorProto.DataType.Name(tensor.data_type).lower()
+    if tensor.name not in packed:
+        return kind
+    found = {a.name: a.i for a in packed[tensor.name].attribute}
+    blocks = found["K"] // found["block_size"]
+    assert list(tensor.dims) == [found["N"], blocks, found["block_size"] * found["bits"] // 8]
+    return f"{kind} of {found['bits']} bits"
 
 
 def _constants(path: Path) -> list[int]:
@@ -97,7 +124,7 @@ def test_a_matrix_that_was_forgotten_is_an_error(op: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("trans_a", "trans_b", "bias"), [(0, 0, False), (0, 1, True), (1, 0, True), (1, 1, False)])
-def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool) -> None:
+def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool, tmp_path: Path) -> None:
     """onnx's own evaluator before and after: the same numbers up to the rounding, and no float matrix left."""
     import onnx_ir as ir
     from onnx.reference import ReferenceEvaluator
@@ -117,11 +144,46 @@ def test_gemm_is_rounded_like_matmul(trans_a: int, trans_b: int, bias: bool) -> 
     )
     wanted = ReferenceEvaluator(model).run(None, {"x": x})[0]
     changed = ir.from_proto(model)
-    quantize(changed, "int4", {})
+    with WeightStore(tmp_path / "weights.data") as store:
+        quantize(changed, "int4", {}, store)
     found = ReferenceEvaluator(ir.to_proto(changed)).run(None, {"x": x})[0]
     assert [v.name for v in changed.graph.outputs] == ["y"] and "Gemm" not in {n.op_type for n in changed.graph}
     assert {v.const_value.dtype for v in changed.graph.initializers.values() if len(v.shape) == 2} == {ir.DataType.INT8}
     assert 1e-5 < np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int4", 4), ("int8wo", 8)])
+def test_packed_products_are_the_rounded_matrix(precision: str, bits: int, tmp_path: Path) -> None:
+    """MatMulNBits' bytes read by hand are the matrix within half a step, and onnxruntime multiplies by that matrix."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    from mindomni_rt.export.quantize import quantize
+    from mindomni_rt.export.store import write_graph
+
+    draw = np.random.default_rng(0)
+    weight, x = draw.standard_normal((64, 24)).astype(np.float32), draw.standard_normal((3, 64)).astype(np.float32)
+    tensor = numpy_helper.from_array(weight, "language.layers.0.mlp.up_proj.weight")
+    node = helper.make_node("MatMul", ["x", tensor.name], ["y"])
+    ends = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", x.shape), ("y", (3, 24))))
+    first, last = ends
+    made = helper.make_model(helper.make_graph([node], "g", [first], [last], [tensor]), ir_version=10)
+    changed = ir.from_proto(made)
+    with WeightStore(tmp_path / "weights.data") as store:
+        report = quantize(changed, precision, {}, store, packed=True)
+        write_graph(changed, tmp_path / "g.onnx", store)
+    graph = onnx.load(str(tmp_path / "g.onnx")).graph
+    tensors = {t.name.rpartition(".")[2]: numpy_helper.to_array(t) for t in graph.initializer}
+    numbers, scales = tensors[f"int{bits}"], tensors["scale"]
+    if bits == 4:
+        numbers = np.stack([numbers & 15, numbers >> 4], axis=-1)
+    rounded = (numbers.reshape(24, -1, 64).astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+    assert scales.shape == (24, 1) and (np.abs(rounded[:, 0] - weight.T) <= scales * 0.501).all()
+    error = np.linalg.norm(rounded[:, 0] - weight.T) / np.linalg.norm(weight)
+    assert report.error == pytest.approx(error, rel=1e-3)
+    session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
+    found, wanted = session.run(None, {"x": x})[0], x @ rounded[:, 0].T
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.01  # the input in 8 bits
 
 
 def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
@@ -129,7 +191,8 @@ def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
 
     import onnxruntime
 
-    from mindomni_rt.export.graphs import export_graph
+    from mindomni_rt.export.store import write_graph
+    from mindomni_rt.export.traces import Traces, fill
     from mindomni_rt.model.connector import Connector
     from mindomni_rt.model.mindomni import load_model
 
@@ -141,7 +204,10 @@ def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
     model.config = dataclasses.replace(model.config, connector=config)
     model.connector = Connector(config).eval().requires_grad_(False)
     with WeightStore(tmp_path / "connector.data") as store:
-        file = export_graph(model, "connector", "float32", tmp_path, store)
+        traced, _ = Traces(model, "float32", "fp32").get("connector")
+        fill(traced, model, "connector")
+        file = tmp_path / "connector.onnx"
+        write_graph(traced, file, store)
     hidden = np.random.default_rng(0).standard_normal((1, 9, config.input_size)).astype(np.float32)
     angles = np.linspace(0, 1, 9 * stack.head_dim // 2).reshape(9, -1).astype(np.float32)
     tables = np.cos(angles), np.sin(angles)

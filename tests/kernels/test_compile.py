@@ -22,7 +22,14 @@ PRODUCT = {
     100: "tcgen05.mma",
     110: "tcgen05.mma",
 }
-PRODUCTS = ("segment_attention_96", "decode_attention_128", "linear8_int8", "int8_attention_96_16bit")
+PRODUCTS = (
+    "segment_attention_96",
+    "decode_attention_128",
+    "linear8_int8",
+    "int8_linear",
+    "int4_wide",
+    "int8_attention_96_16bit",
+)
 
 
 def compiled(sm: int, out: Path) -> dict[str, dict]:
@@ -42,7 +49,7 @@ def test_all_kernels(sm: int, tmp_path: Path) -> None:
     for module in MODULES:
         prefix = {"norms": "add_norm", "int4_linear": "int4_"}.get(module, module)
         present = any(name.startswith(prefix) for name in found)
-        assert present or (sm < TENSOR_CORES and module in ("linear8", "int8_attention")), module
+        assert present or (sm < TENSOR_CORES and module in ("linear8", "int8_linear", "int8_attention")), module
     assert ("quantize_rows_fp8" in found) == (sm >= 89)
     for name, artifact in found.items():
         assert artifact["shared"] <= SHARED_LIMIT[sm] and artifact["fits"], name

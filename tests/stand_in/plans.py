@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
-from mindomni_rt.memory.footprint import Precision, stage_memory, weight_bytes
-from mindomni_rt.memory.layers import PART_OF, Workload
-from mindomni_rt.memory.planner import parse_bytes, plan
+from mindomni_rt.memory.footprint import Precision, stage_memory
+from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.planner import parse_bytes, plan, schedule_of
 from mindomni_rt.memory.precision import parse_precision, plain_vae, split_attention
 
 
@@ -33,11 +33,5 @@ def chosen(
 
 def peak(config: ModelConfig, precision: Precision, resident: Iterable[str], work: dict[str, Any]) -> int:
     """Bytes of a request, the reserve left out."""
-    weights = weight_bytes(config, precision)
-    kept, sizes = set(resident), Workload(**{**work, "patches": tuple(work["patches"])})
-    base = sum(weights[part] for part in kept)
-    return max(
-        base + (0 if PART_OF[s.stage] in kept else s.weights) + s.state + s.activations
-        for s in stage_memory(config, sizes, precision)
-        if s.stage != "vision" or sizes.patches[0]
-    )
+    sizes = Workload(**{**work, "patches": tuple(work["patches"])})
+    return max(move.peak for move in schedule_of(stage_memory(config, sizes, precision), sizes, tuple(resident), 0))

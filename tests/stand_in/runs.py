@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -66,8 +67,10 @@ def _run(text: str) -> dict[str, Any]:
     path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
     environment |= {"PYTHONPATH": path, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "stand_in.worker", text]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-    )
+    with tempfile.TemporaryDirectory() as empty:
+        environment["XDG_CACHE_HOME"] = json.loads(text).get("cache", empty)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -21,7 +21,7 @@ from .memory import Allocator
 
 CUDA = 1  # torch's number of the device type
 STREAMS = 32  # that torch hands out in turn
-ROOTS = ("mindomni_rt", "export", "kernels", "training", "benchmarks")
+ROOTS = ("mindomni_rt", "export", "kernels", "training", "benchmarks", "serving")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class Stand:
     syncs: list[Sync] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     streams: Counter = field(default_factory=Counter)
+    captures: int = 0  # of steps
+    timings: int = 0  # captures that were made to be timed
+    plans: set[Any] = field(default_factory=set)  # shapes of attention that cuDNN may have been asked for
 
 
 def caller() -> str:
@@ -71,6 +74,11 @@ def _begins_capture() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _timed() -> bool:
+    """Whether a capture is made by the clock of the choices."""
+    return any(frame.name == "milliseconds" for frame in traceback.extract_stack())
 
 
 class Runtime:
@@ -350,6 +358,10 @@ def _graph_class(runtime: Runtime) -> type:
             self.device = runtime.device
             if runtime.stream(self.device) == 0:
                 raise RuntimeError("CUDA graphs must be captured on a non-default stream")
+            if _timed():
+                runtime.stand.timings += 1
+            else:
+                runtime.stand.captures += 1
             runtime.allocator.begin(self._pool, self.device)
             runtime.invalid, self._launches = False, -runtime.launched
             self._released = weakref.finalize(self, runtime.allocator.release, self._pool)

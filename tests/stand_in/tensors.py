@@ -160,6 +160,8 @@ class Functions(TorchFunctionMode):
             raise RuntimeError(f"attention over tensors of {sorted(map(str, devices))}")
         if query.dtype != key.dtype or query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
             raise RuntimeError(f"attention of {query.shape} over {key.shape} and {value.shape}")
+        if torch.backends.cuda.cudnn_sdp_enabled() and self._runtime.stand.phase != "vae":
+            self._runtime.stand.plans.add((tuple(query.shape), tuple(key.shape)))
         batch, heads, rows, _ = query.shape
         return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 

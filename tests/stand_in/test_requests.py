@@ -16,7 +16,6 @@ PRECISIONS = (None, "bfloat16", "fp8", "int8", "int4")
 BUDGETS = (None, "8GB", "12GB", "16GB", "24GB")
 QUICK = ((None, None), ("int4", "8GB"))
 """Run always; the others are slow."""
-A2 = "A2: graphs' pools, the loop's buffers, a guest beside a resident part and dequantized weights are in no plan"
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -26,13 +25,11 @@ def job(precision: str | None, budget: str | None) -> dict[str, Any]:
     return {"load": {"device": "cuda:0", **options}, "requests": requests}
 
 
-def cases(fault: str = "") -> list[Any]:
-    """All precisions and budgets, the slow ones marked. fault: why the quick ones fail today, and slow ones may."""
+def cases() -> list[Any]:
+    """All precisions and budgets, the slow ones marked."""
     found = []
     for case in product(PRECISIONS, BUDGETS):
         marks = [] if case in QUICK else [pytest.mark.slow]
-        if fault:
-            marks.append(pytest.mark.xfail(strict=case in QUICK, raises=AssertionError, reason=fault))
         found.append(pytest.param(*case, id="-".join(map(str, case)), marks=marks))
     return found
 
@@ -76,7 +73,7 @@ def test_no_step_waits(runs: Runs, precision: str | None, budget: str | None) ->
             assert len(waits) <= most, (request["name"], waits)
 
 
-@pytest.mark.parametrize(("precision", "budget"), cases(A2))
+@pytest.mark.parametrize(("precision", "budget"), cases())
 def test_the_peak_is_what_was_planned(runs: Runs, precision: str | None, budget: str | None) -> None:
     """Live bytes, pools of graphs included, against the planner's figure for the largest request so far."""
     found = seen(runs, precision, budget)
@@ -88,7 +85,7 @@ def test_the_peak_is_what_was_planned(runs: Runs, precision: str | None, budget:
     assert not over, over
 
 
-@pytest.mark.parametrize(("precision", "budget"), [c for c in cases(A2) if c.values[1] is not None])
+@pytest.mark.parametrize(("precision", "budget"), [c for c in cases() if c.values[1] is not None])
 def test_a_budget_holds(runs: Runs, precision: str | None, budget: str | None) -> None:
     """Requests of the size that budgets are planned for, with what the driver and libraries take."""
     found = seen(runs, precision, budget)

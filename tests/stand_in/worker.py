@@ -1,8 +1,9 @@
 """One process, one stand-in: `python -m stand_in.worker JSON` loads, runs requests, and prints what was seen as JSON.
 
 JSON: stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names of those in
-`requests`, or pairs of a name and options), refuse (kernel -> "always" or "capture"), thread (requests run in one
-of their own), again (more such jobs in the same process; with `keep` in the first the pipelines stay alive).
+`requests`, or pairs of a name and options), cache (folder of timings; an empty one unless given), refuse (kernel ->
+"always" or "capture"), thread (requests run in one of their own), again (more such jobs in the same process; with
+`keep` in the first the pipelines stay alive).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Worker:
                 alive.append(self._pipeline({"folder": job["folder"], **following}, place))
         found["faults"], found["stuck"] = runtime.stand.faults, bool(runtime.allocator.capturing)
         found["streams"] = sorted({stream for _, stream in runtime.stand.streams})
+        found["captures"], found["timings"] = runtime.stand.captures, runtime.stand.timings
+        found["plans"] = len(runtime.stand.plans)
         found["launches"] = [{**it.to_json(), "count": n} for it, n in self.stand_in.recorder.seen.items()]
         return found
 

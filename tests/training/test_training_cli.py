@@ -9,6 +9,8 @@ import pytest
 import torch
 from toy import picture, toy_folder
 
+from mindomni_rt.checkpoint.config import RecommendedConfig
+from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.loading import load
 from mindomni_rt.training.cli import main
 from mindomni_rt.training.data.world.clip import WorldClip, save_clip
@@ -74,10 +76,13 @@ def test_all_stages_in_turn(runs, capsys):
     assert "`sft`: 2 steps of 8" in card and "<unk>" in card
     # The result is a checkpoint like any other.
     result = load(packed, device="cpu").generate(
-        "draw (1 + 1) things of the colour of a lemon, shaped like a coin", height=96, width=96, num_inference_steps=2,
+        "draw (1 + 1) things of the colour of a lemon, shaped like a coin", num_inference_steps=2,
         max_new_tokens=4, seed=0,
     )  # fmt: skip
     assert result.images[0].size == (96, 96)
+    recommended = open_checkpoint(packed).config.recommended
+    assert (recommended.num_inference_steps, recommended.guidance_scale) == (10, 1.0)
+    assert recommended.trained_sides == (96, 96)
 
 
 MISTAKES = {
@@ -154,6 +159,17 @@ def test_a_stage_with_nothing_set_but_model_and_data(stage, runs, tmp_path, caps
         small += ["rgpo.max_new_tokens=3", "rgpo.image_steps=2"]
         code = main([stage, "--quiet", "--config", str(tmp_path / "b.toml"), *small])
     assert code == 0, error
+    recommended = open_checkpoint(tmp_path / "run" / "model").config.recommended
+    if stage in ("prior", "sft"):  # these train the decoder
+        assert (recommended.width, recommended.trained_sides) == (32, (32, 32))
+    else:
+        assert recommended == RecommendedConfig()
+    assert (tmp_path / "run" / "adapter").is_dir() == (stage == "sft")
+    if stage == "sft":
+        base, trained = (load(p, device="cpu", fast=False) for p in (runs / "toy", tmp_path / "run" / "model"))
+        base.load_adapter(tmp_path / "run" / "adapter")
+        weights = (dict(p.backend.model.named_parameters()) for p in (base, trained))
+        assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
 def test_accuracy_of_the_world_at_another_size_is_refused(runs, tmp_path, capsys):

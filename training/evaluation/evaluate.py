@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from mindomni_rt.checkout import commit
+from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
+from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.outputs import write_json
 
@@ -32,10 +34,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--suite", action="append", choices=SUITES, help="repeatable; default: all")
     parser.add_argument("--n", type=int, default=96, help="prompts a suite")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--guidance", type=float, help="default: the model's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts and noise; scores are pooled")
-    parser.add_argument("--size", type=int, default=96, help="image side in pixels")
+    parser.add_argument("--size", type=int, help="image side in pixels; default: the model's own")
     parser.add_argument("--reward-model", default="", help="score the consistency reward too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
@@ -47,8 +49,14 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    contexts = open_contexts(options.checkpoint, device, options.size)
-    settings = Settings(n=options.n, steps=options.steps, guidance=options.guidance, reward_model=options.reward_model)
+    own = read_recommended(resolve(options.checkpoint))
+    contexts = open_contexts(options.checkpoint, device, options.size or own.width)
+    settings = Settings(
+        n=options.n,
+        steps=own.num_inference_steps if options.steps is None else options.steps,
+        guidance=own.guidance_scale if options.guidance is None else options.guidance,
+        reward_model=options.reward_model,
+    )
     suites = options.suite or [
         s for s in SUITES if s != "teacher" or hasattr(contexts.model.decoder.llm, "embed_tokens")
     ]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model
 
+from ..adapter_folder import save_adapter
 from ..config import Config, DataConfig
 from ..data.record import Stream
 from ..data.records import open_stream
@@ -95,7 +97,10 @@ def start(config: Config, bar: bool = True) -> Trainer:
 
 
 def finish(trainer: Trainer) -> Path:
-    """The finished model in the published layout under `out/model`: averaged weights, adapters merged."""
+    """The finished model in the published layout under `out/model`: averaged weights, adapters merged.
+
+    The adapters of a LoRA run are also stored by themselves, under `out/adapter`.
+    """
     stage, out = trainer.stage, Path(trainer.config.out) / "model"
     trainer.use_average()
     if trainer.processes > 1:
@@ -110,9 +115,20 @@ def finish(trainer: Trainer) -> Path:
         with torch.no_grad():
             for name, parameter in stage.choose_trainable().items():
                 parameter.copy_(state[name])
+    weights = {n: p for n, p in stage.model.named_parameters() if n in trainer.trained}
+    save_adapter(stage, weights, out.parent / "adapter", trainer.config.model)
     merge_adapters(stage.model)
+    if any(name.startswith("decoder.") for name in trainer.trained):
+        recommended = trained_for(stage.model.config.recommended, trainer.config.data.image_size)
+        stage.model.config = replace(stage.model.config, recommended=recommended)
     save_checkpoint(stage.model, out, resolve(trainer.config.model))
     return out
+
+
+def trained_for(before: RecommendedConfig, side: int) -> RecommendedConfig:
+    """A model's own settings after its decoder was trained at a size: that size, and a range that holds it."""
+    low, high = before.trained_sides or (side, side)
+    return replace(before, width=side, height=side, trained_sides=(min(low, side), max(high, side)))
 
 
 def make_stream(config: Config) -> Stream:

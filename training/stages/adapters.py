@@ -14,7 +14,7 @@ from mindomni_rt.errors import BadRequestError, MissingExtraError
 from ..config import AdapterConfig
 
 
-def _layers(module: nn.Module) -> list[tuple[str, Any]]:
+def adapter_layers(module: nn.Module) -> list[tuple[str, Any]]:
     """Adapter layers below a module; none, and no import of peft, where there are none."""
     return [(n, m) for n, m in module.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
 
@@ -50,7 +50,7 @@ def _linear_names(module: nn.Module) -> list[str]:
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
     """The module as it was before its adapters: the reference policy, or the teacher."""
-    layers = [m for _, m in _layers(module)]
+    layers = [m for _, m in adapter_layers(module)]
     before = [m._disable_adapters for m in layers]
     for layer in layers:
         layer._disable_adapters = True  # peft's own switch without its change of requires_grad
@@ -66,7 +66,7 @@ def merge_adapters(module: nn.Module) -> None:
 
     The sum is computed in float32 and rounded once to the type of the weight.
     """
-    for name, layer in _layers(module):
+    for name, layer in adapter_layers(module):
         parent, _, last = name.rpartition(".")
         owner = module.get_submodule(parent)
         base = layer.get_base_layer().requires_grad_(False)

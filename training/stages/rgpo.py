@@ -86,6 +86,9 @@ class Rgpo(Stage):
     ) -> None:
         super().__init__(model, contexts, config)
         self.updates = config.rgpo.updates
+        own, asked = model.config.recommended, config.rgpo
+        self.image_steps = own.num_inference_steps if asked.image_steps is None else asked.image_steps
+        self.guidance = own.guidance_scale if asked.guidance is None else asked.guidance
         self.rewards = dict(rewards or {})
         if config.lora.rank:
             add_adapters(model.language.layers, config.lora, config.lora.rank, LORA_TARGETS, config.seed)
@@ -131,7 +134,7 @@ class Rgpo(Stage):
         rewarded = time.perf_counter()
         labels, mask = self._labels(batch, full, [w.token_ids for w in written])
         noise = draws.noise(self._latent_shape(), "image_kl").to(self.contexts.device)
-        grid = torch.from_numpy(timesteps(settings.image_steps)[:-1]).float()
+        grid = torch.from_numpy(timesteps(self.image_steps)[:-1]).float()
         times = grid[(draws.uniform("image_times") * len(grid)).long()].to(self.contexts.device)
         replay = self._replay(records, noise, times)
         asked = [rows.index(row) // settings.group for row in range(len(distinct))]  # each conversation's prompt
@@ -163,13 +166,13 @@ class Rgpo(Stage):
         settings, count = self.config.rgpo, len(contexts)
         generator = draws.generator("paint" if settings.same_noise else f"paint{draws.first}")
         noise = torch.randn(1 if settings.same_noise else count, *self._latent_shape(), generator=generator)
-        negative = self.contexts.paint(DEFAULT_NEGATIVE, think=False) if settings.guidance != 1 else None
+        negative = self.contexts.paint(DEFAULT_NEGATIVE, think=False) if self.guidance != 1 else None
         latents = rollouts.paint_contexts(
             self.contexts,
             contexts,
             noise.expand(count, -1, -1, -1),
-            settings.image_steps,
-            settings.guidance,
+            self.image_steps,
+            self.guidance,
             negative,
         )
         return rollouts.decode(self.contexts, latents)

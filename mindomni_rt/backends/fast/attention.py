@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,11 +22,15 @@ from mindomni_rt.kernels.launch import split_head, tensor_cores
 from mindomni_rt.kernels.segment_attention import segment_attention
 from mindomni_rt.kernels.triton_compat import REFUSALS
 
+from . import timings
 from .tune import milliseconds
 
 logger = logging.getLogger(__name__)
 NEAR = 3e-2  # candidates whose output differs from SDPA by more are discarded (relative; bfloat16 differs by 5e-3)
 RUNS = 5
+PLANNED = SDPBackend.CUDNN_ATTENTION
+"""The backend of SDPA that builds a plan for every shape it meets, in 23 to 440 ms by reports."""
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,63 @@ def eight_bit(impl: str = "auto", pv: str = "fp8") -> Attention:
     return Attention(run, any_length=True)
 
 
+def unplanned() -> AbstractContextManager[None]:
+    """SDPA without cuDNN inside: for prompts, whose lengths are new with each request."""
+    return sdpa_kernel(UNPLANNED)  # type: ignore[no-any-return]
+
+
+def _joined(prefix: Tensor, at: Tensor, image: Tensor, with_image: bool) -> Tensor:
+    """[image | time | condition, all of its capacity] (B, H, K, D): what counts comes first."""
+    share = image.shape[0] // prefix.shape[0]
+    parts = [at.unsqueeze(2), prefix] if with_image else [prefix]
+    rows = [t.repeat_interleave(share, 0) if share > 1 else t for t in parts]
+    return torch.cat([image, *rows] if with_image else rows, dim=2)
+
+
+def _seen(s: Segments, rows: int, images: int) -> Tensor:
+    """Keys of `_joined` that count, int32 (B,), on the device."""
+    seen = s.lengths + (images + 1 if s.with_image else 0)
+    return seen.repeat_interleave(rows // len(seen)) if rows > len(seen) else seen
+
+
+def masked() -> Attention:
+    """SDPA over segments side by side, under a mask of the lengths on the device. (Flash attention takes no mask.)"""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
+        keys = _joined(s.keys, s.time_keys, k, s.with_image)
+        values = _joined(s.values, s.time_values, v, s.with_image)
+        mask = torch.arange(keys.shape[2], device=q.device) < _seen(s, q.shape[0], k.shape[2])[:, None]
+        with unplanned():
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None])
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+    return Attention(run, any_length=True)
+
+
+def flash() -> Attention:
+    """FlashAttention over segments side by side; it reads how many keys count on the device."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
+        keys = _joined(s.keys, s.time_keys, k, s.with_image)
+        values = _joined(s.values, s.time_values, v, s.with_image)
+        batch, _, queries, _ = q.shape
+        places = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, keys, values)]
+        out = varlen_attn(
+            *flat, places * queries, places * keys.shape[2], queries, keys.shape[2],
+            seqused_k=_seen(s, batch, k.shape[2]),
+        )  # fmt: skip
+        return out.unflatten(0, (batch, queries)).transpose(1, 2)
+
+    return Attention(run, any_length=True)
+
+
 def sdpa(*backends: SDPBackend) -> Attention:
-    """SDPA, branch by branch over concatenated segments; restricted to the given backends, if any."""
+    """SDPA, branch by branch over concatenated segments; restricted to the given backends, if any.
+
+    A graph over it serves one pair of lengths: with each new prompt it is captured anew.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> Tensor:
         share = q.shape[0] // s.keys.shape[0]
@@ -105,13 +166,23 @@ def sdpa(*backends: SDPBackend) -> Attention:
 
 
 def candidates(device: torch.device, head_dim: int, impl: str = "auto") -> dict[str, Attention]:
-    """Candidates on a device, by name. "segment" runs the reference implementation where Triton cannot run."""
-    found = {"sdpa": sdpa()}
+    """What "auto" chooses from on a device, by name: attentions that serve any length with one graph.
+
+    "segment" runs the reference implementation where Triton cannot run.
+    """
+    found = {"sdpa": masked()}
     if impl != "auto" or (tensor_cores(device) and split_head(head_dim)[0]):
         found["segment"] = ours(impl)
+    if device.type == "cuda" and find_spec("torch.nn.attention.varlen") is not None:
+        found["flash"] = flash()
+    return found
+
+
+def named(device: torch.device, head_dim: int, impl: str = "auto") -> dict[str, Attention]:
+    """What can be asked for by name."""
+    found = candidates(device, head_dim, impl)
     if device.type == "cuda":
-        found["flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
-        found["cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
+        found["cudnn"] = sdpa(PLANNED)
     return found
 
 
@@ -136,9 +207,10 @@ def choose(
     seconds: Callable[[Callable[[], Tensor], torch.device], float] = _seconds,
 ) -> str:
     """The fastest candidate on these tensors. Those that fail or differ from "sdpa" are discarded and logged."""
-    expected = tried["sdpa"](q, k, v, segments).float()
-    measured: dict[str, float] = {}
-    for name, attention in tried.items():
+    label = f"attention {tuple(q.shape)} over {tuple(k.shape)} in {len(segments.keys)} branches, {q.dtype}"
+    measured = {n: t for n, t in (timings.known(q.device, label) or {}).items() if n in tried}
+    expected = q if measured else tried["sdpa"](q, k, v, segments).float()
+    for name, attention in () if measured else tried.items():
         try:
             found = attention(q, k, v, segments).float()
         except REFUSALS as error:
@@ -152,6 +224,7 @@ def choose(
             measured[name] = seconds(lambda attention=attention: attention(q, k, v, segments), q.device)  # type: ignore[misc]
         except REFUSALS as error:
             logger.info("attention %s cannot be captured: %s", name, str(error).splitlines()[0])
+    timings.keep(q.device, label, measured)
     best = min(measured, key=lambda name: measured[name])
     logger.info(
         "attention %s for %s: %s", best, tuple(q.shape), ", ".join(f"{n} {1e3 * t:.3f} ms" for n, t in measured.items())

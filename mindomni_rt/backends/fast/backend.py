@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -18,20 +19,21 @@ from ...checkpoint.config import StackConfig
 from ...checkpoint.layout import LoadReport
 from ...errors import UnsupportedDeviceError
 from ...inputs.images import ImagePatches
-from ...memory.footprint import Precision
+from ...memory.footprint import Precision, capacity
 from ...memory.layers import PARTS
 from ...memory.precision import stored
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel
-from ..base import DenoiseRequest, LanguageRequest
+from ..base import OPTIONAL, DenoiseRequest, LanguageRequest
 from ..torch.backend import TorchBackend, TorchPrefix
 from ..torch.device import is_cuda, limit_memory, on_device, with_index
-from .attention import Attention, candidates, choose, eight_bit, ours
+from .attention import Attention, candidates, choose, eight_bit, named, ours, unplanned
 from .buffers import Shape, StepBuffers
 from .denoise import FastDenoiseSession
 from .graph import GraphPool, memory_of
-from .language import ROUND, DecodeState, FastLanguageSession
+from .language import DecodeState, FastLanguageSession
 from .linear import Linear, LinearDense, LinearW8A8, PatchLinear, make_linear
+from .prefix import FastPrefix
 from .residency import Residency
 from .stack import FastBlock, FastStack
 from .step_cache import StepCache
@@ -56,7 +58,7 @@ class FastOptions:
 class TorchCudaBackend(TorchBackend):
     """The six stages, fast. Replaces the model's blocks by `FastStack`s, which take their weights."""
 
-    capabilities = frozenset({"step_cache", "draft_tokens"})
+    capabilities = frozenset(OPTIONAL)
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class TorchCudaBackend(TorchBackend):
             model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.graph_pool = GraphPool()
         self._buffers: dict[Shape, StepBuffers] = {}
+        self._prefixes: WeakSet[FastPrefix] = WeakSet()
         self._state: DecodeState | None = None
         self._caches: dict[Shape, StepCache] = {}
         self._attention: dict[Shape, Attention] = {}
@@ -103,17 +106,32 @@ class TorchCudaBackend(TorchBackend):
     def _moved(self, part: str) -> None:
         """What plans count with a part goes with it. A session that runs keeps its buffers and captures anew."""
         if part == "decoder":
-            for buffers in self._buffers.values():
-                buffers.drop_graphs()
-            self._buffers.clear()
-            self._caches.clear()
+            self._drop_buffers()
         if part == "language":
-            self._state = None
+            self._drop_state()
+
+    def _drop_buffers(self) -> None:
+        for buffers in self._buffers.values():
+            buffers.drop_graphs()
+        self._buffers.clear()
+        self._caches.clear()
+
+    def _drop_state(self) -> None:
+        if self._state is not None:
+            self._state.drop_graphs()
+        self._state = None
+
+    def _between(self) -> None:
+        """A request begins: prefixes that are kept for later ones make room."""
+        for prefix in self._prefixes:
+            prefix.to_host()
 
     @on_device
     def vision(self, image: ImagePatches) -> Tensor:
+        self._between()
         self.residency.need("vision")
-        return super().vision(image)
+        with unplanned():
+            return super().vision(image)
 
     @on_device
     @torch.inference_mode()
@@ -122,23 +140,26 @@ class TorchCudaBackend(TorchBackend):
             self._need_decoder()
         features = [(start, self.input_features(latents)) for start, latents in image_latents]
         self.residency.need("connector")
-        condition = super().connector(hidden)
+        with unplanned():
+            condition = super().connector(hidden)
         for start, rows in features:
             condition[:, start : start + rows.shape[1]] = rows
         return condition
 
     @on_device
     def language(self, request: LanguageRequest) -> FastLanguageSession:
+        self._between()
         self.residency.need("language")
         # A guess may reach past the last token wanted.
         needed = len(request.token_ids) + max(request.max_new_tokens, 1) + request.draft_tokens
-        return FastLanguageSession(self._decode_state(-(-needed // ROUND) * ROUND), request)
+        return FastLanguageSession(self._decode_state(needed), request)
 
-    def _decode_state(self, capacity: int) -> DecodeState:
-        """Buffers for at least `capacity` tokens; the last ones are used again when they are large enough."""
-        if self._state is None or self._state.capacity < capacity:
-            self._state = None  # freed before the larger one is made
-            self._state = DecodeState(self.model.language, self.language_stack, capacity, self.device, self.graph_pool)
+    def _decode_state(self, needed: int) -> DecodeState:
+        """Buffers for this many tokens or more: they grow and never shrink, so that graphs over them serve on."""
+        if self._state is None or self._state.capacity < needed:
+            self._drop_state()  # freed before the larger one is made
+            room = capacity(needed)
+            self._state = DecodeState(self.model.language, self.language_stack, room, self.device, self.graph_pool)
         if "language" not in self._tuned and is_cuda(self.device):
             self._tuned.add("language")
             choose_one_row(p for p in (*_linears(self.language_stack), self.head) if isinstance(p, LinearDense))
@@ -155,8 +176,11 @@ class TorchCudaBackend(TorchBackend):
         blocks: Sequence[tuple[int, int]] = (),
     ) -> TorchPrefix:
         self._need_decoder()
-        with memory_of("prefix"):
-            return super().prefix(condition, times, image_tokens, blocks)
+        with memory_of("prefix"), unplanned():
+            made = super().prefix(condition, times, image_tokens, blocks)
+        prefix = FastPrefix(made.kv, made.modulation)
+        self._prefixes.add(prefix)
+        return prefix
 
     def prefix_kv(self, condition: Tensor, features: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> PrefixKV:
         """K and V of each layer are copied as they come: joined at the end they would be there twice."""
@@ -178,7 +202,7 @@ class TorchCudaBackend(TorchBackend):
     @torch.inference_mode()
     def denoiser(self, request: DenoiseRequest) -> FastDenoiseSession:
         self._need_decoder()
-        prefixes = [p for p in request.prefixes() if isinstance(p, TorchPrefix)]
+        prefixes = [p for p in request.prefixes() if isinstance(p, FastPrefix)]
         with memory_of("denoiser"):
             buffers = self._filled([p.kv for p in prefixes], request.latents)
             cache = self._step_cache(buffers, request.step_cache) if request.step_cache > 0 else None
@@ -189,15 +213,15 @@ class TorchCudaBackend(TorchBackend):
 
     def _filled(self, prefixes: list[PrefixKV], latents: NDArray[np.float32]) -> StepBuffers:
         """Buffers for these shapes, the last ones where they fit, holding the prefixes and the noise."""
-        lengths = tuple(p.length for p in prefixes)
-        shape = Shape.of(lengths, latents.shape)
-        if shape not in self._buffers:
-            self._buffers.clear()  # one set of buffers at a time
-            self._caches.clear()
+        longest = max(p.length for p in prefixes)
+        shape = Shape(len(prefixes), latents.shape[0], latents.shape[2], latents.shape[3])
+        if shape not in self._buffers or self._buffers[shape].capacity < longest:
+            self._drop_buffers()  # one set of buffers at a time
             self._buffers[shape] = StepBuffers(
                 self.model.decoder,
                 self.decoder_stack,
                 shape,
+                capacity(longest),
                 self._fixed_attention(),
                 self.torch_dtype,
                 self.device,
@@ -229,7 +253,7 @@ class TorchCudaBackend(TorchBackend):
             return eight_bit(impl, "fp8" if capable else "16bit")
         if wanted in ("auto", "segment"):  # on CUDA "auto" measures once the buffers are there
             return ours(impl)
-        tried = candidates(torch.device(self.device), self.config.decoder.stack.head_dim, impl)
+        tried = named(torch.device(self.device), self.config.decoder.stack.head_dim, impl)
         if wanted not in tried:
             raise UnsupportedDeviceError(f"attention {wanted!r} does not run on {self.device}; use 'auto'")
         return tried[wanted]

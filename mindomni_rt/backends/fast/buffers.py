@@ -9,7 +9,7 @@ Axes: P branches, n images, B = P · n rows (branch-major), N image tokens, C hi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,40 +23,36 @@ from .attention import Attention, Segments
 from .graph import GraphPool, Replay
 from .stack import FastStack
 
-ROUND = 128  # prefix capacities are multiples of this, so that prompts of like length share buffers and graphs
-
 
 @dataclass(frozen=True)
 class Shape:
-    """What a set of buffers is for."""
+    """What a set of buffers is for: branches, and latents (images, 4, height, width)."""
 
     branches: int
     images: int
     height: int
     width: int
-    capacity: int
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], latents: tuple[int, ...]) -> Shape:
-        """For prefixes of these lengths and latents (n, 4, h, w)."""
-        capacity = -(-max(lengths) // ROUND) * ROUND
-        return cls(len(lengths), latents[0], latents[2], latents[3], capacity)
 
 
 class StepBuffers:
-    """Buffers and graphs for one `Shape`. `load` a request's prefixes, then `velocity` for each step."""
+    """Buffers and graphs for one `Shape` and prefixes of up to `capacity` tokens.
+
+    `load` a request's prefixes, then `velocity` for each step.
+    """
 
     def __init__(
         self,
         decoder: DiffusionDecoder,
         stack: FastStack,
         shape: Shape,
+        capacity: int,
         attention: Attention,
         dtype: torch.dtype,
         device: str,
         pool: GraphPool | None = None,
     ) -> None:
         self._decoder, self._stack, self.shape, self._attention = decoder, stack, shape, attention
+        self.capacity = capacity
         self._dtype, self.device, self._pool = dtype, device, pool
         config, sizes = decoder.config, decoder.config.stack
         self._patch = config.patch_size
@@ -68,7 +64,7 @@ class StepBuffers:
 
         self.latents = empty(shape.images, config.latent_channels, shape.height, shape.width, kind=torch.float32)
         self.velocities = empty(rows, config.latent_channels, shape.height, shape.width, kind=torch.float32)
-        self.keys = empty(layers, shape.branches, heads, shape.capacity, d)
+        self.keys = empty(layers, shape.branches, heads, capacity, d)
         self.values = torch.zeros_like(self.keys)
         self.time_keys, self.time_values = (
             empty(layers, shape.branches, heads, d),
@@ -91,19 +87,19 @@ class StepBuffers:
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
         each = self.shape.images
         for branch, prefix in enumerate(prefixes):
-            self.keys[:, branch, :, : prefix.length] = prefix.keys[:, 0]
-            self.values[:, branch, :, : prefix.length] = prefix.values[:, 0]
+            self.keys[:, branch, :, : prefix.length].copy_(prefix.keys[:, 0], non_blocking=True)
+            self.values[:, branch, :, : prefix.length].copy_(prefix.values[:, 0], non_blocking=True)
             tables = image_tables(self._decoder.config, prefix.length, self.tokens)
             rows = slice(branch * each, (branch + 1) * each)
             self.cos[rows], self.sin[rows] = (torch.from_numpy(t).to(self.device) for t in tables)
         self.latents.copy_(torch.from_numpy(np.ascontiguousarray(latents, np.float32)))
 
-    def at_step(self, prefixes: list[PrefixKV], modulation: Tensor, step: int) -> None:
-        """Queues one step's time K/V and modulation (2C,)."""
-        for branch, prefix in enumerate(prefixes):
-            self.time_keys[:, branch] = prefix.time_keys[step, :, 0]
-            self.time_values[:, branch] = prefix.time_values[step, :, 0]
-        self.modulation.copy_(modulation)
+    def at_step(self, times: Sequence[tuple[Tensor, Tensor, Tensor]], step: int) -> None:
+        """Queues one step's time K/V and modulation: those of each branch for all steps are given."""
+        for branch, (keys, values, _) in enumerate(times):
+            self.time_keys[:, branch] = keys[step, :, 0]
+            self.time_values[:, branch] = values[step, :, 0]
+        self.modulation.copy_(times[0][2][step])
 
     def segments(self, layer: int, branches: int, with_image: bool) -> Segments:
         """What one layer's queries see of the first `branches`."""

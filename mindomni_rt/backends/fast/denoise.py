@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...sampling.schedule import Step, guide
-from ..torch.backend import TorchPrefix
 from ..torch.device import is_cuda, on_device, working_on
 from .buffers import StepBuffers
 from .graph import memory_of
+from .prefix import FastPrefix
 from .step_cache import StepCache
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,13 @@ class FastDenoiseSession:
     def __init__(
         self,
         buffers: StepBuffers,
-        prefixes: Sequence[TorchPrefix],
+        prefixes: Sequence[FastPrefix],
         need: Callable[[], None],
         cache: StepCache | None = None,
     ) -> None:
         self.buffers = buffers
-        self._kept, self._modulation = [p.kv for p in prefixes], prefixes[0].modulation
+        self._times = [p.at_times(buffers.device) for p in prefixes]
+        self._last = len(prefixes[0].modulation) - 1
         self._need, self._cache, self.device = need, cache, buffers.device
         self._events: deque[torch.cuda.Event] = deque()
 
@@ -68,13 +69,12 @@ class FastDenoiseSession:
     def velocities(self, step: Step) -> Tensor:
         """Velocities (branches, n, 4, h, w) at the current latents, a view of the buffer."""
         self._need()
-        self.buffers.at_step(self._kept, self._modulation[step.index], step.index)
+        self.buffers.at_step(self._times, step.index)
         if self._cache is None:
             return self.buffers.velocity(step.branches, not step.condition_only)
-        last = len(self._modulation) - 1
-        found = self._cache.velocity(step.branches, not step.condition_only, edge=step.index in (0, last))
-        if step.index == last:
-            logger.info("step cache: %d of %d steps used it", self._cache.reused, last + 1)
+        found = self._cache.velocity(step.branches, not step.condition_only, edge=step.index in (0, self._last))
+        if step.index == self._last:
+            logger.info("step cache: %d of %d steps used it", self._cache.reused, self._last + 1)
         return found
 
     @property

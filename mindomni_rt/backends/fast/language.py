@@ -25,11 +25,11 @@ from ...model.language import LanguageModel
 from ..base import LanguageRequest
 from ..torch.device import on_device
 from ..torch.language import sample
+from .attention import unplanned
 from .graph import GraphPool, Replay, memory_of
 from .stack import CacheSlot, FastStack
 
 LAG = 4  # steps that are queued before the first is read
-ROUND = 256  # cache capacities are multiples of this, so that requests of like length share graphs
 
 
 class DecodeState:
@@ -55,6 +55,10 @@ class DecodeState:
         self._order = torch.arange(model.config.vocab_size, device=device)
         self._graphs: dict[tuple[int, bool], Replay] = {}
         self._inputs: dict[int, Tensor] = {}
+
+    def drop_graphs(self) -> None:
+        """Nothing is to run over these buffers again. Graphs hold them and they hold graphs, so one lets go first."""
+        self._graphs.clear()
 
     def inputs(self, tokens: int) -> Tensor:
         """The buffer (1, S) of the tokens that a step takes."""
@@ -181,7 +185,7 @@ class FastLanguageSession:
         self._cuda = state.chosen.is_cuda
         self._copies = torch.zeros(self.room + request.draft_tokens, dtype=torch.int64, pin_memory=self._cuda)
         self._unread: deque[tuple[slice, torch.cuda.Event | None]] = deque()
-        with memory_of("language"):
+        with memory_of("language"), unplanned():
             self._logits: Tensor | None = state.prefill(request)
 
     @on_device

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mindomni_rt.kernels.gemv import gemv
 from mindomni_rt.kernels.int4_linear import Int4Weight, int4_linear, quantize_int4
+from mindomni_rt.kernels.int8_linear import int8_linear
 from mindomni_rt.kernels.linear8 import linear8, quantize_weight
 from mindomni_rt.kernels.quantize import Rows, quantize_rows
 
@@ -93,7 +94,7 @@ class LinearW8A16(Linear):
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         assert isinstance(x, Tensor)
-        return gemv(x, Rows(self.values, self.scale), self.bias, impl=one_row_impl(self.impl, x))
+        return int8_linear(x, Rows(self.values, self.scale), self.bias, impl=self.impl)
 
     def row_weight(self) -> Tensor | Rows | None:
         return Rows(self.values, self.scale)
@@ -132,11 +133,6 @@ class PatchLinear(nn.Module):
         size = self.proj.kernel_size[0]
         patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
-
-
-def one_row_impl(impl: str, x: Tensor) -> str:
-    """A kernel for one row cannot be forced on more."""
-    return impl if impl != "triton" or x.numel() == x.shape[-1] else "auto"
 
 
 def make_linear(

@@ -54,4 +54,4 @@ def _copy(tensor: Tensor, block: Tensor, at: int) -> Tensor:
     data = tensor.detach()
     strides = torch.empty_like(data, device="meta").stride()  # contiguous unless the tensor is dense
     flat = block[at : at + data.numel() * data.element_size()].view(data.dtype)
-    return flat.as_strided(data.shape, strides).copy_(data)
+    return flat.as_strided(data.shape, strides).copy_(data, non_blocking=True)

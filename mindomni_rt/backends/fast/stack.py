@@ -112,12 +112,29 @@ class FastStack(nn.Module):
         fused = self.fused_rows and x.numel() == x.shape[-1]
         for layer in range(first, len(self.blocks) if last is None else last):
             block = cast(FastBlock, self.blocks[layer])
-            qkv, stream = self.normed(block.qkv, pending, block.norm1, block.eps, stream, fused)
-            q, k, v = self._rotated(layer, qkv, cos, sin, cache)
-            attended = attend(layer, q, k, v).transpose(1, 2).flatten(2)
-            inner, stream = self.gated(block, block.o(attended), stream, fused)
+            # One name for what a half of the block takes and gives: the other tensors go before the next half's come.
+            pending, stream = self._attended(layer, block, pending, stream, (cos, sin), attend, cache, fused)
+            inner, stream = self.gated(block, pending, stream, fused)
             pending = block.down(inner)
+            del inner
         return pending if stream is None else pending + stream
+
+    def _attended(
+        self,
+        layer: int,
+        block: FastBlock,
+        x: Tensor,
+        stream: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        attend: LayerAttend,
+        cache: CacheSlot | None,
+        fused: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(the attention's output after `o`, x + stream)."""
+        qkv, total = self.normed(block.qkv, x, block.norm1, block.eps, stream, fused)
+        q, k, v = self._rotated(layer, qkv, *tables, cache)
+        attended = attend(layer, q, k, v).transpose(1, 2).flatten(2)
+        return block.o(attended), total
 
     def _rotated(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, cache: CacheSlot | None = None

@@ -28,7 +28,6 @@ class StepCache:
             for _ in range(3)
         )
         self._change = torch.zeros((), device=buffers.latents.device)
-        self._residual = torch.zeros_like(self._first)
 
     def begin(self, threshold: float) -> None:
         """A new request. threshold: relative change of the first block's residual below which a step is reused."""
@@ -43,15 +42,14 @@ class StepCache:
             x = buffers.embed(branches)
             first = buffers.run(x, branches, with_image, 0, 1)
             self._first[rows] = first
-            residual = first - x
-            self._residual[rows] = residual
             reference = self._reference[rows].float()
-            self._change.copy_((residual.float() - reference).abs().mean() / reference.abs().mean().clamp_min(1e-12))
+            change = (first - x).float() - reference
+            self._change.copy_(change.abs().mean() / reference.abs().mean().clamp_min(1e-12))
 
         def whole() -> None:
             last = buffers.run(self._first[rows], branches, with_image, 1)
             self._rest[rows] = last - self._first[rows]
-            self._reference[rows] = self._residual[rows]
+            self._reference[rows] = self._first[rows] - buffers.embed(branches)
             buffers.finish(last, branches)
 
         def again() -> None:

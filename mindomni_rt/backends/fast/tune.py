@@ -17,6 +17,7 @@ import torch
 from mindomni_rt.kernels.triton_compat import REFUSALS
 
 from ...errors import UnsupportedDeviceError
+from . import timings
 from .graph import captured
 from .linear import LinearDense, LinearW8A8
 from .stack import FastBlock, FastStack
@@ -55,14 +56,15 @@ def _fastest(
         for product in group:
             product(x)
 
-    times: dict[str, float] = {}
-    for name in names:
+    times = timings.known(x.device, f"{label} {x.dtype}") or {}
+    for name in () if times else names:
         for product in group:
             choose(product, name)
         try:
             times[name] = clock(all_of_them) / len(group)
         except REFUSALS as error:
             logger.info("%s: %s does not run: %s", label, name, str(error).split("\n")[0])
+    timings.keep(x.device, f"{label} {x.dtype}", times)
     if not times:
         raise UnsupportedDeviceError(f"no kernel for {label} runs on {x.device}; load without this precision")
     best = min(times, key=lambda name: times[name])
@@ -119,18 +121,20 @@ def choose_fused_rows(stack: FastStack, clock: Clock = milliseconds) -> None:
         return
     like = blocks[0].norm1
     x = _rows(1, stack.config.hidden_size, like)
-    times = {}
-    for fused in (False, True):
+    label = f"norm and product of one row, {stack.stored} {like.dtype}, {stack.config}"
+    times = timings.known(x.device, label) or {}
+    for name in () if times else ("apart", "fused"):
 
-        def halves(fused: bool = fused) -> None:
+        def halves(fused: bool = name == "fused") -> None:
             for block in blocks:
                 stack.normed(block.qkv, x, block.norm1, block.eps, x, fused)
                 stack.gated(block, x, x, fused)
 
         try:
-            times[fused] = clock(halves) / len(blocks)
+            times[name] = clock(halves) / len(blocks)
         except REFUSALS as error:
             logger.info("the fused kernel for one row does not run: %s", str(error).split("\n")[0])
-    stack.fused_rows = times.get(True, float("inf")) < times[False]
-    measured = ", ".join(f"{'fused' if fused else 'apart'} {t:.4f} ms" for fused, t in times.items())
+    timings.keep(x.device, label, times)
+    stack.fused_rows = times.get("fused", float("inf")) < times["apart"]
+    measured = ", ".join(f"{name} {t:.4f} ms" for name, t in times.items())
     logger.info("norm, linear layer and gate of one row: %s (%s)", "fused" if stack.fused_rows else "apart", measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.layout import LoadReport
@@ -19,13 +20,16 @@ from ...errors import BadRequestError, OutOfMemoryError, UnsupportedDeviceError
 from ...inputs.images import ImagePatches
 from ...inputs.positions import image_positions, image_tables, prefix_tables, rope_tables
 from ...inputs.vision_layout import vision_layout
+from ...memory.machine import read_machine
 from ...model.attention import Workspace
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel, load_model
-from ..base import DenoiseRequest, DenoiseSession, LanguageRequest, LanguageSession
-from .denoise import Branch, TorchDenoiseSession
+from ..base import ADAPTERS, PROMPT_BATCHES, DenoiseRequest, DenoiseSession, LanguageRequest, LanguageSession, Prefix
+from .adapters import Adapters
+from .denoise import Branch, TorchDenoiseSession, real_keys
 from .device import with_index
 from .language import TorchLanguageSession
+from .widen import widen
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,6 +63,9 @@ def load_torch(path: Path, device: str = "auto", dtype: str | None = None) -> To
     # The VAE stays in float32: that is what the released code computes, and SDXL's overflows in float16.
     model, report = load_model(path, DTYPES[dtype], device, vae_dtype=torch.float32)
     logger.info("%s", report)
+    if device == "cpu" and read_machine(with_gpus=False).widens(dtype):
+        logger.info("weights in %s, computed in float32: this CPU has no fast %s products", dtype, dtype)
+        widen(model)
     return TorchBackend(model, device=device, report=report)
 
 
@@ -73,18 +80,40 @@ class TorchPrefix:
         return self.kv.length
 
 
+def joined_prefixes(prefixes: Sequence[Prefix]) -> tuple[PrefixKV, Tensor]:
+    """K/V of several prompts as one batch, zeros behind the shorter ones, and the modulation that they share."""
+    found = [p for p in prefixes if isinstance(p, TorchPrefix)]
+    assert len(found) == len(prefixes)
+    if len(found) == 1:
+        return found[0].kv, found[0].modulation
+    longest = max(p.length for p in found)
+    keys, values = (
+        torch.cat([functional.pad(kv, (0, 0, 0, longest - kv.shape[3])) for kv in each], dim=1)
+        for each in ([p.kv.keys for p in found], [p.kv.values for p in found])
+    )
+    time_keys, time_values = (
+        torch.cat(each, dim=2) for each in ([p.kv.time_keys for p in found], [p.kv.time_values for p in found])
+    )
+    return PrefixKV(keys, values, time_keys, time_values), found[0].modulation
+
+
 class TorchBackend:
     """The six stages on PyTorch modules. Runs wherever they are; float32 on the CPU is the reference."""
 
     name = "torch"
-    capabilities = frozenset({"draft_tokens"})
+    capabilities = frozenset({"draft_tokens", "first_step", ADAPTERS, PROMPT_BATCHES})
 
     def __init__(self, model: MindOmniModel, device: str = "cpu", report: LoadReport | None = None) -> None:
         self.model, self.device, self.report = model, device, report
         self.config: ModelConfig = model.config
-        self.torch_dtype = model.language.embed_tokens.weight.dtype
-        self.dtype = str(self.torch_dtype).removeprefix("torch.")
+        self.torch_dtype = model.language.norm.weight.dtype  # of activations; weights may be narrower (`widen`)
+        self.dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
         self.image_positions: Callable[[int, int], Tensor] = lru_cache(maxsize=4)(self._image_positions)
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """LoRA adapters on this model's weights."""
+        return Adapters(self.model)
 
     def tensors(self, *arrays: NDArray[Any]) -> tuple[Tensor, ...]:
         """Host tables on the device."""
@@ -137,19 +166,22 @@ class TorchBackend:
         patch, stack = self.config.decoder.patch_size, self.config.decoder.stack
         positions = self.image_positions(latents.shape[-2] // patch, latents.shape[-1] // patch)
         branches = []
-        for prefix in request.prefixes():
-            assert isinstance(prefix, TorchPrefix)
-            cos, sin = self.tensors(*image_tables(self.config.decoder, prefix.length, len(positions)))
-            length = prefix.length + 1 + len(positions)
+        for prefixes in request.branches():
+            tables = [image_tables(self.config.decoder, p.length, len(positions)) for p in prefixes]
+            # One prompt's tables have no batch axis: they serve any number of images.
+            cos, sin = self.tensors(*(tables[0] if len(tables) == 1 else map(np.stack, zip(*tables, strict=True))))
+            kv, modulation = joined_prefixes(prefixes)
+            length = kv.length + 1 + len(positions)
             branches.append(
                 Branch(
                     decoder=self.model.decoder,
-                    prefix=prefix.kv,
-                    modulation=prefix.modulation,
+                    prefix=kv,
+                    modulation=modulation,
                     cos=cos,
                     sin=sin,
                     positions=positions,
-                    workspace=Workspace(len(latents), stack.num_kv_heads, length, stack.head_dim, prefix.kv.keys),
+                    workspace=Workspace(len(latents), stack.num_kv_heads, length, stack.head_dim, kv.keys),
+                    mask=real_keys([p.length for p in prefixes], length, kv.keys.device),
                 )
             )
         return TorchDenoiseSession(branches, latents)

@@ -46,8 +46,26 @@ class Branch:
             self.positions,
             condition_only=step.condition_only,
             workspace=self.workspace,
-            mask=self.mask,
+            mask=self._mask(step),
         ).float()
+
+    def _mask(self, step: Step) -> Tensor | None:
+        if self.mask is None or not step.condition_only:
+            return self.mask
+        return self.mask[..., : self.prefix.length]  # that step has no other keys
+
+
+def real_keys(lengths: Sequence[int], keys: int, device: torch.device) -> Tensor | None:
+    """Which of a batch's keys are real, (B, 1, 1, keys): those of shorter conditions are padded to the longest.
+
+    None where all have one length.
+    """
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    at = torch.arange(keys, device=device)
+    real = (at < torch.tensor(lengths, device=device)[:, None]) | (at >= longest)
+    return real[:, None, None]
 
 
 class TorchDenoiseSession:

@@ -1,0 +1,115 @@
+"""A pipeline for asyncio: the caller's event loop stays free, and a cancelled task stops its request within a step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing
+from typing import Any, Unpack, overload
+
+from .batch import Prompts
+from .events import AnswerEvent, Event, GenerationResult, ImageEvent
+from .pipeline import Pipeline
+from .request import EditOptions, GenerateOptions, Request, UnderstandOptions, UnderstandRequest, as_request
+
+_END = object()
+
+
+class AsyncPipeline:
+    """`Pipeline` with `await` and `async for`. Arguments, results and errors are those of its methods.
+
+    A thread runs each request; requests wait for each other, as in `Pipeline`. Cancelling the task, leaving
+    `async with aclosing(pipe.stream(…))` early, or a timeout ends the request after its current token or step, and the
+    task ends only then: the model is free for the next one.
+
+    Example:
+        >>> pipe = AsyncPipeline(mindomni_rt.load("model"))  # doctest: +SKIP
+        >>> result = await asyncio.wait_for(pipe.generate("three yellow circles"), timeout=60)  # doctest: +SKIP
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @overload
+    async def generate(self, prompt: str | Request, **options: Unpack[GenerateOptions]) -> GenerationResult: ...
+    @overload
+    async def generate(self, prompt: Prompts, **options: Unpack[GenerateOptions]) -> list[GenerationResult]: ...
+    async def generate(
+        self, prompt: str | Request | Prompts, **options: Unpack[GenerateOptions]
+    ) -> GenerationResult | list[GenerationResult]:
+        """As `Pipeline.generate`."""
+        results = await self._results(self.stream(prompt, **options))
+        return results if isinstance(prompt, (list, tuple)) else results[0]
+
+    async def edit(self, image: Any, prompt: str, **options: Unpack[EditOptions]) -> GenerationResult:
+        """As `Pipeline.edit`."""
+        return await self.generate(prompt, image=image, **options)
+
+    async def understand(
+        self, prompt: str | UnderstandRequest, image: Any = None, **options: Unpack[UnderstandOptions]
+    ) -> GenerationResult:
+        """As `Pipeline.understand`."""
+        request = as_request(UnderstandRequest, prompt, options if image is None else {"image": image, **options})
+        return (await self._results(self.stream(request)))[0]
+
+    @staticmethod
+    async def _results(events: AsyncGenerator[Event, None]) -> list[GenerationResult]:
+        async with aclosing(events):
+            return [event.result async for event in events if isinstance(event, (ImageEvent, AnswerEvent))]
+
+    async def stream(
+        self, request: str | Request | UnderstandRequest | Prompts, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[Event, None]:
+        """As `Pipeline.stream`; mistakes in the request are raised at the first event."""
+        cancel = threading.Event()
+        events = self.pipeline.stream(request, cancel=cancel, **options)
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(item: Any) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        worker = threading.Thread(target=_run, args=(events, put), name="mindomni request", daemon=True)
+        worker.start()
+        ended = False
+        try:
+            while True:
+                item = await queue.get()
+                ended = item is _END or isinstance(item, BaseException)
+                if isinstance(item, BaseException):
+                    raise item
+                if ended:
+                    return
+                yield item
+        finally:
+            cancel.set()
+            while not ended:  # within a step: what follows may use the model at once
+                item = await asyncio.shield(queue.get())
+                ended = item is _END or isinstance(item, BaseException)
+
+    async def close(self) -> None:
+        """As `Pipeline.close`: waits for the running request."""
+        await asyncio.to_thread(self.pipeline.close)
+
+    async def __aenter__(self) -> AsyncPipeline:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _run(events: Generator[Event, None, None], put: Callable[[Any], None]) -> None:
+    """Reads a request's events to their end, on a thread of its own."""
+    try:
+        for event in events:
+            put(event)
+        last: Any = _END
+    except BaseException as error:  # noqa: BLE001 the awaiting task raises it
+        last = error
+    finally:
+        events.close()
+    try:
+        put(last)
+    except RuntimeError:  # the loop was closed meanwhile: nobody waits
+        return

@@ -1,0 +1,55 @@
+"""Several prompts in one call: a request for each, and which of them are painted together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from .checks import shown
+from .errors import BadRequestError
+from .request import CompleteRequest, Request, as_request
+
+Prompts = list[str] | list[Request] | tuple[str | Request, ...]
+"""What `generate` takes for several prompts."""
+MOST_PIXELS = 2**22
+"""Painted at once: four images of 1024x1024. More take memory and gain nothing on any device."""
+_SHARED = ("width", "height", "num_inference_steps", "guidance_scale", "negative_prompt", "first_step",
+           "guidance_interval", "solver", "step_cache", "preview_every")  # fmt: skip
+
+
+def as_requests(prompts: Sequence[Any], options: Mapping[str, Any]) -> list[Request]:
+    """A request for each prompt. With a seed, prompt i has the seed + i · num_images. Raises BadRequestError."""
+    if not prompts:
+        raise BadRequestError("there is no prompt; expected at least one")
+    if options.get("latents") is not None:
+        raise BadRequestError("latents beside several prompts: give each prompt its own in a Request")
+    requests = []
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, Request)):
+            raise BadRequestError(f"prompt {index} = {shown(prompt)}: expected text or a Request")
+        request = as_request(Request, prompt, options)
+        if isinstance(prompt, str) and request.seed is not None:
+            request = as_request(Request, prompt, {**options, "seed": request.seed + index * request.num_images})
+        requests.append(request)
+    return requests
+
+
+def groups(requests: Sequence[CompleteRequest], together: bool) -> Iterator[list[tuple[int, CompleteRequest]]]:
+    """Requests with their places, in order: neighbours of equal settings together if the backend can."""
+    numbered = list(enumerate(requests))
+    if not together:
+        yield from ([one] for one in numbered)
+        return
+    for _, equal in groupby(numbered, lambda one: [getattr(one[1], name) for name in _SHARED]):
+        group: list[tuple[int, CompleteRequest]] = []
+        for one in equal:
+            if group and sum(_pixels(r) for _, r in [*group, one]) > MOST_PIXELS:
+                yield group
+                group = []
+            group.append(one)
+        yield group
+
+
+def _pixels(request: CompleteRequest) -> int:
+    return request.num_images * request.width * request.height

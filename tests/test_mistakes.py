@@ -1,0 +1,148 @@
+"""Every command of every program, called with each kind of mistake: exit code 2 and one line that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mindomni_rt import cli
+from mindomni_rt.benchmarks import cli as benchmarks
+from mindomni_rt.export import cli as export
+from mindomni_rt.options import HANDED_OVER, build_parser
+from mindomni_rt.training import cli as training
+
+NOT = "no/such/place"
+Main = Callable[[list[str]], int]
+# Per command: arguments that are whole but for a model, file or folder that does not exist.
+MISSING: dict[str, tuple[Main, dict[str, list[str]]]] = {
+    "mindomni": (
+        cli.main,
+        {
+            "generate": ["a cat", "--model", NOT],
+            "edit": ["photo.png", "redder", "--model", NOT],
+            "understand": ["what?", "--model", NOT],
+            "info": ["--model", NOT],
+            "demo": ["--out", f"{NOT}\0/x.png"],
+            "doctor": [],
+            "random-checkpoint": ["/proc/none/x", "--layers", "1", "--quiet"],
+        },
+    ),
+    "export": (
+        export.main,
+        {
+            "build": [NOT, "--target", "cpu", "--out", "x"],
+            "verify": [NOT],
+            "inspect": [NOT],
+            "plan": ["--device", "rtx4060", "--checkpoint", NOT],
+            "rehearse": ["vae", "--target", "nowhere"],
+        },
+    ),
+    "benchmarks": (
+        benchmarks.main,
+        {
+            "latency": [NOT],
+            "compare": [NOT, NOT],
+            "check": [NOT],
+            "peers": ["--out", "/proc/none/x.json"],
+            "counts": ["--out", "/proc/none/x.json"],
+            "quality": ["shapes", NOT, "--out", "x"],
+            "lossy": [NOT],
+            "roofline": ["--results", NOT],
+            "plan": ["--memory-budget", "much"],
+            "gpu": ["--only", "nothing"],
+        },
+    ),
+    "training": (
+        training.main,
+        {
+            **{stage: ["--config", NOT] for stage in ("prior", "pretrain", "sft", "rgpo", "dry-run")},
+            "gpu-step": ["--out", "/proc/none/x.json"],
+            "new": ["x", "--vae", NOT],
+            "evaluate": [NOT],
+            "ablate": [NOT],
+            "pack": [NOT, "x"],
+            "plot": [NOT],
+            "config-reference": ["--out", "/proc/none/x.md"],
+        },
+    ),
+}
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for program, (_, known) in MISSING.items():
+        yield from ((program, command) for command in known)
+
+
+def run(program: str, arguments: list[str]) -> int:
+    try:
+        return MISSING[program][0](arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def one_line(code: int, capsys: pytest.CaptureFixture[str], *names: str) -> None:
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.count("\n") == 1 and "Traceback" not in error and len(error) < 1000, error
+    assert all(name in error for name in names), error
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize(("program", "command"), list(commands()))
+def test_an_unknown_option(program: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    one_line(run(program, [command, *MISSING[program][1][command], "--no-such-option"]), capsys, "no-such-option")
+
+
+@pytest.mark.parametrize(("program", "command"), [pair for pair in commands() if MISSING[pair[0]][1][pair[1]]])
+def test_what_is_missing_is_named(
+    program: str, command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one_line(run(program, [command, *MISSING[program][1][command]]), capsys)
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".log"] == []  # a build leaves its log
+
+
+@pytest.mark.parametrize("program", MISSING)
+def test_an_unknown_command_and_none(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["no-such-command"]):
+        one_line(run(program, arguments), capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--size", "big"], "size 'big'"),
+        (["--size", "100x96"], "width = 100"),
+        (["--steps", "many"], "--steps"),
+        (["--steps", "0"], "num_inference_steps = 0"),
+        (["--guidance", "-1"], "guidance_scale = -1"),
+        (["--seed", "x"], "--seed"),
+        (["--guidance-interval", "1"], "guidance interval '1'"),
+        (["--out", "no/such/x.png"], "--out"),
+        (["--out", "x.txt"], "--out"),
+        (["--num-images", "0"], "num_images = 0"),
+    ],
+)
+def test_wrong_values_are_found_before_the_model(
+    arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_line(run("mindomni", ["generate", "a cat", "--model", NOT, *arguments]), capsys, name)
+
+
+def test_no_command_is_left_out() -> None:
+    """A new command has to be added above."""
+    choices = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    assert set(choices or ()) == {*MISSING["mindomni"][1], *HANDED_OVER}
+    assert set(benchmarks._COMMANDS) == set(MISSING["benchmarks"][1])
+    for program, parser in (("export", export._parser()), ("training", training._parser())):
+        found = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+        assert set(found or ()) == set(MISSING[program][1])
+    for module, *_ in HANDED_OVER.values():
+        assert import_module(module).main in {main for main, _ in MISSING.values()}
