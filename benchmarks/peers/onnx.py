@@ -125,6 +125,6 @@ def onnx_group(
         ),
         pairs=pairs,
         note=f"{folder.name} on {device}; the same graphs: ours with IOBinding (threads: {threads}), the peer with "
-        f"session.run, numpy arrays and default options (its log silenced), in our loop. 96x96, {steps} steps; {new} tokens "
-        "written. The peer copies the whole cache for each token",
+        f"session.run, numpy arrays and default options (its log silenced), in our loop. 96x96, {steps} steps; "
+        f"{new} tokens written. The peer copies the whole cache for each token",
     )

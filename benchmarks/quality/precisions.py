@@ -22,8 +22,7 @@ from mindomni_rt.memory.precision import Precision, parse_precision
 from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.scores import Score
 
-from .judge import Riddle, riddles, right
-from .lossy import cosine, psnr
+from .judge import Riddle, cosine, psnr, riddles, right
 from .rounding import rounded
 
 IMAGES = 4  # of a riddle, each with noise of its own: they share a thought and a launch
