@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from mindomni_rt.commands import Parser, front_door
+from mindomni_rt.errors import MissingExtraError
 
 _COMMANDS = {
     "latency": (".latency.command", "one request, stage by stage, on this machine"),
     "compare": (".compare", "two results of one kind, latency or counts; exit code 1 where the second is worse"),
-    "check": (".check", "whether a result file is complete; exit code 1 where it is not"),
+    "check": (".results", "whether a result file is complete; exit code 1 where it is not"),
     "peers": (".peers.command", "transformers, diffusers and onnxruntime beside ours, on the same weights"),
     "counts": (".counts.command", "operations, operators, bytes and graph nodes of a fixed request: no clock"),
     "quality": (".quality.command", "images in the formats of official evaluators"),
     "lossy": (".quality.lossy", "what each lossy option costs"),
-    "roofline": (".roofline.command", "floors and predictions by device and precision"),
+    "roofline": (".roofline", "floors and predictions by device and precision"),
     "load": (".load.command", "a server under many clients, each answer checked"),
     "plan": (".plan", "what stays loaded within a memory budget"),
     "gpu": (".gpu.suite", "correctness, speed, memory and baselines on one GPU, within some minutes"),
@@ -41,8 +42,19 @@ def _run(given: Sequence[str]) -> int:
         if given[:1] != [name]:
             commands.add_parser(name, help=text)
             continue
-        found = importlib.import_module(module, __package__)  # its imports only when it is asked for
+        found = _module(module)
         form: Any = argparse.RawDescriptionHelpFormatter
         found.add_arguments(commands.add_parser(name, help=text, description=found.__doc__, formatter_class=form))
     options = parser.parse_args(given)
-    return int(importlib.import_module(_COMMANDS[options.command][0], __package__).run(options))
+    return int(_module(_COMMANDS[options.command][0]).run(options))
+
+
+def _module(name: str) -> Any:
+    """A command's module, imported only when it is asked for."""
+    try:
+        return importlib.import_module(name, __package__)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "mindomni_rt":
+            raise
+        raise MissingExtraError(missing, "bench") from error

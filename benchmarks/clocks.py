@@ -60,7 +60,11 @@ def physical(device: str) -> str:
 
 
 def query(fields: str, device: str = "cuda:0") -> list[str]:
-    """Fields of a GPU by nvidia-smi; empty without one or where it does not know a field."""
+    """Fields of a GPU by nvidia-smi; empty without one or where it does not know a field.
+
+    device: another than a CUDA one stands for the first GPU.
+    """
+    device = device if device.startswith("cuda") else "cuda:0"
     if not shutil.which("nvidia-smi"):
         return []
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", physical(device)]
@@ -114,9 +118,8 @@ def over_current(root: Path = _HWMON) -> str:
 
 
 def clock_state(device: str = "cuda:0", root: Path = _HWMON) -> dict[str, str]:
-    """Clocks, temperature and throttling now; empty on a machine without an NVIDIA GPU. device: another than a CUDA
-    one stands for the first GPU."""
-    device, found = device if device.startswith("cuda") else "cuda:0", dict[str, str]()
+    """Clocks, temperature and throttling now; empty on a machine without an NVIDIA GPU."""
+    found: dict[str, str] = {}
     if gpu := query("clocks.sm,clocks.mem,temperature.gpu", device):
         names = ("SM clock", "memory clock", "temperature")
         found |= dict(zip(names, gpu, strict=True)) | {"throttling": throttling(device)}

@@ -1,29 +1,32 @@
 """`python -m benchmarks compare A.json B.json`: what changed between two results of one kind, latency or counts.
 
-Times scatter, so of latency it says how sure the change is; counts do not (`gate`).
+Times scatter, so of latency it says how sure the change is. Counts do not: any rise is a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mindomni_rt.errors import BadRequestError
 
-from .counts import gate
-from .results import Result, read_json, read_result
+from .results import Result, read_checked, read_json
 
 _DRAWS = 4000
-THRESHOLD = 0.05
+THRESHOLDS = {"latency": 0.05, "counts": 0.0}
+EVERYWHERE = ("flops", "nodes", "weight_bytes")
+"""Counts that no release of PyTorch changes. Operators and their memory may differ between its minor versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Of one metric: medians, their ratio b / a, and its 95 % bootstrap interval over runs."""
+    """Of one metric: medians, their ratio b / a, and its 95 % bootstrap interval over runs; of a count no interval."""
 
     metric: str
     a: float
@@ -31,16 +34,23 @@ class Change:
     ratio: float
     low: float
     high: float
+    words: tuple[str, str] = ("SLOWER", "faster")
 
     def worse(self, threshold: float) -> bool:
-        """Whether b is slower by more than the threshold, the interval's lower end included."""
+        """Whether b is more by more than the threshold, the interval's lower end included."""
         return self.low > 1 + threshold
 
     def verdict(self, threshold: float) -> str:
         """In a word."""
         if self.worse(threshold):
-            return "SLOWER"
-        return "faster" if self.high < 1 / (1 + threshold) else "same"
+            return self.words[0]
+        return self.words[1] if self.high < 1 / (1 + threshold) else "same"
+
+    def line(self, threshold: float) -> str:
+        """The row of the table."""
+        sure = f"  95 %: {self.low - 1:+.2%} to {self.high - 1:+.2%}" if self.low < self.high else ""
+        a, b = (f"{value:.4f}" if isinstance(value, float) else value for value in (self.a, self.b))
+        return f"{self.metric:36} {a:>14} {b:>14} {self.ratio - 1:+8.2%}  {self.verdict(threshold)}{sure}"
 
 
 def change(metric: str, a: Sequence[float], b: Sequence[float], seed: int = 0) -> Change:
@@ -50,15 +60,13 @@ def change(metric: str, a: Sequence[float], b: Sequence[float], seed: int = 0) -
     ratios = np.median(draw.choice(second, (_DRAWS, len(second))), axis=1) / np.median(
         draw.choice(first, (_DRAWS, len(first))), axis=1
     )
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    middle = float(np.median(first)), float(np.median(second))
-    return Change(
-        metric=metric, a=middle[0], b=middle[1], ratio=middle[1] / middle[0], low=float(low), high=float(high)
-    )
+    low, high = (float(end) for end in np.percentile(ratios, (2.5, 97.5)))
+    before, after = float(np.median(first)), float(np.median(second))
+    return Change(metric=metric, a=before, b=after, ratio=after / before, low=low, high=high)
 
 
-def compare(a: Result, b: Result) -> list[Change]:
-    """Changes of every metric that both have. Raises BadRequestError if they measured different requests."""
+def latency_changes(a: Result, b: Result) -> tuple[list[Change], list[str]]:
+    """Changes of every metric that both have, and notes. BadRequestError if they measured different requests."""
     if a.workload != b.workload:
         first, second = asdict(a.workload), asdict(b.workload)
         differ = ", ".join(f"{k} {first[k]} and {second[k]}" for k in first if first[k] != second[k])
@@ -66,42 +74,90 @@ def compare(a: Result, b: Result) -> list[Change]:
     shared = [m for m in a.metrics if m in b.metrics and min(a.samples(m)) > 0]
     if not shared:
         raise BadRequestError(f"{a.path} and {b.path} have no metric in common")
-    return [change(m, a.samples(m), b.samples(m)) for m in shared]
+    notes = [f"different machines, {a.machine} and {b.machine}"] if a.machine != b.machine else []
+    return [change(m, a.samples(m), b.samples(m)) for m in shared], notes
+
+
+def _shapes(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without what no count follows from."""
+    return {k: v for k, v in result["model"]["config"].items() if k != "recommended"}
+
+
+def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
+    """Every count of a beside that of b, and what was not compared and why.
+
+    Raises BadRequestError where they counted different requests or b lacks a stage.
+    """
+    for key, one, other in (
+        ("configurations", _shapes(a), _shapes(b)),
+        ("requests", a["request"], b["request"]),
+    ):
+        if one != other:
+            raise BadRequestError(f"the two counted different {key}; expected the same model and request")
+    same_torch, notes, found = a["torch"] == b["torch"], list[str](), list[Change]()
+    if not same_torch:
+        notes.append(f"operators and bytes are not compared: torch {a['torch']} and {b['torch']}; operations are")
+    for part in ("stages", "graphs"):
+        if part == "graphs" and not (a[part] and b[part] and a["bundle"] == b["bundle"]):
+            notes.append("graphs are not compared: one result has none, or those of another bundle")
+            continue
+        lacking = sorted(set(a[part]) - set(b[part]))
+        if lacking:
+            raise BadRequestError(f"the second result lacks {part} {', '.join(lacking)}; expected all of the first")
+        notes += [f"{name} is new among the {part}" for name in sorted(set(b[part]) - set(a[part]))]
+        for name, counts in a[part].items():
+            found += [
+                _counted(f"{part.removesuffix('s')} {name} {metric}", value, int(b[part][name].get(metric, 0)))
+                for metric, value in counts.items()
+                if metric != "units" and (same_torch or metric in EVERYWHERE)
+            ]
+    return found, notes
+
+
+def _counted(metric: str, a: int, b: int) -> Change:
+    ratio = b / a if a else float("inf") if b else 1.0
+    return Change(metric=metric, a=a, b=b, ratio=ratio, low=ratio, high=ratio, words=("MORE", "less"))
+
+
+def _hints(a: Mapping[str, Any], b: Mapping[str, Any], first: Path) -> list[str]:
+    """Where to look after a rise of counts: operators that a stage runs more often; and what to do if it is meant."""
+    more = [
+        f"stage {stage}: {name} {before} -> {count}"
+        for stage, by_name in b["operators"].items()
+        for name, count in by_name.items()
+        if a["torch"] == b["torch"] and count > (before := a["operators"].get(stage, {}).get(name, 0))
+    ]
+    return [*more, f"where the rise is meant, renew the baseline: python -m benchmarks counts --out {first}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("a", type=Path, help="the earlier result")
     parser.add_argument("b", type=Path, help="the later result")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        help=f"share from which more is a failure; default: {THRESHOLD} of time, {gate.THRESHOLD:g} of counts",
-    )
+    default = f"{THRESHOLDS['latency']} of time, {THRESHOLDS['counts']:g} of counts"
+    parser.add_argument("--threshold", type=float, help=f"share from which more is a failure; default: {default}")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table; 1 if anything got worse by more than the threshold."""
+    """Prints what changed; 1 if anything got worse by more than the threshold."""
     if options.threshold is not None and options.threshold < 0:
         raise BadRequestError(f"--threshold {options.threshold}: expected 0 or more")
-    kinds = [_kind(path) for path in (options.a, options.b)]
-    if "counts" in kinds:
-        if kinds[0] != kinds[1]:
-            names = " and ".join(f"{path} ({kind})" for path, kind in zip((options.a, options.b), kinds, strict=True))
-            raise BadRequestError(f"{names}: expected two results of one kind")
-        return gate.run_gate(options.a, options.b, options.threshold)
-    threshold = THRESHOLD if options.threshold is None else options.threshold
-    a, b = read_result(options.a), read_result(options.b)
-    if a.machine != b.machine:
-        print(f"note: different machines, {a.machine} and {b.machine}")
-    found = compare(a, b)
-    print(f"{'metric':12} {'A s':>10} {'B s':>10} {'B / A':>7}  95 % interval    verdict")
-    for c in found:
-        verdict = c.verdict(threshold)
-        print(f"{c.metric:12} {c.a:10.4f} {c.b:10.4f} {c.ratio:7.3f}  {c.low:.3f} to {c.high:.3f}   {verdict}")
-    return int(any(c.worse(threshold) for c in found))
-
-
-def _kind(path: Path) -> str | None:
-    data = read_json(path)
-    return data.get("kind") if isinstance(data, dict) else None
+    paths = (options.a, options.b)
+    kinds = [data.get("kind") if isinstance(data := read_json(path), dict) else None for path in paths]
+    if "counts" in kinds and kinds[0] != kinds[1]:
+        names = " and ".join(f"{path} ({kind})" for path, kind in zip(paths, kinds, strict=True))
+        raise BadRequestError(f"{names}: expected two results of one kind")
+    kind = "counts" if "counts" in kinds else "latency"
+    threshold = THRESHOLDS[kind] if options.threshold is None else options.threshold
+    a, b = (read_checked(path, kind) for path in paths)
+    counts = kind == "counts"
+    found, notes = count_changes(a, b) if counts else latency_changes(Result(options.a, a), Result(options.b, b))
+    changed = [c for c in found if c.a != c.b or c.low < c.high]
+    lines = [f"note: {note}" for note in notes]
+    lines.append(f"{len(found)} {'counts' if counts else 'times'} compared, {len(found) - len(changed)} the same")
+    lines += [c.line(threshold) for c in changed]
+    failed = any(c.worse(threshold) for c in found)
+    if counts and failed:
+        lines += _hints(a, b, options.a)
+    sys.stdout.write("\n".join(lines) + "\n")
+    return int(failed)

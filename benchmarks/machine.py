@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import gc
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+import sys
+import time
+from typing import Any
 
 import mindomni_rt
 from mindomni_rt import checkout
+from mindomni_rt.memory.machine import read_machine
 
 from .clocks import NONE, power_mode, query
+from .schema import FORMAT
 
 PACKAGES = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt", "triton", "transformers", "diffusers", "numpy")
 
@@ -22,13 +24,16 @@ def commit() -> str:
     return checkout.commit() or NONE
 
 
+def header(kind: str) -> dict[str, Any]:
+    """What every result file of a kind begins with."""
+    when = time.strftime("%Y-%m-%d")
+    return {"kind": kind, "format": FORMAT, "date": when, "commit": commit(), "versions": versions()}
+
+
 def versions() -> dict[str, str]:
     """Of Python, of this package and of those that a result may depend on."""
-    found = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    here = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
+    return here | checkout.installed(PACKAGES)
 
 
 def describe_machine(device: str = "cuda:0") -> dict[str, str]:
@@ -36,14 +41,10 @@ def describe_machine(device: str = "cuda:0") -> dict[str, str]:
 
     device: the CUDA device that is measured; for any other the first GPU is described.
     """
-    device = device if device.startswith("cuda") else "cuda:0"
-    found = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-    }
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # sysconf is POSIX
-        found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    here = read_machine(with_gpus=False)
+    found = {"system": f"{platform.system()} {platform.machine()}", "cpu": here.cpu or NONE, "cores": str(here.cores)}
+    if here.host:
+        found["memory"] = f"{here.host.total / 1e9:.1f} GB"
     if gpu := query("name,driver_version,power.limit", device):
         found |= dict(zip(("gpu", "driver", "power limit"), gpu, strict=True))
     if shutil.which("nvpmodel"):  # a Jetson
@@ -51,9 +52,20 @@ def describe_machine(device: str = "cuda:0") -> dict[str, str]:
     return found
 
 
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or NONE
+def device_peak(device: Any) -> dict[str, int] | None:
+    """Bytes that torch allocated and reserved at most on a CUDA device; None on others and where it is not used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not str(device).startswith("cuda"):
+        return None
+    cuda = torch.cuda
+    return {
+        "peak_bytes": int(cuda.max_memory_allocated(device)),
+        "reserved_bytes": int(cuda.max_memory_reserved(device)),
+    }
+
+
+def free_memory() -> None:
+    """Gives unused device memory back."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing without CUDA

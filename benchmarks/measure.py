@@ -7,16 +7,22 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mindomni_rt.errors import MindOmniError, MissingExtraError
+
+from .machine import device_peak
+
 Run = Callable[[], Any]
 FLUSH = 512 << 20  # bytes written between runs: more than any L2
+PEERS = ("transformers", "diffusers", "onnxruntime")
 RATIO = 1.2
 """How much farther from the float32 reference than the baseline a 16-bit result may be."""
 
@@ -101,16 +107,6 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def device_peak(device: Any) -> dict[str, int] | None:
-    """Bytes allocated and reserved at most on a CUDA device; None on others."""
-    if not str(device).startswith("cuda"):
-        return None
-    return {
-        "peak_bytes": int(torch.cuda.max_memory_allocated(device)),
-        "reserved_bytes": int(torch.cuda.max_memory_reserved(device)),
-    }
-
-
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """‖found - exact‖ / ‖exact‖ in float64."""
     found, exact = found.double(), exact.double()
@@ -123,7 +119,7 @@ def judged(error: float, bound: float, baseline: float | None = None) -> dict[st
     error, baseline: distances from the same float32 or float64 reference. None where no baseline rounds alike. Two
     16-bit results are never compared with each other: both may be good and yet differ by twice their distance.
     """
-    right = error <= bound and (baseline is None or error <= RATIO * baseline)
+    right = error < bound and (baseline is None or error <= RATIO * baseline)
     return {
         "error": error if math.isfinite(error) else None,
         "bound": bound,
@@ -153,7 +149,7 @@ class Record:
                 meter.wait()
         except Exception as error:  # noqa: BLE001  # minutes on a borrowed GPU: the other parts must still run
             # What a part stored before it failed is kept.
-            self.data[name] = {**(self.data.get(name) or {}), "failed": described(error)}
+            self.data[name] = {**(self.data.get(name) or {}), **_why(error)}
         finally:
             meter.deadline = end
         if isinstance(self.data[name], dict):
@@ -182,25 +178,49 @@ def stopped_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _why(error: Exception) -> dict[str, str]:
+    """Why a part found nothing: a peer that is not installed is "missing", all else "failed"."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if module in PEERS or isinstance(error, MissingExtraError):
+        return {"missing": "not installed: pip install mindomni-rt[bench]"}
+    return {"failed": described(error)}
+
+
 def described(error: BaseException) -> str:
     """An error in one line of at most 500 characters."""
+    if isinstance(error, MindOmniError):
+        return str(error)[:500]
     memory = "out of memory: " if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ else ""
     return " ".join(f"{memory}{type(error).__name__}: {error}".split())[:500]
 
 
-def ceilings(meter: Meter, size: int, copy_bytes: int, dtype: torch.dtype) -> dict[str, float | None]:
-    """What this device reaches in this run: TFLOP/s of square matrix products, GB/s of a copy (read and write)."""
-    device, flops = meter.device, 2 * size**3
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros(copy_bytes, dtype=torch.int8, device=device)
+def ceilings(
+    meter: Meter, dtype: torch.dtype, sides: Sequence[int], copied: int, seconds: float = 0.0
+) -> dict[str, float | None]:
+    """What this device reaches in this run: TFLOP/s of square matrix products, GB/s of a copy (read and write).
+
+    Each is the best of at least three runs and of all that fit into `seconds`: a floor must lie below, and a busy
+    machine has a quiet moment in a longer while. copied: bytes. fp8 and int8 are None where a device lacks the type.
+    """
+
+    def best(run: Run) -> float:
+        found, end = list[float](), time.perf_counter() + seconds
+        while len(found) < 3 or time.perf_counter() < end:
+            found.append(meter.once(run)[0])
+        return min(found)
+
+    def square(side: int) -> Iterator[Tensor]:
+        return (torch.randn(side, side, device=meter.device).to(dtype) for _ in range(2))
+
+    source = torch.zeros(copied, dtype=torch.int8, device=meter.device)
     target = torch.empty_like(source)
     found: dict[str, float | None] = {
-        "matmul": flops / meter.kernel(lambda: a @ b) / 1e12,
-        "copy": 2 * copy_bytes / meter.kernel(lambda: target.copy_(source)) / 1e9,
+        "matmul": max(2 * side**3 / best(partial(torch.matmul, *square(side))) for side in sides) / 1e12,
+        "copy": 2 * copied / best(lambda: target.copy_(source)) / 1e9,
     }
     for name, make in {"fp8": _fp8, "int8": _int8}.items():
         try:
-            found[name] = flops / meter.kernel(make(a, b)) / 1e12 if meter.cuda else None
+            found[name] = 2 * sides[-1] ** 3 / best(make(*square(sides[-1]))) / 1e12 if meter.cuda else None
         except (RuntimeError, ValueError):  # a device without the type
             found[name] = None
     return found
@@ -215,19 +235,3 @@ def _fp8(a: Tensor, b: Tensor) -> Run:
 def _int8(a: Tensor, b: Tensor) -> Run:
     x, y = (torch.randint(-99, 99, a.shape, dtype=torch.int8, device=a.device) for _ in range(2))
     return lambda: torch._int_mm(x, y.T)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
-
-
-def pick(data: Mapping[str, Any], *path: str) -> Any:
-    """A value deep within nested objects, None where one is missing."""
-    found: Any = data
-    for key in path:
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = found[key]
-    return found

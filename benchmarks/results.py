@@ -1,51 +1,39 @@
-"""Result files: written whole or not at all, read with a clear error."""
+"""`python -m benchmarks check RESULT.json`: whether a result file is complete, before you send it to anyone.
+
+Here every result is written, whole or not at all, and read, with a clear error.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
-from mindomni_rt.errors import BadRequestError, MindOmniError
-from mindomni_rt.files import replace_file
+from mindomni_rt.errors import BadRequestError, MissingExtraError
 from mindomni_rt.memory.layers import Workload
+from mindomni_rt.outputs import write_atomic as write_atomic
+from mindomni_rt.outputs import write_json as write_json
 
 from .schema import FORMAT, problems
 
 FOLDER = Path(__file__).with_name("results")
 
 
-class WriteError(MindOmniError, OSError):
-    """A result that could not be stored: full disk, missing rights."""
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Stores data at path, replacing what was there only when all of it is on disk. Raises WriteError."""
-    data = data.encode() if isinstance(data, str) else data
+def write_result(out: Path, data: Any, text: str, plot: Callable[[Path], None] | None = None) -> None:
+    """The result at `out`, its report beside it as .md and its plot as .png (where matplotlib is installed)."""
+    write_json(out, data)
+    write_atomic(out.with_suffix(".md"), text.rstrip("\n") + "\n")
     try:
-        if path.exists() and not path.is_file():  # a device or pipe the user named: nothing to replace
-            with path.open("wb") as file:
-                file.write(data)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: _fill(temporary, data))
-    except OSError as error:
-        raise WriteError(
-            f"{path} could not be written: {error.strerror or error}; free space or choose --out"
-        ) from error
-
-
-def _fill(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """JSON with an indent of one, at path, atomically."""
-    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        if plot:
+            plot(out.with_suffix(".png"))
+    except MissingExtraError as error:
+        sys.stderr.write(f"no picture: {error}\n")
 
 
 def check_out(path: Path | None) -> None:
@@ -64,6 +52,18 @@ def read_json(path: Path) -> Any:
         raise BadRequestError(f"{path} is not readable JSON: {error}") from error
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `check`."""
+    parser.add_argument("result", type=Path, help="a .json file that a benchmark wrote")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints what is wrong, one line each; 1 if anything is."""
+    found = problems(read_json(options.result))
+    sys.stdout.write("".join(f"{line}\n" for line in found) or f"{options.result}: a complete result\n")
+    return int(bool(found))
+
+
 def read_checked(path: Path, kind: str) -> dict[str, Any]:
     """A result of a kind, or BadRequestError that names the file and what is wrong with it."""
     data = read_json(path)
@@ -74,6 +74,12 @@ def read_checked(path: Path, kind: str) -> dict[str, Any]:
     if found := problems(data):
         raise BadRequestError(f"{path}: {'; '.join(found[:12])}")
     return data
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; cells that a row lacks at its end are dashes."""
+    lines = [head, ["---"] * len(head), *([*row, *["-"] * (len(head) - len(row))] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
 
 
 @dataclass(frozen=True)

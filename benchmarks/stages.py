@@ -183,24 +183,6 @@ class Preset:
         )  # fmt: skip
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> MindOmniModel:
-    """The model with random weights, made on the device. The same seed gives the same weights."""
-    import torch
-
-    from mindomni_rt.model.mindomni import MindOmniModel
-
-    torch.manual_seed(seed)
-    with torch.device("meta"):
-        model = MindOmniModel(config)
-    model = model.to(dtype).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 and "bias" not in name:
-            parameter.data.fill_(1.0)  # norms
-        else:
-            parameter.data.normal_(0, 0.02)
-    return model.eval().requires_grad_(False)
-
-
 def random_conditions(config: ModelConfig, work: Workload, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Conditions (1, L, C) of both branches."""
     import torch

@@ -1,8 +1,11 @@
-"""The commit that results and run logs name."""
+"""What results, run logs and `doctor` name: the commit, and versions of packages."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -24,3 +27,12 @@ def commit() -> str | None:
     found = git("rev-parse", "--short=12", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{found}{'+' if changed else ''}" if found else None
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are here."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

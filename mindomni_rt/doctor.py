@@ -7,11 +7,11 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import checkout
 from .errors import MindOmniError
 from .memory.machine import Machine, read_machine
 from .memory.planner import gigabytes
@@ -115,7 +115,7 @@ def examine(model: str | Path | None = None, machine: Machine | None = None) -> 
     """Looks at this machine, and at a model that is here (nothing is downloaded). machine: another one, for tests."""
     machine = machine or read_machine()
     return Diagnosis(
-        versions={"python": platform.python_version(), **_versions()},
+        versions={"python": platform.python_version(), **checkout.installed(("mindomni-rt", *_VERSIONS))},
         system=f"{platform.system()} {platform.machine()}",
         machine=machine,
         backends={part.name: _state(part) for part in _PARTS},
@@ -123,16 +123,6 @@ def examine(model: str | Path | None = None, machine: Machine | None = None) -> 
         notes=tuple(_notes(machine)),
         model=None if model is None else _model(model, machine),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("mindomni-rt", *_VERSIONS):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _present(module: str) -> bool:

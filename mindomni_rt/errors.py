@@ -25,6 +25,10 @@ class OutOfMemoryError(MindOmniError, MemoryError):
     """A request that does not fit the memory of the device or the given budget."""
 
 
+class StorageError(MindOmniError, OSError):
+    """A file that could not be written: the disk is full, or the folder is read-only."""
+
+
 class GenerationCancelled(MindOmniError):
     """The caller stopped a running request: its `cancel` event is set, or its callback returned False."""
 

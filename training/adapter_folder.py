@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from mindomni_rt.backends.torch.adapters import CONFIG, PREFIX, WEIGHTS
+from mindomni_rt.outputs import write_json
 
-from .outputs import save_json, save_tensors
+from .outputs import save_tensors
 from .stages.adapters import adapter_layers
 from .stages.base import Stage
 
@@ -46,5 +47,5 @@ def save_adapter(stage: Stage, trained: Mapping[str, Tensor], folder: Path, base
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
     save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().float() for name, tensor in tensors.items()})
-    save_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     return True

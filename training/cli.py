@@ -15,10 +15,11 @@ from typing import Any
 
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.outputs import write_atomic, write_json
 
 from .config import STAGES, load_config
 from .errors import BadConfigError
-from .outputs import check_target, save_checkpoint, save_json, save_text
+from .outputs import check_target, save_checkpoint
 
 _HELP = {
     "prior": "stage 0 (ours): decoder and MLLM of a model from scratch",
@@ -94,7 +95,7 @@ def _reference(options: argparse.Namespace) -> int:
     from .reference import reference
 
     if options.out:
-        save_text(options.out, reference())
+        write_atomic(options.out, reference())
     else:
         print(reference(), end="")
     return 0
@@ -135,7 +136,7 @@ def _gpu_step(options: argparse.Namespace) -> int:
 
         sizes = {"pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
         record = {"commit": commit() or "unknown", "result": result, **sizes}
-        save_json(options.out, record)
+        write_json(options.out, record)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.errors import StorageError as StorageError
 
 
 class BadConfigError(BadRequestError):
@@ -11,10 +12,6 @@ class BadConfigError(BadRequestError):
 
 class BadDataError(BadRequestError):
     """A data file or record that cannot be used. The message names file and line, or shard and key."""
-
-
-class StorageError(MindOmniError, OSError):
-    """A checkpoint, log or cache file that could not be written: the disk is full, or the folder is read-only."""
 
 
 class NonFiniteError(MindOmniError, ArithmeticError):

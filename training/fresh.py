@@ -30,9 +30,10 @@ from mindomni_rt.checkpoint.config import (
 )
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.outputs import write_atomic
 
 from .data.world.scene import SIDE
-from .outputs import save_checkpoint, save_text
+from .outputs import save_checkpoint
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", LATENT_TOKEN,
@@ -116,7 +117,7 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    save_text(folder / "tokenizer_config.json", json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
+    write_atomic(folder / "tokenizer_config.json", json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
     return len(names)
 
 

@@ -25,6 +25,7 @@ from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.block import Block
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.model.random.weights import random_model
 
 from .config import Config
 from .data.record import Record
@@ -211,21 +212,9 @@ def _random_stage(config: Config, model_config: ModelConfig, device: torch.devic
     from .stages.rgpo import Rgpo
 
     write_tokenizer(folder, ["draw", "a", "cat", "on", "the", "moon"])
-    with torch.device("meta"):
-        model = MindOmniModel(model_config)
-    model = model.to(torch.bfloat16).to_empty(device=device)
+    model = random_model(model_config, torch.bfloat16, device).train()
     model.vae.float()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if name == "bias":
-                    parameter.zero_()
-                elif parameter.ndim == 1:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(std=0.02, generator=generator)
-    contexts = Contexts(model.requires_grad_(False), Chat(folder), config.data.image_size, device=device)
+    contexts = Contexts(model, Chat(folder), config.data.image_size, device=device)
     if config.stage == "rgpo":
         names = dict.fromkeys(config.rgpo.rewards, _length_reward)
         return Rgpo(model, contexts, config, names)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mindomni_rt.errors import BadRequestError, MindOmniError
-from mindomni_rt.files import replace_file, write_text
+from mindomni_rt.files import replace_file
 
 from .errors import StorageError
 
@@ -30,20 +29,6 @@ def check_target(path: Path, option: str = "--out") -> None:
         raise StorageError(f"{option} {path}: {error.strerror or error}") from error
     if not os.access(path.parent, os.W_OK):
         raise StorageError(f"{option} {path}: the folder is read-only")
-
-
-def save_text(path: Path, text: str) -> None:
-    """`files.write_text`, whose errors become StorageError; makes the folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror or error}") from error
-
-
-def save_json(path: Path, data: Any) -> None:
-    """`save_text` of indented JSON."""
-    save_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

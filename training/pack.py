@@ -12,8 +12,9 @@ from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
+from mindomni_rt.outputs import write_atomic, write_json
 
-from .outputs import save_checkpoint, save_json, save_text
+from .outputs import save_checkpoint
 
 RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
 SHOWN = ("image", "text", "image_of_text", "format")
@@ -68,8 +69,8 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
         making="\n".join(_making(r) for r in runs),
         record=_tables(found),
     )
-    save_text(out / "README.md", card)
-    save_json(out / RECORD, found)
+    write_atomic(out / "README.md", card)
+    write_json(out / RECORD, found)
     return sum(p.stat().st_size for p in out.rglob("*.safetensors"))
 
 

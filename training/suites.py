@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, split_thought
+from mindomni_rt.scores import Score
 
 from .data.world.scene import BRIGHTNESS, Scene, all_scenes, render, verify
 from .data.world.text import QUESTIONS, Task, answer_to, caption, edit, parse, riddle
-from .scores import Score
 from .stages import rollouts
 from .stages.contexts import Context, Contexts
 from .stages.rewards import Rollout, make

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from mindomni_rt.errors import MissingExtraError
+from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
 from mindomni_rt.memory.layers import Workload
 
-from ..machine import commit, versions
-from ..results import FOLDER, check_out, write_json
-from ..schema import FORMAT
+from ..machine import header
+from ..results import FOLDER, check_out, table, write_json
 from ..stages import Stages
+from .counter import counting, counting_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "fixtures" / "parity"
@@ -57,14 +57,6 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
     """The result: {"stages": {stage: counts}, "graphs": {graph: counts}, "operators": {stage: calls by name}}."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError("torch", "bench") from error
-    from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
-
-    from .counter import counting, counting_flops
-
     backend = load_torch(model, "cpu", "float32")
     assert isinstance(backend, TorchBackend)
     count(backend, counting)  # what is made once, on first use, is not part of a request
@@ -75,11 +67,7 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
         found[name] = {"units": UNITS[name], "flops": int(flops[name].get_total_flops())}
         found[name] |= {"operators": counter.operators, "bytes": counter.bytes, "peak_bytes": counter.peak}
     return {
-        "kind": "counts",
-        "format": FORMAT,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
+        **header("counts"),
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "model": {"name": model.name, "config": json.loads(json.dumps(backend.config.to_dict()))},
         "bundle": bundle.name,
@@ -102,14 +90,12 @@ def count(backend: Any, probe: Callable[[], AbstractContextManager[Any]]) -> dic
         with probe() as found[name]:
             yield
 
-    sizes = {**REQUEST, "patches": (0, 0)}
-    side = sizes.pop("side")
+    side, patches = REQUEST["side"], tuple(REQUEST["patches"])
     work = Workload(
-        prompt_tokens=sizes["prompt"], negative_tokens=sizes["negative"], new_tokens=sizes["new_tokens"],
-        height=side, width=side, steps=sizes["steps"],
+        prompt_tokens=REQUEST["prompt"], negative_tokens=REQUEST["negative"], new_tokens=REQUEST["new_tokens"],
+        height=side, width=side, steps=REQUEST["steps"],
     )  # fmt: skip
-    rows, columns = REQUEST["patches"]
-    Stages(backend, replace(work, patches=(rows, columns))).look(frame)
+    Stages(backend, replace(work, patches=patches)).look(frame)
     Stages(backend, work).run(frame)
     return found
 
@@ -146,14 +132,16 @@ def _bytes(tensor: Any) -> int:
 
 
 def report(data: Mapping[str, Any]) -> str:
-    """Text tables; a stage's row divided by its units where it has several."""
-    lines = [f"{data['model']['name']}, torch {data['torch']}, commit {data['commit']}; per unit of work", ""]
-    lines.append(f"{'stage':18} {'units':>5} {'Mflop':>10} {'operators':>10} {'kB made':>10} {'kB peak':>10}")
+    """Tables; a stage's row is divided by its units where it has several."""
+    rows = []
     for name, row in data["stages"].items():
         n = row["units"]
-        each = f"{row['flops'] / n / 1e6:10.3f} {row['operators'] / n:10.1f} {row['bytes'] / n / 1e3:10.1f}"
-        lines.append(f"{name:18} {n:5} {each} {row['peak_bytes'] / 1e3:10.1f}")
-    if data["graphs"]:
-        lines += ["", f"{data['bundle'] + ' graph':36} {'nodes':>6} {'kB of weights':>14}"]
-        lines += [f"{k:36} {row['nodes']:6} {row['weight_bytes'] / 1e3:14.1f}" for k, row in data["graphs"].items()]
-    return "\n".join(lines) + "\n"
+        each = f"{row['flops'] / n / 1e6:.3f}", f"{row['operators'] / n:.1f}", f"{row['bytes'] / n / 1e3:.1f}"
+        rows.append([name, n, *each, f"{row['peak_bytes'] / 1e3:.1f}"])
+    graphs = [[name, row["nodes"], f"{row['weight_bytes'] / 1e3:.1f}"] for name, row in data["graphs"].items()]
+    lines = [
+        f"{data['model']['name']}, torch {data['torch']}, commit {data['commit']}; per unit of work",
+        table(["stage", "units", "Mflop", "operators", "kB made", "kB peak"], rows),
+        *([table([f"{data['bundle']} graph", "nodes", "kB of weights"], graphs)] if graphs else []),
+    ]
+    return "\n\n".join(lines) + "\n"

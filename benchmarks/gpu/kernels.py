@@ -28,7 +28,7 @@ from mindomni_rt.kernels.linear8 import linear8, linear8_library, quantize_weigh
 from mindomni_rt.kernels.norm_gemv import norm_gemv
 from mindomni_rt.kernels.norms import add_norm
 from mindomni_rt.kernels.quantize import quantize_rows
-from mindomni_rt.kernels.rope import rope, split_heads
+from mindomni_rt.kernels.rope import rope
 from mindomni_rt.kernels.segment_attention import segment_attention, segment_attention_torch
 from mindomni_rt.kernels.swiglu import swiglu
 from mindomni_rt.kernels.triton_compat import REFUSALS
@@ -65,7 +65,7 @@ class Case:
     def error(self, variant: str) -> float:
         """Relative error, the largest of several outputs."""
         self.fresh()
-        found, exact = self.some(self.variants[variant]()), self.exact()
+        exact, found = self.exact(), self.some(self.variants[variant]())
         both = zip(found, exact, strict=True) if isinstance(exact, tuple) else [(found, exact)]
         errors = [relative_error(a, b) for a, b in both]
         return max(errors) if all(map(math.isfinite, errors)) else math.nan
@@ -210,89 +210,72 @@ def _decode_attention(sizes: Sizes) -> Case:
     keys, values = (sizes.draw(1, stack.num_kv_heads, sizes.cache, stack.head_dim) for _ in range(2))
     length = torch.tensor([used], dtype=torch.int32, device=sizes.device)
 
-    def library(wide: torch.dtype = sizes.dtype) -> Tensor:
+    def sdpa(wide: torch.dtype = sizes.dtype) -> Tensor:
         k, v = (t[:, :, :used].to(wide) for t in (keys, values))
         return F.scaled_dot_product_attention(q.to(wide), k, v, enable_gqa=True)
 
     return Case(
-        exact=lambda: library(torch.float64),
+        exact=lambda: sdpa(torch.float64),
         bound=sizes.tolerance,
-        variants={"ours": lambda: decode_attention(q, keys, values, length), "sdpa": library},
+        variants={"ours": lambda: decode_attention(q, keys, values, length), "sdpa": sdpa},
         baseline="sdpa",
         bytes=2.0 * stack.num_kv_heads * used * stack.head_dim * keys.element_size(),
         note=f"{used} tokens: latency, not bandwidth",
     )
 
 
-def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMS norm in the type of x."""
-    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+def _plain(sizes: Sizes, run: Callable[..., Output], *given: Tensor, **more: Any) -> Case:
+    """A kernel beside its reference implementation, which is the baseline; in float64 that says what is right."""
+    some = more.get("some", lambda output: output)
+    return Case(
+        exact=lambda: some(run(*(t.double() for t in given), impl="torch")),
+        bound=sizes.tolerance,
+        variants={"ours": lambda: run(*given), "plain": lambda: run(*given, impl="torch"), **more.pop("others", {})},
+        baseline="plain",
+        **more,
+    )
 
 
 def _add_norm(sizes: Sizes) -> Case:
     rows, hidden = 2 * sizes.tokens, sizes.decoder.hidden_size
     x, residual, weight = sizes.draw(rows, hidden), sizes.draw(rows, hidden), sizes.draw(hidden)
 
-    def exact() -> Output:
-        total = x.double() + residual.double()
-        return _norm(total, weight.double(), 1e-5), total
+    def run(x: Tensor, residual: Tensor, weight: Tensor, **how: Any) -> Output:
+        return add_norm(x, weight, 1e-5, residual, **how)
 
-    def plain() -> Output:
-        total = x + residual
-        return F.rms_norm(total, (hidden,), weight, 1e-5), total
-
-    return Case(
-        exact=exact,
-        bound=sizes.tolerance,
-        variants={"ours": lambda: add_norm(x, weight, 1e-5, residual), "plain": plain},
-        baseline="plain",
-        bytes=4.0 * rows * hidden * x.element_size(),
-    )
+    return _plain(sizes, run, x, residual, weight, bytes=4.0 * x.nbytes)
 
 
 def _swiglu(sizes: Sizes) -> Case:
-    rows, inner = 2 * sizes.tokens, sizes.decoder.intermediate_size
-    both = sizes.draw(rows, 2 * inner)
-
-    def plain(x: Tensor = both) -> Tensor:
-        return F.silu(x[:, :inner]) * x[:, inner:]
-
-    return Case(
-        exact=lambda: plain(both.double()),
-        bound=sizes.tolerance,
-        variants={"ours": lambda: swiglu(both), "plain": plain},
-        baseline="plain",
-        bytes=3.0 * rows * inner * both.element_size(),
-    )
+    both = sizes.draw(2 * sizes.tokens, 2 * sizes.decoder.intermediate_size)
+    return _plain(sizes, swiglu, both, bytes=1.5 * both.nbytes)
 
 
 def _rope(sizes: Sizes) -> Case:
     heads, d = sizes.decoder.num_heads, sizes.decoder.head_dim
     angle = torch.rand(2, sizes.tokens, d // 2, device=sizes.device)
-    cos, sin = angle.cos(), angle.sin()
     qkv = sizes.draw(2, sizes.tokens, 3 * heads * d)
     work = qkv.clone()
+    return _plain(
+        sizes, partial(rope, heads=heads, kv_heads=heads), work, angle.cos(), angle.sin(),
+        some=lambda output: output[:2], fresh=lambda: work.copy_(qkv), bytes=4 / 3 * qkv.nbytes,
+    )  # fmt: skip
 
-    def exact() -> Output:
-        turned = []
-        for given in split_heads(qkv.double(), heads, heads)[:2]:
-            z = torch.complex(given[..., : d // 2], given[..., d // 2 :])
-            z = z * torch.complex(cos.double(), sin.double()).unsqueeze(1)
-            turned.append(torch.cat([z.real, z.imag], -1))
-        return tuple(turned)
 
-    return Case(
-        exact=exact,
-        bound=sizes.tolerance,
-        variants={
-            "ours": lambda: rope(work, cos, sin, heads, heads),
-            "plain": lambda: rope(qkv, cos, sin, heads, heads, impl="torch"),
-        },
-        baseline="plain",
-        some=lambda output: output[:2],
-        fresh=lambda: work.copy_(qkv),
-        bytes=4.0 * 2 * sizes.tokens * heads * d * qkv.element_size(),
-    )
+def _norm_gemv(sizes: Sizes) -> Case:
+    x, weight = sizes.gate_up
+    r, norm = sizes.draw(*x.shape), sizes.draw(x.shape[1])
+
+    def run(x: Tensor, weight: Tensor, norm: Tensor, r: Tensor, **how: Any) -> Output:
+        return norm_gemv(x, weight, norm, 1e-6, r, gate=True, **how)
+
+    def apart() -> Output:
+        return (swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),)  # type: ignore[arg-type]
+
+    return _plain(
+        sizes, run, x, weight, norm, r,
+        some=lambda output: output[0], others={"apart": apart}, bytes=float(weight.nbytes),
+    )  # fmt: skip
 
 
 def _linear8(kind: str, sizes: Sizes) -> Case:
@@ -311,9 +294,9 @@ def _linear8(kind: str, sizes: Sizes) -> Case:
         "16 bits": lambda: F.linear(x, weight),
     }
     if x.is_cuda:
-        variants |= {"triton": partial(ours, impl="triton"), "library": partial(ours, impl="library")}
+        variants |= {"triton": partial(ours, impl="triton"), "cuBLASLt": partial(ours, impl="library")}
         if kind == "fp8":
-            variants["library, short sums"] = lambda: linear8_library(a, w, sizes.dtype, fast=True)
+            variants["cuBLASLt, short sums"] = lambda: linear8_library(a, w, sizes.dtype, fast=True)
     return Case(
         exact=lambda: a.dequantize(torch.float32)[some].double() @ w.dequantize().double().T,
         bound=sizes.tolerance,
@@ -327,63 +310,22 @@ def _linear8(kind: str, sizes: Sizes) -> Case:
     )
 
 
-def _gemv(sizes: Sizes) -> Case:
-    x, weight = sizes.gate_up
-    return Case(
-        exact=lambda: x.double() @ weight.double().T,
-        bound=sizes.tolerance,
-        variants={"ours": lambda: gemv(x, weight), "library": lambda: F.linear(x, weight)},
-        baseline="library",
-        bytes=float(weight.numel() * weight.element_size()),
-        note="gate_up of the language model",
-        launched=lambda launch: gemv(x, weight, launch=launch),
-        launches=_space((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8), (2, 4)),
-    )
-
-
-def _gemv_int8(sizes: Sizes) -> Case:
-    x, weight = sizes.gate_up
-    eight = quantize_weight(weight, "int8")
-    return Case(
-        exact=lambda: x.double() @ eight.dequantize().double().T,
-        bound=sizes.tolerance,
-        variants={"ours": lambda: gemv(x, eight), "16 bits": lambda: F.linear(x, weight)},
-        bytes=float(weight.numel()),
-    )
-
-
-def _norm_gemv(sizes: Sizes) -> Case:
-    x, weight = sizes.gate_up
-    r, norm = sizes.draw(*x.shape), sizes.draw(x.shape[1])
-
-    def exact() -> Tensor:
-        normed = _norm((x + r).double(), norm.double(), 1e-6)
-        first, second = (normed @ weight.double().T).chunk(2, -1)
-        return F.silu(first) * second
-
-    def apart() -> Output:
-        return (swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),)  # type: ignore[arg-type]
-
-    return Case(
-        exact=exact,
-        bound=sizes.tolerance,
-        variants={"ours": lambda: norm_gemv(x, weight, norm, 1e-6, r, gate=True), "apart": apart},
-        baseline="apart",
-        some=lambda output: output[0],
-        bytes=float(weight.numel() * weight.element_size()),
-    )
-
-
-def _int4(rows: int, sizes: Sizes) -> Case:
+def _product(
+    sizes: Sizes, run: Callable[..., Tensor], rows: int = 1, pack: Callable[[Tensor], Any] | None = None, **more: Any
+) -> Case:
+    """Few rows times the language model's gate_up in 16 bits, or packed into fewer: its meaning is what is right."""
     _, weight = sizes.gate_up
-    x, four = sizes.draw(rows, weight.shape[1]), quantize_int4(weight)
+    x, packed = sizes.draw(rows, weight.shape[1]), pack(weight) if pack else weight
+    held = [t for t in vars(packed).values() if isinstance(t, Tensor)] if pack else [weight]
     return Case(
-        exact=lambda: x.double() @ four.dequantize().double().T,
+        exact=lambda: x.double() @ (packed.dequantize() if pack else weight).double().T,
         bound=sizes.tolerance,
-        variants={"ours": lambda: int4_linear(x, four), "16 bits": lambda: F.linear(x, weight)},
-        bytes=float(four.packed.numel() + 2 * four.scale.numel() * four.scale.element_size()),
-        launched=(lambda launch: int4_linear(x, four, launch=launch)) if rows == 1 else None,
-        launches=_space((4, 8, 16), (4, 8, 16), (2, 4, 8), (2, 4)),
+        variants={"ours": lambda: run(x, packed), "16 bits" if pack else "F.linear": lambda: F.linear(x, weight)},
+        baseline="" if pack else "F.linear",
+        bytes=float(sum(t.nbytes for t in held)),
+        note="gate_up of the language model",
+        launched=(lambda launch: run(x, packed, launch=launch)) if "launches" in more else None,
+        **more,
     )
 
 
@@ -397,9 +339,11 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
     "rope": _rope,
     "linear8_int8": partial(_linear8, "int8"),
     "linear8_fp8": partial(_linear8, "fp8"),
-    "gemv": _gemv,
-    "gemv_int8": _gemv_int8,
+    "gemv": partial(_product, run=gemv, launches=_space((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8), (2, 4))),
+    "gemv_int8": partial(_product, run=gemv, pack=partial(quantize_weight, kind="int8")),
     "norm_gemv_gate": _norm_gemv,
-    "int4_gemv": partial(_int4, 1),
-    "int4_product_5_rows": partial(_int4, 5),
+    "int4_gemv": partial(
+        _product, run=int4_linear, pack=quantize_int4, launches=_space((4, 8, 16), (4, 8, 16), (2, 4, 8), (2, 4))
+    ),
+    "int4_product_5_rows": partial(_product, run=int4_linear, rows=5, pack=quantize_int4),
 }

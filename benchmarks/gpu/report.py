@@ -1,23 +1,55 @@
-"""The Markdown table of a GPU run: what was measured, beside its ceiling, its baseline and its target."""
+"""The Markdown report of a GPU run: what was measured, beside its ceiling, its baseline and its target."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..measure import pick, table
+from ..results import table
 
-# Of an H200 at full size (bf16 ceilings there about 790 TFLOP/s and 4.3 TB/s); other machines have none.
-TARGETS = {
-    "step": ("guided 1024² step, bf16", 0.118, "s"),
-    "step fp8": ("guided 1024² step, fp8 products", 0.075, "s"),
-    "token": ("token, bf16", 0.0037, "s"),
-    "token int4": ("int4 against bf16 decoding", 2.5, "times"),
-    "request": ("whole 1024² image, 300 thinking tokens, bf16", 8.0, "s"),
-    "faster": ("whole request against eager baselines", 4.0, "times"),
-}
 Sections = Mapping[str, Any]
+_UNITS = {"matmul": "TFLOP/s", "fp8": "TFLOP/s", "int8": "TOP/s", "copy": "GB/s"}
+_WEIGHTS = {"int8": "language=int8wo,head=int8wo", "int4": "language=int4,head=int8wo"}
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """The whole report; of a part that did not run, nothing or dashes."""
+    machine, sections = data["machine"], data["sections"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    reached = pick(sections, "ceilings") or {}
+    lines = [
+        f"# Speed, preset {data['preset']}: {machine['gpu'] or machine.get('cpu')}",
+        "",
+        f"{data['date']}, commit {data.get('commit')}, {versions}, {data['wall_s']} s in all. Random weights.",
+        "",
+        "Ceilings of this run: " + ", ".join(f"{k} {_text(reached.get(k))} {unit}" for k, unit in _UNITS.items()),
+        "",
+    ]
+    here = data["preset"] == "full" and "H200" in str(machine["gpu"])
+    for title, head, rows in (
+        ("Distance from float32", ("what", "ours", "baseline", "bound", "right"), _correctness(sections)),
+        ("Stages", ("what", "ours", "eager baseline", "times faster"), _stages(sections)),
+        ("Peers, A B A B", ("work", "ours", "peer", "times faster"), _peers(sections)),
+        ("Whole request", ("figure", "value"), _request(sections)),
+        ("Kernels", _KERNELS, _kernels(sections)),
+        ("Budgets", _BUDGETS, _budgets(sections)),
+        ("Targets (H200, full size)", ("target", "wanted", "measured"), _targets(sections, here)),
+        ("Not measured", ("part", "why"), _trouble(sections)),
+    ):
+        if cells := list(rows):
+            lines += [f"## {title}", "", table(head, cells), ""]
+    return "\n".join(lines)
+
+
+def pick(data: Mapping[str, Any], *path: str) -> Any:
+    """A value deep within nested objects, None where one is missing."""
+    found: Any = data
+    for key in path:
+        if not isinstance(found, Mapping) or key not in found:
+            return None
+        found = found[key]
+    return found
 
 
 def _text(value: Any, unit: str = "", scale: float = 1) -> str:
@@ -26,120 +58,92 @@ def _text(value: Any, unit: str = "", scale: float = 1) -> str:
     return f"{scale * value:.3g}{unit}" if isinstance(value, (int, float)) else f"{value}"
 
 
-def _ratio(value: float | None, base: float | None) -> float | None:
-    """value / base where both are known."""
-    return value / base if value and base else None
-
-
-def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a heading and a table; none where there are no rows."""
-    return [f"## {title}", "", *table(head, rows), ""] if rows else []
+def _ms(seconds: Any) -> str:
+    return _text(seconds, " ms", 1e3)
 
 
 def _gb(count: Any) -> str:
     return f"{count / 1e9:.2f} GB" if count else "–"
 
 
-def markdown(data: Mapping[str, Any]) -> str:
-    """The whole report; of a part that did not run, nothing or dashes."""
-    machine, sections = data["machine"], data["sections"]
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-    lines = [
-        f"# Speed, preset {data['preset']}: {machine['gpu'] or machine.get('cpu')}",
-        "",
-        f"{data['date']}, commit {data.get('commit')}, {versions}, {data['wall_s']} s in all. Random weights.",
-        "",
-        *_ceilings(sections),
-        *_correctness(sections),
-        *_stages(sections),
-        *_kernels(sections),
-        *_budgets(sections),
-        *_targets(data),
-    ]
-    trouble = [
-        f"- {name}: {section.get('failed') or section.get('skipped') or section.get('missing')}"
-        for name, section in sections.items()
-        if isinstance(section, Mapping) and {"failed", "skipped", "missing"} & set(section)
-    ]
-    return "\n".join([*lines, *(["## Not measured", "", *trouble, ""] if trouble else [])])
-
-
-def _ceilings(sections: Sections) -> Iterator[str]:
-    units = {"matmul": "TFLOP/s", "fp8": "TFLOP/s", "int8": "TOP/s", "copy": "GB/s"}
-    found = sections.get("ceilings") or {}
-    yield "Ceilings of this run: " + ", ".join(f"{k} {_text(found.get(k))} {unit}" for k, unit in units.items())
-    yield ""
-
-
-def _ms(seconds: Any) -> str:
-    return _text(seconds, " ms", 1e3)
-
-
 def _yes(right: Any) -> str:
     return "yes" if right else "NO"
 
 
-def _correctness(sections: Sections) -> Iterator[str]:
+def _ratio(value: float | None, base: float | None) -> float | None:
+    """value / base where both are known."""
+    return value / base if value and base else None
+
+
+Rows = Iterator[Sequence[Any]]
+
+
+def _correctness(sections: Sections) -> Rows:
     """Everything that was judged by its distance from float32."""
-    found = [(name, s) for name, s in sections.items() if isinstance(s, Mapping) and {"right", "agrees"} & set(s)]
-    keys = ("error", "baseline_error", "bound")
-    rows = [[name, *(_text(s.get(k)) for k in keys), _yes(s.get("right", s.get("agrees")))] for name, s in found]
-    yield from _section("Distance from float32", ["what", "ours", "baseline", "bound", "right"], rows)
+    for name, found in sections.items():
+        if isinstance(found, Mapping) and {"right", "agrees"} & set(found):
+            figures = (_text(found.get(key)) for key in ("error", "baseline_error", "bound"))
+            yield name, *figures, _yes(found.get("right", found.get("agrees")))
 
 
-def _stages(sections: Sections) -> Iterator[str]:
+def _stages(sections: Sections) -> Rows:
     sides = [name.removeprefix("ours ") for name in sections if name.startswith("ours ")]
     first = sides[0] if sides else ""
     eager, theirs = pick(sections, f"eager {first}", "step_s"), their_token(sections)
-    rows = [(f"guided step {s}²", f"ours {s}", "step_s", pick(sections, f"eager {s}", "step_s")) for s in sides]
-    rows += [(f"guided step {first}², {kind}", f"decoder={kind}", "step_s", eager) for kind in ("fp8", "int8")]
-    rows += [
+    for name, section, key, other in (
+        *((f"guided step {s}²", f"ours {s}", "step_s", pick(sections, f"eager {s}", "step_s")) for s in sides),
+        *((f"guided step {first}², {kind}", f"decoder={kind}", "step_s", eager) for kind in ("fp8", "int8")),
         ("token", "decoding", "token_s", theirs),
-        ("token, int8 weights", "language=int8wo,head=int8wo", "token_s", theirs),
-        ("token, int4 weights", "language=int4,head=int8wo", "token_s", theirs),
+        *((f"token, {kind} weights", section, "token_s", theirs) for kind, section in _WEIGHTS.items()),
         ("whole request", "request", "total_s", eager_request(sections)),
-    ]
-    timed = [(name, pick(sections, section, key), other) for name, section, key, other in rows]
-    head = ["what", "ours", "eager baseline", "times faster"]
-    yield from _section("Stages", head, [[n, _ms(a), _ms(b), _text(_ratio(b, a))] for n, a, b in timed])
-    pairs = [
-        [f"{section}: {name}", _ms(median(p["ours_s"])), _ms(median(p["theirs_s"])), _text(p["ratio"])]
-        for section in ("transformers", "diffusers")
-        for name, p in (pick(sections, section, "pairs") or {}).items()
-    ]
-    yield from _section("Peers, A B A B", ["work", "ours", "peer", "times faster"], pairs)
-    if stages := pick(sections, "request", "stages_s"):
-        found = sections["request"]
-        yield "Whole request: " + ", ".join(f"{k} {v:.3g} s" for k, v in stages.items()) + "."
-        yield (
-            f"Peak memory {_gb(found['peak_bytes'])} allocated, {_gb(found['reserved_bytes'])} reserved; "
-            f"planned {_gb(found['planned_bytes'])}, of which weights {_gb(found['weight_bytes'])}."
-        )
-        yield ""
+    ):
+        if ours := pick(sections, section, key):
+            yield name, _ms(ours), _ms(other), _text(_ratio(other, ours))
 
 
-def _kernels(sections: Sections) -> Iterator[str]:
-    rows = []
+def _peers(sections: Sections) -> Rows:
+    for section in ("transformers", "diffusers"):
+        for name, pair in (pick(sections, section, "pairs") or {}).items():
+            yield f"{section}: {name}", *(_ms(median(pair[f"{s}_s"])) for s in ("ours", "theirs")), _text(pair["ratio"])
+
+
+def _request(sections: Sections) -> Rows:
+    found = pick(sections, "request") or {}
+    yield from ((stage, f"{seconds:.3g} s") for stage, seconds in found.get("stages_s", {}).items())
+    for kind in ("peak", "reserved", "planned", "weight"):
+        if f"{kind}_bytes" in found:
+            yield f"{kind} memory", _gb(found[f"{kind}_bytes"])
+
+
+_KERNELS = ("kernel", "error (bound; baseline)", "right", "ours ms", "of its ceiling", "others ms", "note")
+
+
+def _kernels(sections: Sections) -> Rows:
     for case in pick(sections, "kernels", "cases") or ():
         times = {k: _text(v, scale=1e3) for k, v in case.get("seconds", {}).items()}
         share = case.get("of_matmul") or case.get("of_copy")
-        error = [_text(case.get(key)) for key in ("error", "bound", "baseline_error")]
+        error, bound, baseline = (_text(case.get(key)) for key in ("error", "bound", "baseline_error"))
+        told = case.get("failed") or f"{error} ({bound}; {baseline})"
         others = ", ".join(f"{k} {v}" for k, v in times.items() if k != "ours")
-        figures = [times.get("ours", "–"), f"{share:.0%}" if share else "–", others or "–", case.get("note", "")]
-        told = case.get("failed") or f"{error[0]} ({error[1]}; {error[2]})"
-        rows.append([case["name"], told, _yes(case["right"]), *figures])
-    head = ["kernel", "error (bound; baseline)", "right", "ours ms", "of its ceiling", "others ms", "note"]
-    yield from _section("Kernels", head, rows)
+        figures = times.get("ours", "–"), f"{share:.0%}" if share else "–", others or "–", case.get("note", "")
+        yield case["name"], told, _yes(case["right"]), *figures
 
 
-def _budgets(sections: Sections) -> Iterator[str]:
-    rows = [
-        [name.removeprefix("budget "), _gb(s["peak_bytes"]), _gb(s["reserved_bytes"]), _yes(s["under"]),
-         _text(s["total_s"], " s"), s["precision"], ", ".join(s["resident"]) or "nothing"]
-        for name, s in sections.items() if name.startswith("budget ") and "total_s" in s
-    ]  # fmt: skip
-    head = ["budget", "peak allocated", "reserved", "under it", "whole request", "kept as", "stays loaded"]
-    yield from _section("Budgets", head, rows)
+_BUDGETS = ("budget", "peak allocated", "reserved", "under it", "whole request", "kept as", "stays loaded")
+
+
+def _budgets(sections: Sections) -> Rows:
+    for name, found in sections.items():
+        if name.startswith("budget ") and "total_s" in found:
+            peaks = _gb(found["peak_bytes"]), _gb(found["reserved_bytes"]), _yes(found["under"])
+            kept = found["precision"], ", ".join(found["resident"]) or "nothing"
+            yield name.removeprefix("budget "), *peaks, _text(found["total_s"], " s"), *kept
+
+
+def _trouble(sections: Sections) -> Rows:
+    for name, found in sections.items():
+        if isinstance(found, Mapping) and {"failed", "skipped", "missing"} & set(found):
+            yield name, found.get("failed") or found.get("skipped") or found.get("missing")
 
 
 def their_token(sections: Sections) -> float | None:
@@ -159,22 +163,29 @@ def eager_request(sections: Sections) -> float | None:
     return float(rest + stages["denoiser"] * step / ours + stages["language"] * theirs / mine)
 
 
-def _targets(data: Mapping[str, Any]) -> Iterator[str]:
-    sections, here = data["sections"], data["preset"] == "full" and "H200" in str(data["machine"]["gpu"])
-    token, total = pick(sections, "decoding", "token_s"), pick(sections, "request", "total_s")
-    found = {
-        "step": pick(sections, "ours 1024", "step_s"),
-        "step fp8": pick(sections, "decoder=fp8", "step_s"),
-        "token": token,
-        "token int4": _ratio(token, pick(sections, "language=int4,head=int8wo", "token_s")),
-        "request": total,
-        "faster": _ratio(eager_request(sections), total),
-    }
-    rows = []
-    for key, (name, wanted, unit) in TARGETS.items():
-        value, more = found[key] if here else None, unit == "times"
+def _faster(sections: Sections) -> float | None:
+    return _ratio(eager_request(sections), pick(sections, "request", "total_s"))
+
+
+def _int4_token(sections: Sections) -> float | None:
+    return _ratio(pick(sections, "decoding", "token_s"), pick(sections, _WEIGHTS["int4"], "token_s"))
+
+
+# Of an H200 at full size (bf16 ceilings there about 790 TFLOP/s and 4.3 TB/s); other machines have none.
+TARGETS: tuple[tuple[str, float, str, Callable[[Sections], float | None]], ...] = (
+    ("guided 1024² step, bf16", 0.118, "s", lambda s: pick(s, "ours 1024", "step_s")),
+    ("guided 1024² step, fp8 products", 0.075, "s", lambda s: pick(s, "decoder=fp8", "step_s")),
+    ("token, bf16", 0.0037, "s", lambda s: pick(s, "decoding", "token_s")),
+    ("int4 against bf16 decoding", 2.5, "times", _int4_token),
+    ("whole 1024² image, 300 thinking tokens, bf16", 8.0, "s", lambda s: pick(s, "request", "total_s")),
+    ("whole request against eager baselines", 4.0, "times", _faster),
+)
+
+
+def _targets(sections: Sections, here: bool) -> Rows:
+    for name, wanted, unit, find in TARGETS:
+        value, more = find(sections) if here else None, unit == "times"
         met = value is not None and (value >= wanted if more else value <= wanted)
         missed = "" if met or value is None else f", missed by {abs(value / wanted - 1):.0%}"
         text = f"{value:.3g} {unit}{missed}" if value is not None else "not yet measured"
-        rows.append([name, f"{'≥' if more else '≤'} {wanted} {unit}", text])
-    yield from _section("Targets (H200, full size)", ["target", "wanted", "measured"], rows)
+        yield name, f"{'≥' if more else '≤'} {wanted} {unit}", text

@@ -18,7 +18,7 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -36,17 +36,17 @@ from mindomni_rt.memory.footprint import weight_bytes
 from mindomni_rt.memory.layers import parameters
 from mindomni_rt.memory.planner import gigabytes, plan
 from mindomni_rt.memory.precision import COMPUTE, Precision, parse_precision
+from mindomni_rt.model.random.scaled import scaled
+from mindomni_rt.model.random.weights import random_model
 
-from ..machine import commit, describe_machine, versions
+from ..machine import describe_machine, free_memory, header
 from ..measure import Meter, Record, ceilings, judged, relative_error
 from ..peers.baselines import EagerDecoder
-from ..peers.command import PEERS, cuda_or_cpu, record
-from ..peers.pairs import BOUNDS, run_group
+from ..peers.command import cuda_or_cpu
+from ..peers.pairs import BOUNDS, marked, run_group
 from ..peers.torch import decoder_group, language_group
-from ..results import FOLDER, write_atomic, write_json
-from ..scaled import scaled
-from ..schema import FORMAT
-from ..stages import Preset, Stages, make_backend, mean_velocity, noise, random_conditions, random_model
+from ..results import FOLDER, write_result
+from ..stages import Preset, Stages, make_backend, mean_velocity, noise, random_conditions
 from .kernels import CASES, Sizes, run_case, sweep
 from .report import markdown
 
@@ -70,13 +70,16 @@ def presets(name: str) -> Preset:
     return Preset(config=scaled("published" if name == "full" else "tiny"), **PRESETS[name])
 
 
-@dataclass(frozen=True, kw_only=True)
+Runs = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
 class Part:
-    """A part of the run: seconds that it needs at full size at least, seconds after which it is stopped."""
+    """A part of the run: seconds that it needs at full size at least, seconds after which it is stopped; sections."""
 
     needs: float
     limit: float
-    sections: Callable[[Suite], Iterator[tuple[str, Callable[[], Any]]]]
+    sections: Callable[[Suite], Runs]
 
 
 class Suite:
@@ -92,7 +95,7 @@ class Suite:
     def run(self, parts: list[str]) -> None:
         """All sections of the parts, in order."""
         for part in parts:
-            for name, run in PARTS[part].sections(self):
+            for name, run in PARTS[part].sections(self).items():
                 if not name.startswith(_ON_ONE_BACKEND):
                     self.clean()  # it makes a model of its own
                 # On a CPU the sizes are toys and the limits, made for a GPU, do not apply.
@@ -105,9 +108,7 @@ class Suite:
     def clean(self) -> None:
         """Gives back what a section held."""
         self._backend = None
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+        free_memory()
 
     def backend(self) -> Any:
         """The fast path, unquantized; the same one until `clean`."""
@@ -129,8 +130,8 @@ class Suite:
         return random_conditions(self.preset.config, work, self.preset.torch_dtype, self.device)
 
     def ceilings(self) -> dict[str, Any]:
-        size, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
-        return ceilings(self.meter, size, copied, self.preset.torch_dtype)
+        side, copied = (8192, 2 << 30) if self.cuda else (256, 1 << 20)
+        return ceilings(self.meter, self.preset.torch_dtype, (side,), copied)
 
     # Correctness: first velocities and hidden states, ours and a plain 16-bit run's, against float32.
 
@@ -196,24 +197,15 @@ class Suite:
     def tokens(self, backend: Any = None) -> dict[str, Any]:
         """Seconds up to the first token and of each one after it."""
         stages, meter, new = self.stages(backend=backend), self.meter, self.preset.new
-        stages.write()  # compiles, tunes, captures
+        text = stages.write()  # compiles, tunes, captures
         meter.restart()
-        first, rest, text = list[float](), list[float](), list[int]()
-        for _ in range(3):
-            laps: list[float] = []
-            meter.wait()
-            began = time.perf_counter()
-            text = stages.write(mark=lambda laps=laps: laps.append(time.perf_counter()))  # type: ignore[misc]
-            meter.wait()
-            first.append(laps[0] - began)
-            rest.append((time.perf_counter() - laps[0]) / (new - 1))
+        runs = [marked(meter, lambda mark: stages.write(mark=mark), new - 1) for _ in range(3)]
         peaks = meter.peak()
         precision = stages.backend.options.precision
         table = parameters(self.preset.config)["language"].embedding * COMPUTE[precision.compute]
         read = weight_bytes(self.preset.config, precision)["language"] - table  # of the embedding, one row is read
-        return {
-            "first_token_s": median(first), "token_s": median(rest), "weight_bytes": read, **peaks, "tokens": text[:16]
-        }  # fmt: skip
+        first, rest = (median(times) for times in zip(*runs, strict=True))
+        return {"first_token_s": first, "token_s": rest, "weight_bytes": read, **peaks, "tokens": text[:16]}
 
     def request(self, backend: Any = None, **lossy: Any) -> dict[str, Any]:
         """Prompt to pixels by stage, the second of two runs; the peak is that of both."""
@@ -286,13 +278,8 @@ class Suite:
     def baseline(self, name: str) -> dict[str, Any]:
         """A peer of `benchmarks peers` on the same weights; fewer tokens and steps, for it recomputes much."""
         preset = replace(self.preset, new=min(self.preset.new, 64), steps=min(self.preset.steps, 4))
-        make = {"language": language_group, "decoder": decoder_group}[name]
-
-        def run() -> dict[str, Any]:
-            group = make(preset, self.model(), self.device)
-            return run_group(group, self.meter, 3 if self.cuda else 1, 1)
-
-        return record(PEERS[name], run)
+        make = {"transformers": language_group, "diffusers": decoder_group}[name]
+        return run_group(make(preset, self.model(), self.device), self.meter, 3 if self.cuda else 1, 1)
 
     def sizes(self) -> Sizes:
         preset, work = self.preset, self.preset.work()
@@ -312,43 +299,32 @@ class Suite:
                     break
         return {"cases": done}
 
+    def sweep(self) -> dict[str, Any]:
+        return sweep(self.sizes(), self.meter, None if self.cuda else 1)
 
-def _each(prefix: str, names: Any, run: Callable[[Any], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield from ((f"{prefix}{name}", partial(run, name)) for name in names)
+
+def _each(prefix: str, names: Any, run: Callable[[Any], Any]) -> Runs:
+    return {f"{prefix}{name}": partial(run, name) for name in names}
 
 
-def _correctness(suite: Suite) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _correctness(suite: Suite) -> Runs:
     sides = suite.preset.sides
-    yield from _each("eager ", sides, suite.eager)
-    yield "plain hidden states", suite.plain_hidden
-    yield from _each("velocity ", sides, suite.velocity)
-    yield "hidden states", suite.hidden
-
-
-def _budgets(suite: Suite) -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield from ((f"budget {gigabytes(b)}", partial(suite.budget, b)) for b in suite.budgets())
-
-
-def _sweep(suite: Suite) -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield "sweep", lambda: sweep(suite.sizes(), suite.meter, None if suite.cuda else 1)
+    references = {**_each("eager ", sides, suite.eager), "plain hidden states": suite.plain_hidden}
+    return {**references, **_each("velocity ", sides, suite.velocity), "hidden states": suite.hidden}
 
 
 _ON_ONE_BACKEND = ("velocity ", "hidden states", "ours ", "decoding", "request")
 PARTS = {  # in order of value
-    "ceilings": Part(needs=5, limit=30, sections=lambda s: iter([("ceilings", s.ceilings)])),
-    "correctness": Part(needs=15, limit=90, sections=_correctness),
-    "step": Part(needs=15, limit=60, sections=lambda s: _each("ours ", s.preset.sides, s.step)),
-    "tokens": Part(needs=15, limit=60, sections=lambda s: iter([("decoding", s.tokens)])),
-    "request": Part(needs=25, limit=90, sections=lambda s: iter([("request", s.requests)])),
-    "precisions": Part(needs=20, limit=60, sections=lambda s: _each("", PRECISIONS, s.precision)),
-    "baselines": Part(
-        needs=25,
-        limit=90,
-        sections=lambda s: ((PEERS[name], partial(s.baseline, name)) for name in ("language", "decoder")),
-    ),
-    "kernels": Part(needs=20, limit=90, sections=lambda s: iter([("kernels", s.kernels)])),
-    "budgets": Part(needs=30, limit=60, sections=_budgets),
-    "sweep": Part(needs=20, limit=600, sections=_sweep),
+    "ceilings": Part(5, 30, lambda s: {"ceilings": s.ceilings}),
+    "correctness": Part(15, 90, _correctness),
+    "step": Part(15, 60, lambda s: _each("ours ", s.preset.sides, s.step)),
+    "tokens": Part(15, 60, lambda s: {"decoding": s.tokens}),
+    "request": Part(25, 90, lambda s: {"request": s.requests}),
+    "precisions": Part(20, 60, lambda s: _each("", PRECISIONS, s.precision)),
+    "baselines": Part(25, 90, lambda s: _each("", ("transformers", "diffusers"), s.baseline)),
+    "kernels": Part(20, 90, lambda s: {"kernels": s.kernels}),
+    "budgets": Part(30, 60, lambda s: {f"budget {gigabytes(b)}": partial(s.budget, b) for b in s.budgets()}),
+    "sweep": Part(20, 600, lambda s: {"sweep": s.sweep}),
 }
 
 
@@ -378,14 +354,14 @@ def run(options: argparse.Namespace) -> int:
     preset, began, now = presets(options.preset), time.perf_counter(), datetime.datetime.now(datetime.UTC)
     kept = device.type == "cuda" and options.preset == "full"
     folder = options.out or ((FOLDER if FOLDER.is_dir() else Path()) if kept else None)
+    head = header("gpu")
+    machine = {**_machine(device), "versions": head.pop("versions")}
     data: dict[str, Any] = {
-        "format": FORMAT,
-        "kind": "gpu",
+        **head,
         "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
         "command": f"python -m benchmarks gpu --device {device} --preset {options.preset} "
         f"--minutes {options.minutes:g} --only {','.join(parts)}",
-        "machine": _machine(device),
+        "machine": machine,
         "preset": options.preset,
         "model": {"config": preset.config.to_dict(), "dtype": preset.dtype},
         "wall_s": 0.0,
@@ -395,9 +371,8 @@ def run(options: argparse.Namespace) -> int:
     def store() -> None:
         data["wall_s"] = round(time.perf_counter() - began, 1)
         if folder:
-            name = f"{now:%Y-%m-%d-%H%M}-gpu-{options.preset}-{device.type}"
-            write_json(folder / f"{name}.json", data)
-            write_atomic(folder / f"{name}.md", markdown(data))
+            name = f"{now:%Y-%m-%d-%H%M}-gpu-{options.preset}-{device.type}.json"
+            write_result(folder / name, data, markdown(data))
 
     suite = Suite(preset, device, options.minutes, store)
     data["sections"] = suite.record.data
@@ -417,14 +392,10 @@ def missed(section: Any) -> bool:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """What ran: device, settings, versions."""
-    found: dict[str, Any] = {**describe_machine(str(device)), "versions": versions(), "gpu": None}
+    """What ran, and how it is set."""
+    found: dict[str, Any] = {**describe_machine(str(device)), "gpu": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "sm": 10 * properties.major + properties.minor,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
+        sm = 10 * properties.major + properties.minor
+        found |= {"gpu": properties.name, "sm": sm, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return found

@@ -7,29 +7,30 @@ before and after them. The cold start comes last, in other processes (`cold`).
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mindomni_rt
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.figures import COLOURS, new_figure, save
 from mindomni_rt.inputs.images import prepare_image, vae_pixels
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, generate_messages
 from mindomni_rt.memory.footprint import Precision, weight_bytes
+from mindomni_rt.memory.host import host_peak
 from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
 from mindomni_rt.options import parse_size
 from mindomni_rt.request import CompleteRequest, Request
+from mindomni_rt.stages import STAGES
 
 from ..clocks import NONE, clock_state
-from ..machine import commit, describe_machine, versions
-from ..results import check_out, write_atomic, write_json
-from ..schema import FORMAT
+from ..machine import describe_machine, device_peak, free_memory, header
+from ..results import check_out, table, write_result
 from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
@@ -37,7 +38,6 @@ from .energy import Energy, describe_energy
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
 
-STAGES = ("vision", "language", "connector", "prefix", "denoiser", "vae")
 _RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_new_tokens")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
@@ -74,12 +74,7 @@ def run(options: argparse.Namespace) -> int:
     text = report(data)
     print(text)
     if options.out:
-        write_json(options.out, data)
-        write_atomic(options.out.with_suffix(".md"), text + "\n")
-        try:
-            plot(data, options.out.with_suffix(".png"))
-        except MissingExtraError as error:
-            print(f"no picture: {error}", file=sys.stderr)
+        write_result(options.out, data, text, partial(plot, data))
     return 0
 
 
@@ -117,15 +112,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             raise
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
     after = clock_state(pipe.backend.device)
-    peak = _host_peak()
+    peak = host_peak()
     work = _workload(pipe, asked, options.image, tokens)
     weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
     streamed = min(weights["language"], weights["decoder"])
     data = {
-        "kind": "latency",
-        "format": FORMAT,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        **header("latency"),
         "model": {
             "name": Path(options.model).name,
             "config": pipe.config.to_dict(),
@@ -135,7 +127,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
         "machine": describe_machine(pipe.backend.device),
         "clocks": {"before": before, "after": after},
-        "versions": versions(),
         "request": {k: v.name if isinstance(v, Path) else v for k, v in request.items()} | {"prompt": options.prompt},
         "workload": asdict(work),
         "warmup": options.warmup,
@@ -143,13 +134,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "runs": runs,
         "ceilings": measured_ceilings(pipe.backend.device, pipe.backend.dtype, streamed),
         "peak_host_bytes": peak,
-        "peak_device": _device_peak(pipe.backend.device),
+        "peak_device": device_peak(pipe.backend.device),
         "energy": energy.record(),
         "cold_start": [],
     }
     if not options.no_cold_start:
         del pipe  # a fresh process needs the memory
-        _free()
+        free_memory()
         data["cold_start"] = cold_starts(options.model, load, {**request, "prompt": options.prompt})
     return data
 
@@ -182,31 +173,6 @@ def _figures(timings: Mapping[str, float]) -> dict[str, float]:
     return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
 
 
-def _host_peak() -> int | None:
-    """Bytes of this process at most; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _free() -> None:
-    """Gives unused device memory back."""
-    gc.collect()
-    if torch := sys.modules.get("torch"):
-        torch.cuda.empty_cache()  # does nothing without CUDA
-
-
-def _device_peak(device: str) -> dict[str, int] | None:
-    """Bytes that torch allocated and reserved at most; None on the CPU and for backends that do not tell."""
-    if not device.startswith("cuda") or "torch" not in sys.modules:
-        return None
-    from ..measure import device_peak
-
-    return device_peak(device)
-
-
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p50, p90, p99 by linear interpolation."""
     p50, p90, p99 = np.percentile(np.asarray(values, np.float64), (50, 90, 99))
@@ -227,20 +193,16 @@ def report(data: Mapping[str, Any]) -> str:
         "; ".join(f"{k} {v}" for k, v in data["machine"].items()),
         *_clock_lines(data.get("clocks", {})),
         "",
-        "| stage | p50 s | p90 s | p99 s |",
-        "| --- | --- | --- | --- |",
     ]
     steps = request["num_inference_steps"]
     rows = {name: [r[name] for r in runs if name in r] for name in (*STAGES, "first_token", "total")}
     rows["denoising step"] = [seconds / steps for seconds in rows["denoiser"]]
     rows["first thinking token"] = rows.pop("first_token")
-    for name in (*STAGES, "first thinking token", "denoising step", "total"):
-        if rows[name]:
-            p50, p90, p99 = percentiles(rows[name])
-            lines.append(f"| {name} | {p50:.4f} | {p90:.4f} | {p99:.4f} |")
-    lines += ["", "| figure | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in _rates(data)]
-    return "\n".join(lines)
+    names = [name for name in (*STAGES, "first thinking token", "denoising step", "total") if rows[name]]
+    times = [[name, *(f"{seconds:.4f}" for seconds in percentiles(rows[name]))] for name in names]
+    return "\n".join(
+        [*lines, table(["stage", "p50 s", "p90 s", "p99 s"], times), "", table(["figure", "value"], _rates(data))]
+    )
 
 
 def _clock_lines(clocks: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -276,8 +238,6 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
     """Stages as one stacked bar (medians), PNG."""
-    from ..figures import COLOURS, new_figure, save
-
     figure, axes = new_figure(9.0, 2.4)
     left = 0.0
     for index, stage in enumerate(STAGES):

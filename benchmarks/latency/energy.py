@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..clocks import NONE, physical
@@ -23,49 +25,43 @@ class Energy:
         """device: "cuda:N" is looked at, others not. every, idle: seconds between samples and of the idle watch."""
         self.method, self._power, self._counter = _readers(device, hwmon)
         self._every, self.joules = every, list[float]()
-        self.idle_watts = self._watch(idle) if self._power else None
+        with self._sampling() as samples:
+            time.sleep(idle if self._power else 0)
+        self.idle_watts = mean(samples) if samples else None
 
-    def _watch(self, seconds: float) -> float | None:
-        """Mean power of a while."""
-        samples: list[float] = []
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self._sample(samples)
-            time.sleep(self._every)
-        return sum(samples) / len(samples) if samples else None
+    @contextmanager
+    def _sampling(self) -> Iterator[list[float]]:
+        """Power in watts while the block runs."""
+        stop, samples = threading.Event(), list[float]()
 
-    def _sample(self, samples: list[float]) -> None:
-        assert self._power is not None
-        with suppress(OSError, ValueError):  # a sensor that is busy for once
-            samples.append(self._power())
+        def sample() -> None:
+            while self._power is not None and not stop.wait(self._every):
+                with suppress(OSError, ValueError):  # a sensor that is busy for once
+                    samples.append(self._power())
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield samples
+        finally:
+            stop.set()
+            thread.join()
 
     @contextmanager
     def over(self, counts: bool) -> Iterator[None]:
         """Measures a block; counts says whether it is one of the runs. A block that fails is not counted."""
         if not counts or self._power is None:
             yield
-            return
-        if self._counter is not None:
+        elif self._counter is not None:
             before = self._counter()
             yield
             self.joules.append(self._counter() - before)
-            return
-        stop, samples = threading.Event(), list[float]()
-
-        def sample() -> None:
-            while not stop.wait(self._every):
-                self._sample(samples)
-
-        thread = threading.Thread(target=sample, daemon=True)
-        began = time.monotonic()
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-        if samples:
-            self.joules.append(sum(samples) / len(samples) * (time.monotonic() - began))
+        else:
+            began = time.monotonic()
+            with self._sampling() as samples:
+                yield
+            if samples:
+                self.joules.append(mean(samples) * (time.monotonic() - began))
 
     def record(self) -> dict[str, Any] | str:
         """For the result's JSON: {"method", "joules" of each run, "idle_watts"}; "not available" without a sensor."""
@@ -105,14 +101,7 @@ def hwmon_rails(root: Path = _HWMON) -> dict[str, Callable[[], float]]:
 
 def _product(*paths: Path) -> Callable[[], float]:
     """Watts: microwatts as they are, or millivolts times milliamperes."""
-
-    def read() -> float:
-        value = 1
-        for path in paths:
-            value *= int(path.read_text())
-        return value / 1e6
-
-    return read
+    return lambda: math.prod(int(path.read_text()) for path in paths) / 1e6
 
 
 def _text(path: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mindomni_rt.checkpoint.config import DecoderConfig
-from mindomni_rt.inputs.positions import image_positions, rope_tables, time_features
+from mindomni_rt.inputs.positions import image_positions, time_features
 from mindomni_rt.model.attention import attention
 from mindomni_rt.model.decoder import DiffusionDecoder
 from mindomni_rt.model.language import LanguageModel
@@ -28,59 +28,43 @@ class EagerDecoder:
     """
 
     def __init__(self, decoder: DiffusionDecoder, conditions: list[Tensor], rows: int, columns: int) -> None:
-        self.decoder, self._lengths = decoder, [c.shape[1] for c in conditions]
-        self._longest, self._count = max(self._lengths), rows * columns
-        stack, batch = decoder.config.stack, len(conditions)
+        lengths, count = [c.shape[1] for c in conditions], rows * columns
+        self.decoder, self._longest = decoder, max(lengths)
         device, self._dtype = conditions[0].device, conditions[0].dtype
-        places, total = [], self._longest + 1 + self._count
-        for length in self._lengths:  # left-padded, as a chat batch is
-            place = np.concatenate([np.zeros(self._longest - length), np.arange(length + 1 + self._count)])
-            places.append(rope_tables(stack.rope, stack.head_dim, place, length + 1 + self._count))
-        self._cos = torch.from_numpy(np.stack([c for c, _ in places])).to(device)
-        self._sin = torch.from_numpy(np.stack([s for _, s in places])).to(device)
+        tables = decoder.whole_tables(lengths, self._longest, count)
+        self._cos, self._sin = (torch.from_numpy(table).to(device) for table in tables)
         grid = image_positions(decoder.config, rows, columns)
         self._positions = torch.from_numpy(grid).to(device, self._dtype)
-        seen = torch.zeros(batch, 1, total, total, device=device, dtype=torch.bool)
-        for row, length in enumerate(self._lengths):
-            pad = self._longest - length
-            causal = torch.ones(total, total, device=device, dtype=torch.bool).tril()
-            causal[self._longest + 1 :] = True
-            causal[:, :pad] = False
-            seen[row, 0] = causal | torch.eye(total, device=device, dtype=torch.bool)
+        seen = decoder.whole_mask(lengths, self._longest, count, (), device)
         self._mask = torch.zeros(seen.shape, device=device, dtype=self._dtype).masked_fill(~seen, float("-inf"))
-        padded = [torch.nn.functional.pad(c, (0, 0, self._longest - c.shape[1], 0)) for c in conditions]
+        padded = [torch.nn.functional.pad(c, (0, 0, 0, self._longest - c.shape[1])) for c in conditions]
         self._cache: list[tuple[Tensor, Tensor]] = []
-        self._prefill(torch.cat(padded))
+        self._through(torch.cat(padded), 0)
 
-    def _prefill(self, x: Tensor) -> None:
-        length = self._longest
-        mask = self._mask[:, :, :length, :length]
+    def _through(self, x: Tensor, start: int) -> Tensor:
+        """Rows from `start` on through all layers, under the mask; the first call fills the cache."""
+        end = start + x.shape[1]
+        for index, layer in enumerate(self.decoder.llm.layers):
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._cache.append((k, v))
-            return attention(q, k, v, mask=mask)
+            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
+                if start:
+                    k, v = (torch.cat(both, 2) for both in zip(self._cache[index], (k, v), strict=True))
+                else:
+                    self._cache.append((k, v))
+                return attention(q, k, v, mask=self._mask[:, :, start:end, :end])
 
-        for layer in self.decoder.llm.layers:
-            x = layer(x, self._cos[:, :length], self._sin[:, :length], attend)
+            x = layer(x, self._cos[:, start:end], self._sin[:, start:end], attend)
+        return x
 
     def step(self, latents: Tensor, time: float) -> Tensor:
         """Velocities (P, 4, h, w) of latents (1, 4, h, w) at a time."""
-        decoder, start = self.decoder, self._longest
+        decoder, batch = self.decoder, len(self._cos)
         features = torch.from_numpy(time_features(np.array([time]), decoder.config.time_frequencies))
         features = features.to(latents.device, self._dtype)
-        batch = len(self._lengths)
         image = decoder.x_embedder(latents.to(self._dtype).expand(batch, -1, -1, -1)) + self._positions
         x = torch.cat([decoder.time_token(features).unsqueeze(1).expand(batch, -1, -1), image], dim=1)
-        mask = self._mask[:, :, start:]
-        for index, layer in enumerate(decoder.llm.layers):
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
-                old_k, old_v = self._cache[index]
-                return attention(q, torch.cat([old_k, k], 2), torch.cat([old_v, v], 2), mask=mask)
-
-            x = layer(x, self._cos[:, start:], self._sin[:, start:], attend)
-        modulation = decoder.modulation(features).unsqueeze(1)
-        return decoder.velocity(x[:, 1:], modulation, *latents.shape[-2:])
+        x = self._through(x, self._longest)
+        return decoder.velocity(x[:, 1:], decoder.modulation(features).unsqueeze(1), *latents.shape[-2:])
 
 
 def transformers_language(language: LanguageModel) -> Any:

@@ -7,26 +7,32 @@ copy ("toy", for a CPU: it times the overhead of the frameworks, not their kerne
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.errors import BadRequestError, MindOmniError, MissingExtraError, UnsupportedDeviceError
+import torch
+
+from mindomni_rt.checkpoint.layout import open_checkpoint
+from mindomni_rt.errors import BadRequestError, MissingExtraError, UnsupportedDeviceError
+from mindomni_rt.model.mindomni import MindOmniModel, load_model
+from mindomni_rt.model.random.scaled import scaled
+from mindomni_rt.model.random.weights import random_model
 
 from ..clocks import clock_state
 from ..latency.command import check
-from ..machine import commit, describe_machine, versions
-from ..results import write_atomic, write_json
-from ..schema import FORMAT
+from ..machine import describe_machine, free_memory, header
+from ..measure import PEERS, Meter, Record
+from ..results import write_result
+from ..stages import Preset
+from .onnx import onnx_group
+from .pairs import Group, run_group
 from .report import plot, report
+from .torch import decoder_group, language_group
 
 BUNDLE = Path(__file__).resolve().parents[2] / "assets" / "shapes-world-bundle"
-PEERS = {"language": "transformers", "decoder": "diffusers", "graphs": "onnxruntime"}
-_MISSING = "not installed: pip install mindomni-rt[bench]"
 _SIZES: dict[str, dict[str, Any]] = {
     "full": dict(sides=(1024,), steps=20, prompt=100, new=64, negative=100),
     "toy": dict(sides=(96,), steps=4, prompt=24, new=24, negative=12),
@@ -47,45 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures and reports: 1 where outputs disagree or a pair failed, 2 where no peer is installed."""
     check(options)
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("torch", "bench") from error
-    data: dict[str, Any] = {}
-    groups = measure(options, data)
-    if all("missing" in g for g in groups.values()):
-        raise MissingExtraError(", ".join(PEERS.values()), "bench")
+    data = measure(options)
+    groups = data["groups"].values()
+    if all("missing" in g for g in groups):
+        raise MissingExtraError(", ".join(PEERS), "bench")
     text = report(data)
     sys.stdout.write(text)
     if options.out:
-        _store(options.out, data)
-        try:
-            plot(data, options.out.with_suffix(".png"))
-        except MissingExtraError as error:
-            sys.stderr.write(f"no picture: {error}\n")
+        write_result(options.out, data, text, partial(plot, data))
     wrong = ("failed", "failed_pairs")
-    return int(any(g.get("agrees") is False or any(key in g for key in wrong) for g in groups.values()))
+    return int(any(g.get("agrees") is False or any(key in g for key in wrong) for g in groups))
 
 
-def _store(out: Path, data: dict[str, Any]) -> None:
-    write_json(out, data)
-    write_atomic(out.with_suffix(".md"), report(data))
-
-
-def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """Fills `data`, the result, and returns its groups. A peer that is missing or fails is recorded and the others go
-    on; so does an interrupt. With --out the result is stored after each group that found something."""
-    import torch
-
-    from mindomni_rt.checkpoint.layout import open_checkpoint
-
-    from ..measure import Meter
-    from ..scaled import scaled
-    from ..stages import Preset
-    from .onnx import onnx_group
-    from .pairs import Group, run_group
-    from .torch import decoder_group, language_group
-
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The result. A peer that is missing or fails is recorded and the others go on; an interrupt keeps those before it.
+    With --out the result is stored after each group that found something."""
     device = cuda_or_cpu(options.device)
     config = open_checkpoint(options.model).config if options.model else None
     preset = Preset(
@@ -93,20 +75,22 @@ def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]
         dtype="float32" if device.type == "cpu" else "bfloat16",
         **_SIZES[options.preset],
     )
-    meter, found = Meter(device), dict[str, Any]()
+    meter, record = Meter(device), Record()
+
+    def model() -> MindOmniModel:  # one for each group: its backend may take the weights over
+        if options.model:
+            return load_model(options.model, preset.torch_dtype, device)[0]
+        return random_model(preset.config, preset.torch_dtype, device)
+
     groups: dict[str, Callable[[], Group]] = {
-        "language": lambda: language_group(preset, _model(options.model, preset, device), device),
-        "decoder": lambda: decoder_group(preset, _model(options.model, preset, device), device),
+        "language": lambda: language_group(preset, model(), device),
+        "decoder": lambda: decoder_group(preset, model(), device),
         "graphs": partial(onnx_group, options.bundle, device.type),
     }
-    data |= {
-        "kind": "peers",
-        "format": FORMAT,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+    data = {
+        **header("peers"),
         "machine": describe_machine(str(device)),
         "clocks": {"before": clock_state(str(device))},
-        "versions": versions(),
         "device": str(device),
         "preset": options.preset,
         "model": {
@@ -114,60 +98,34 @@ def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]
             "config": preset.config.to_dict(),
             "dtype": preset.dtype,
         },
-        "groups": found,
+        "groups": record.data,
     }
 
     def run_one(make: Callable[[], Group]) -> dict[str, Any]:
         return run_group(make(), meter, options.runs, options.warmup)
 
-    try:
-        for name, make in groups.items():
-            found[name] = record(PEERS[name], partial(run_one, make))
-            gc.collect()
-            if meter.cuda:
-                torch.cuda.empty_cache()
-            if options.out and "missing" not in found[name]:
-                _store(options.out, data)
-    except KeyboardInterrupt:
-        if not found:
-            raise
-        sys.stderr.write(f"interrupted; kept: {', '.join(found)}\n")
+    for peer, (name, make) in zip(PEERS, groups.items(), strict=True):
+        record.data[name] = {"peer": peer}
+        try:
+            record.section(meter, name, 0, partial(run_one, make))
+        except KeyboardInterrupt:
+            del record.data[name]
+            if not record.data:
+                raise
+            sys.stderr.write(f"interrupted; kept: {', '.join(record.data)}\n")
+            break
+        free_memory()
+        if options.out and "missing" not in record.data[name]:
+            write_result(options.out, data, report(data))
     data["clocks"]["after"] = clock_state(str(device))
-    return found
+    return data
 
 
-def cuda_or_cpu(asked: str) -> Any:
+def cuda_or_cpu(asked: str) -> torch.device:
     """--device as a torch.device with its index. Raises BadRequestError, UnsupportedDeviceError."""
-    import torch
-
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise BadRequestError(f"--device {asked}: expected cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UnsupportedDeviceError("--device cuda: this PyTorch finds no CUDA device; try --device cpu --preset toy")
     return torch.device(f"cuda:{torch.cuda.current_device()}" if asked == "cuda" else asked)
-
-
-def _model(path: Path | None, preset: Any, device: Any) -> Any:
-    """A model for one group: its backend may take the weights over."""
-    from mindomni_rt.model.mindomni import load_model
-
-    from ..stages import random_model
-
-    if path:
-        return load_model(path, preset.torch_dtype, device)[0]
-    return random_model(preset.config, preset.torch_dtype, device)
-
-
-def record(peer: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `run` found, or why it found nothing."""
-    from ..measure import described
-
-    try:
-        return run()
-    except Exception as error:  # noqa: BLE001  # a peer of any version, on a GPU that may be too small for both
-        if isinstance(error, MissingExtraError) or (
-            isinstance(error, ImportError) and (error.name or "").partition(".")[0] == peer
-        ):
-            return {"peer": peer, "missing": _MISSING}
-        return {"peer": peer, "failed": str(error)[:500] if isinstance(error, MindOmniError) else described(error)}

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ..compare import change
-from ..measure import RATIO, Meter, described
+from ..measure import Meter, described, judged
 
 Sample = Callable[[Meter], float]
 """One measurement: seconds."""
@@ -31,14 +31,14 @@ class Match:
     baseline: float | None = None
     exact: bool = True
 
-    @property
-    def agrees(self) -> bool:
-        """Within the bound (a NaN is not), no farther than RATIO times the peer, and the same text where asked."""
-        near = self.baseline is None or self.error <= RATIO * self.baseline
-        return self.error < self.bound and near and self.tokens_equal is not False
+    def record(self) -> dict[str, Any]:
+        """As `judged`; "agrees": right, and the same text where asked."""
+        found = judged(self.error, self.bound, self.baseline)
+        agrees = found.pop("right") and self.tokens_equal is not False
+        return {**found, "tokens_equal": self.tokens_equal, "agrees": agrees}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Pair:
     """The same work twice. rate: what a sample is one of, where a rate is usual ("tokens/s")."""
 
@@ -64,17 +64,19 @@ def timed(run: Callable[[], Any], parts: int = 1) -> Sample:
     return lambda meter: meter.once(run)[0] / parts
 
 
+def marked(meter: Meter, run: Callable[[Callable[[], None]], Any], parts: int) -> tuple[float, float]:
+    """Seconds until the run calls what it is given, and of each of the `parts` that follow."""
+    marks: list[float] = []
+    meter.wait()
+    began = time.perf_counter()
+    run(lambda: marks.append(time.perf_counter()))
+    meter.wait()
+    return marks[0] - began, (time.perf_counter() - marks[0]) / parts
+
+
 def after_first(run: Callable[[Callable[[], None]], Any], parts: int) -> Sample:
     """Seconds of each of the `parts` that follow the moment at which the run calls what it is given."""
-
-    def sample(meter: Meter) -> float:
-        began: list[float] = []
-        meter.wait()
-        run(lambda: began.append(time.perf_counter()))
-        meter.wait()
-        return (time.perf_counter() - began[0]) / parts
-
-    return sample
+    return lambda meter: marked(meter, run, parts)[1]
 
 
 def interleave(pair: Pair, meter: Meter, runs: int, warmup: int) -> dict[str, Any]:
@@ -100,18 +102,8 @@ def run_group(group: Group, meter: Meter, runs: int, warmup: int) -> dict[str, A
     float32 outputs that disagree are not timed: one of the two computes something else. In 16 bits times are always
     recorded, and `agrees` marks what missed its bound.
     """
-    match = group.match
-    found: dict[str, Any] = {
-        "peer": group.peer,
-        "error": match.error,
-        "bound": match.bound,
-        "baseline_error": match.baseline,
-        "tokens_equal": match.tokens_equal,
-        "agrees": match.agrees,
-        "note": group.note,
-        **group.extra,
-    }
-    if match.exact and not match.agrees:
+    found: dict[str, Any] = {"peer": group.peer, **group.match.record(), "note": group.note, **group.extra}
+    if group.match.exact and not found["agrees"]:
         return found
     found["pairs"] = {}
     for pair in group.pairs:

@@ -7,10 +7,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mindomni_rt.figures import COLOURS, new_figure, save
+
+from ..results import table
+
 
 def report(data: Mapping[str, Any]) -> str:
     """Markdown. On a CPU ratios alone: seconds of a toy model say nothing about the model."""
     seconds = not data["device"].startswith("cpu")
+    head = ["peer", "work", "relative error", "peer / ours", "95 % interval", "n", *(["ours", "peer"] * seconds)]
+    rows: list[list[Any]] = []
+    for name, group in data["groups"].items():
+        pairs = group.get("pairs", {})
+        rows += [] if pairs else [[group["peer"], name, _why(group)]]
+        for work, pair in pairs.items():
+            interval = f"{pair['low']:.2f} to {pair['high']:.2f}"
+            row = [group["peer"], work, f"{group['error']:.1e}", f"{pair['ratio']:.2f}", interval, pair["n"]]
+            rows.append([*row, *(_speeds(pair) if seconds else ())])
     lines = [
         f"# Peers, {data['model']['name']}",
         "",
@@ -20,42 +33,30 @@ def report(data: Mapping[str, Any]) -> str:
         "",
         "; ".join(f"{k} {v}" for k, v in (*data["machine"].items(), *data["versions"].items())),
         "",
-        "| peer | work | relative error | peer / ours | 95 % interval | n |" + (" ours | peer |" if seconds else ""),
-        "| --- | --- | --- | --- | --- | --- |" + (" --- | --- |" if seconds else ""),
+        table(head, rows),
+        "",
+        *(f"- {name}: {group['note']}." for name, group in data["groups"].items() if group.get("note")),
     ]
-    after = []
-    for name, group in data["groups"].items():
-        pairs = group.get("pairs", {})
-        if not pairs:
-            lines.append(f"| {group['peer']} | {name} | {_why(group)} | - | - | - |" + (" - | - |" if seconds else ""))
-        for work, pair in pairs.items():
-            row = f"| {group['peer']} | {work} | {group['error']:.1e} | {pair['ratio']:.2f} "
-            row += f"| {pair['low']:.2f} to {pair['high']:.2f} | {pair['n']} |"
-            lines.append(row + (_speeds(pair) if seconds else ""))
-        if group.get("note"):
-            after.append(f"- {name}: {group['note']}.")
-    return "\n".join([*lines, "", *after]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _why(group: Mapping[str, Any]) -> str:
     """Why a group has no ratios."""
     if "agrees" in group:
         text = "" if group["tokens_equal"] is not False else ", texts differ"
-        return f"DISAGREES: {group['error']:.1e}, bound {group['bound']:.0e}{text}"
-    return " ".join(str(group.get("missing") or f"failed: {group['failed']}").split()).replace("|", "/")
+        error = "nan" if group["error"] is None else f"{group['error']:.1e}"
+        return f"DISAGREES: {error}, bound {group['bound']:.0e}{text}"
+    return " ".join(str(group.get("missing") or f"failed: {group['failed']}").split())
 
 
-def _speeds(pair: Mapping[str, Any]) -> str:
+def _speeds(pair: Mapping[str, Any]) -> list[str]:
     if "rates" in pair:
-        rates = pair["rates"]
-        return f" {rates['ours']:.1f} {rates['of']} | {rates['theirs']:.1f} {rates['of']} |"
-    return f" {median(pair['ours_s']) * 1e3:.2f} ms | {median(pair['theirs_s']) * 1e3:.2f} ms |"
+        return [f"{pair['rates'][side]:.1f} {pair['rates']['of']}" for side in ("ours", "theirs")]
+    return [f"{median(pair[f'{side}_s']) * 1e3:.2f} ms" for side in ("ours", "theirs")]
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:
     """Ratios with their intervals, PNG; nothing where no pair was timed."""
-    from ..figures import COLOURS, new_figure, save
-
     rows = [
         (index, f"{group['peer']}: {work}", pair)
         for index, group in enumerate(data["groups"].values())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise, takewhile
 from typing import Any
@@ -16,10 +15,11 @@ from mindomni_rt.backends.torch.backend import TorchBackend
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.schedule import guide, timesteps
 
+from ..machine import free_memory
 from ..measure import relative_error
 from ..stages import GUIDANCE, Preset, Stages, make_backend, mean_velocity, noise, random_conditions
 from .baselines import language_generate, omnigen_decoder, omnigen_inputs, omnigen_step, transformers_language
-from .pairs import BOUNDS, Group, Match, Pair, after_first, timed
+from .pairs import BOUNDS, Group, Match, Pair, Sample, after_first, timed
 
 
 def backend_of(model: MindOmniModel, device: torch.device) -> TorchBackend:
@@ -31,9 +31,7 @@ def backend_of(model: MindOmniModel, device: torch.device) -> TorchBackend:
 def _in_float32(theirs: Any, run: Callable[[Any], Tensor]) -> Tensor:
     """What the peer computes in float32, by a copy that is let go."""
     found = run(copy.deepcopy(theirs).float()).cpu()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return found
 
 
@@ -70,21 +68,17 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
         None if same else _in_float32(theirs, their_states),
         tokens_equal=equal == preset.new if same else None,
     )
-    prefill = Pair(
-        name="prefill and first token",
-        ours=timed(lambda: stages.write(1)),
-        theirs=timed(lambda: language_generate(theirs, ids, 1, False)),
-    )
-    decode = Pair(
-        name="decoded token",
-        ours=after_first(lambda mark: stages.write(mark=mark), preset.new - 1),
-        theirs=after_first(lambda mark: language_generate(theirs, ids, preset.new, False, mark), preset.new - 1),
-        rate="tokens/s",
-    )
-    pairs = [prefill, decode]
+
+    def decoded(generate: Callable[[Any], Any]) -> Sample:
+        return after_first(generate, preset.new - 1)
+
+    prefill = timed(lambda: stages.write(1)), timed(lambda: language_generate(theirs, ids, 1, False))
+    token = decoded(lambda mark: stages.write(mark=mark))
+    plain = decoded(lambda mark: language_generate(theirs, ids, preset.new, False, mark))
+    pairs = [Pair("prefill and first token", *prefill), Pair("decoded token", token, plain, rate="tokens/s")]
     if device.type == "cuda":  # compiling takes longer than a toy run
-        generate = after_first(lambda mark: language_generate(theirs, ids, preset.new, True, mark), preset.new - 1)
-        pairs.append(Pair(name="decoded token, static cache and compiled", ours=decode.ours, theirs=generate))
+        compiled = decoded(lambda mark: language_generate(theirs, ids, preset.new, True, mark))
+        pairs.append(Pair("decoded token, static cache and compiled", token, compiled))
     return Group(
         peer=f"transformers {version('transformers')}",
         match=match,
@@ -107,9 +101,6 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     inputs = omnigen_inputs([c.shape[1] for c in conditions], work.image_tokens, device)
     start = torch.from_numpy(noise(preset.config, work)).to(device)
 
-    def our_loop(prefixes: Sequence[Any]) -> Tensor:
-        return stages.paint(prefixes)
-
     def their_loop() -> Tensor:
         latents = start
         with torch.inference_mode():
@@ -124,19 +115,16 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     ready, same = stages.prefixes(conditions), preset.dtype == "float32"
     ours = stages.first_velocity(ready).clone()
     match = _match(preset.dtype, their_velocity(theirs), ours, None if same else _in_float32(theirs, their_velocity))
-    latents = relative_error(their_loop(), our_loop(ready).clone())
+    latents = relative_error(their_loop(), stages.paint(ready).clone())
     extra = {"error_velocities": match.error, "error_latents": latents}
     if same:
         match = Match(error=max(match.error, latents), bound=match.bound)
-    step = Pair(
-        name="guided step", ours=timed(lambda: our_loop(ready), preset.steps), theirs=timed(their_loop, preset.steps)
-    )
-    whole = Pair(
-        name="loop with its prefix", ours=timed(lambda: our_loop(stages.prefixes(conditions))), theirs=timed(their_loop)
-    )
+    step = timed(lambda: stages.paint(ready), preset.steps), timed(their_loop, preset.steps)
+    whole = timed(lambda: stages.paint(stages.prefixes(conditions))), timed(their_loop)
+    pairs = Pair("guided step", *step), Pair("loop with its prefix", *whole)
     lengths = " + ".join(str(c.shape[1]) for c in conditions)
     note = (
         f"{work.width}x{work.height}, {preset.steps} steps, conditions of {lengths} tokens; ours computes their K/V "
         "once, before the loop (the second row includes it); the peer recomputes them in every step, under a dense mask"
     )
-    return Group(peer=f"diffusers {version('diffusers')}", match=match, pairs=(step, whole), note=note, extra=extra)
+    return Group(peer=f"diffusers {version('diffusers')}", match=match, pairs=pairs, note=note, extra=extra)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,13 @@ from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError, MissingExtraError
 from mindomni_rt.options import parse_size
 
-from ..results import read_json
 from ..schema import FORMAT
 from .images import SUITES as IMAGES
-from .paint import request_of
+from .paint import make, request_of
 from .report import write_report
 from .run import RunFolder, fingerprint, shard_of
 from .shapes import SHAPES
-from .suite import Item, Prompts, Settings, Suite
+from .suite import Item, Job, Settings, Suite
 
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = prompts.items[: options.n]
     model = resolve(options.model)
     settings = settings.of_model(read_recommended(model))
-    folder = RunFolder(options.out)
+    job = Job(suite=suite, settings=settings, folder=RunFolder(options.out), prompts=prompts, chosen=chosen)
     name = model.resolve().name if Path(options.model).is_dir() else Path(options.model).name
     claim: dict[str, Any] = {
         "kind": "quality",
@@ -83,23 +82,23 @@ def run(options: argparse.Namespace) -> int:
         "settings": asdict(settings),
         "prompts": {"files": [p.name for p in prompts.files], "sha256": prompts.sha256},
     }
-    known = folder.check(claim)
-    todo = [i for i in chosen[index - 1 :: count] if not folder.done(suite.outputs(i, settings))]
+    known, mine, done = job.folder.check(claim), chosen[index - 1 :: count], job.done()
+    todo = [item for item in mine if item not in done]
     code = 0
     if todo or not known:
         pipe = _load(options)
         device = pipe.backend.device.partition(":")[0]  # shards may have a GPU each
         claim["runs_on"] = {"backend": pipe.backend.name, "device": device, "dtype": pipe.backend.dtype}
-        folder.claim(claim)
+        job.folder.claim(claim)
         try:
-            _make(pipe, suite, settings, folder, todo, len(chosen[index - 1 :: count]))
+            _make(pipe, job, todo, len(mine))
         except KeyboardInterrupt:
             sys.stderr.write("error: interrupted; what was made is kept, and the same command goes on\n")
             code = 130
         except Exception:
-            _report(suite, folder, prompts, chosen, settings)
+            write_report(job)
             raise
-    sys.stdout.write(_report(suite, folder, prompts, chosen, settings) + "\n")
+    sys.stdout.write(write_report(job) + "\n")
     return code
 
 
@@ -111,16 +110,13 @@ def _asked(options: argparse.Namespace) -> tuple[Suite, Settings]:
     for name in ("model", "out"):
         if getattr(options, name) is None:
             raise BadRequestError(f"{'MODEL' if name == 'model' else '--out'} is missing: see --help")
-    given: dict[str, Any] = {"seed": options.seed}
+    given = {f.name: value for f in fields(Settings) if (value := getattr(options, f.name)) is not None}
     if options.size is not None:
         width, given["size"] = parse_size(options.size)
         if width != given["size"]:
             raise BadRequestError(f"--size {options.size}: expected a square; the evaluators take no other images")
-    for name in ("samples", "steps", "guidance", "max_new_tokens"):
-        if getattr(options, name) is not None:
-            given[name] = getattr(options, name)
-    if options.think is False and suite is not SHAPES:
-        given["think"] = False
+    if suite is SHAPES:  # it has items of both kinds
+        given.pop("think", None)
     settings = replace(suite.defaults, **given)
     if not 1 <= settings.samples <= suite.most_samples:
         raise BadRequestError(f"--samples {settings.samples}: {suite.title} takes 1 to {suite.most_samples}")
@@ -139,27 +135,21 @@ def _load(options: argparse.Namespace) -> Pipeline:
     )
 
 
-def _make(
-    pipe: Pipeline, suite: Suite, settings: Settings, folder: RunFolder, todo: Sequence[Item], total: int
-) -> None:
-    """Makes and stores the missing items. Raises WriteError, and BadRequestError naming an item's place."""
+def _make(pipe: Pipeline, job: Job, todo: Sequence[Item], total: int) -> None:
+    """Makes and stores the missing items. Raises StorageError, and BadRequestError naming an item's place."""
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise MissingExtraError("tqdm", "bench") from error
-    bar = tqdm(total=total, initial=total - len(todo), desc=suite.name, unit="item", disable=None, file=sys.stderr)
+    bar = tqdm(total=total, initial=total - len(todo), desc=job.suite.name, unit="item", disable=None, file=sys.stderr)
     with bar:
         for item in todo:
             try:
-                files = suite.make(pipe, item, settings)
+                files = make(pipe, job.suite, item, job.settings)
             except BadRequestError as error:
                 raise BadRequestError(f"{item.where}: {error}") from error
-            folder.store(files)
+            job.folder.store(files)
             bar.update()
-
-
-def _report(suite: Suite, folder: RunFolder, prompts: Prompts, chosen: Sequence[Item], settings: Settings) -> str:
-    return write_report(suite, folder, prompts, chosen, settings, read_json(folder.settings))
 
 
 def listing() -> str:

@@ -14,20 +14,28 @@ dpg_bench/compute_dpg_bench.py: every file of the folder, keyed by its name up t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.files import parse_json
 
-from .paint import grid, paint, png
-from .run import RunFolder, item_file
-from .suite import Item, Prompts, Settings, Suite, checked_items, checked_name, checked_prompt, hashed, located, text_of
-
-if TYPE_CHECKING:
-    from mindomni_rt.pipeline import Pipeline
+from .paint import grid, one_grid, png
+from .suite import (
+    Item,
+    Prompts,
+    Settings,
+    Suite,
+    Writer,
+    checked_items,
+    checked_name,
+    checked_prompt,
+    hashed,
+    located,
+    text_of,
+)
 
 # Its files, and what its Calculate.py calls each.
 _WISE = {"cultural_common_sense": "culture", "spatio-temporal_reasoning": "space-time", "natural_science": "science"}
@@ -41,23 +49,23 @@ def _read_geneval(path: Path | None) -> Prompts:
     items = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
-        row = _object(line, where)
+        row = _parsed(line, wrong := f"{where}: expected one JSON object with prompt, tag and include")
+        if not isinstance(row, dict):
+            raise BadRequestError(wrong)
         checked_prompt(row.get("tag"), where, "tag")
         prompt = checked_prompt(row.get("prompt"), where)
-        items.append(Item(name=f"{number - 1:05}", prompt=prompt, where=where, row={"line": line.strip()}))
+        items.append(Item(name=f"{number - 1:05}", prompt=prompt, where=where, row=line.strip()))
     return Prompts(files=(path,), items=checked_items(items, path, GENEVAL), sha256=hashed([path]))
 
 
-def _geneval_outputs(item: Item, settings: Settings) -> list[str]:
+def _geneval_files(item: Item, settings: Settings) -> dict[str, Writer]:
     folder = f"images/{item.name}"
-    samples = [f"{folder}/samples/{i:04}.png" for i in range(settings.samples)]
-    return [*samples, f"{folder}/grid.png", f"{folder}/metadata.jsonl", item_file(item.name)]
-
-
-def _geneval_make(pipe: Pipeline, item: Item, settings: Settings) -> dict[str, bytes]:
-    images, record = paint(pipe, item, settings)
-    data = [*map(png, images), png(grid(images)), f"{item.row['line']}\n".encode(), record]
-    return dict(zip(_geneval_outputs(item, settings), data, strict=True))
+    samples: dict[str, Writer] = {
+        f"{folder}/samples/{i:04}.png": lambda images, i=i: png(images[i])  # type: ignore[misc]
+        for i in range(settings.samples)
+    }
+    line = f"{item.row}\n".encode()
+    return {**samples, f"{folder}/grid.png": grid, f"{folder}/metadata.jsonl": lambda _: line}
 
 
 def _read_dpg(path: Path | None) -> Prompts:
@@ -86,10 +94,7 @@ def _read_wise(path: Path | None) -> Prompts:
             raise BadRequestError(f"{path} lacks one of {', '.join(f'{n}.json' for n in _WISE)}: {WISE.wanted}")
     items = []
     for file in files:
-        try:
-            rows = json.loads(text_of(file))
-        except (ValueError, RecursionError) as error:
-            raise BadRequestError(f"{file} is not JSON: {error}") from error
+        rows = _parsed(text_of(file), f"{file} is not JSON")
         if not isinstance(rows, list):
             raise BadRequestError(f"{file}: expected a list of objects with prompt_id and Prompt")
         for number, row in enumerate(rows, 1):
@@ -101,23 +106,12 @@ def _read_wise(path: Path | None) -> Prompts:
     return Prompts(files=tuple(files), items=checked_items(items, path, WISE), sha256=hashed(files))
 
 
-def _grid_outputs(item: Item, settings: Settings) -> list[str]:
-    return [f"images/{item.name}.png", item_file(item.name)]
-
-
-def _grid_make(pipe: Pipeline, item: Item, settings: Settings) -> dict[str, bytes]:
-    images, record = paint(pipe, item, settings)
-    return dict(zip(_grid_outputs(item, settings), (png(grid(images)), record), strict=True))
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
+def _parsed(text: str, wrong: str) -> Any:
+    """A JSON value. Raises BadRequestError that begins with `wrong`."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"{where}: expected one JSON object: {error}") from error
-    if not isinstance(row, dict):
-        raise BadRequestError(f"{where}: expected one JSON object with prompt, tag and include")
-    return row
+        return parse_json(text)
+    except ValueError as error:
+        raise BadRequestError(f"{wrong}: {error}") from error
 
 
 def _inside(path: Path, name: str, suite: Suite) -> Path:
@@ -126,10 +120,6 @@ def _inside(path: Path, name: str, suite: Suite) -> Path:
     if not found.is_file():
         raise BadRequestError(f"no {name} in {path}: {suite.wanted}")
     return found
-
-
-def _nothing(folder: RunFolder, done: Sequence[Item], chosen: Sequence[Item], run: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
 
 
 def _geneval_commands(run: Mapping[str, Any]) -> list[str]:
@@ -167,9 +157,7 @@ GENEVAL = Suite(
     defaults=_DEFAULTS,
     most_samples=10_000,
     read=_read_geneval,
-    outputs=_geneval_outputs,
-    make=_geneval_make,
-    finish=_nothing,
+    files=_geneval_files,
     commands=_geneval_commands,
 )
 DPG = Suite(
@@ -182,9 +170,7 @@ DPG = Suite(
     defaults=_DEFAULTS,
     most_samples=4,
     read=_read_dpg,
-    outputs=_grid_outputs,
-    make=_grid_make,
-    finish=_nothing,
+    files=one_grid,
     commands=_dpg_commands,
 )
 WISE = Suite(
@@ -196,9 +182,7 @@ WISE = Suite(
     published={"with thinking": "0.71", "without thinking": "0.43"},
     defaults=replace(_DEFAULTS, samples=1),
     read=_read_wise,
-    outputs=_grid_outputs,
-    make=_grid_make,
-    finish=_nothing,
+    files=one_grid,
     commands=_wise_commands,
 )
 SUITES = (GENEVAL, DPG, WISE)

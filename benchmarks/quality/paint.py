@@ -10,11 +10,12 @@ from PIL import Image
 
 from mindomni_rt.inputs.images import to_pil
 from mindomni_rt.inputs.prompts import split_thought
+from mindomni_rt.outputs import json_text
 from mindomni_rt.request import Request
 from mindomni_rt.sampling.random import batch_noise
 
-from .run import record_bytes, seed_of
-from .suite import Item, Settings
+from .run import item_file, seed_of
+from .suite import Item, Settings, Suite, Writer
 
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
@@ -33,8 +34,8 @@ def request_of(item: Item, settings: Settings) -> Request:
     )
 
 
-def paint(pipe: Pipeline, item: Item, settings: Settings) -> tuple[list[Image.Image], bytes]:
-    """An item's samples and its record. Thinks once (greedy text is the same for all), then paints one by one.
+def make(pipe: Pipeline, suite: Suite, item: Item, settings: Settings) -> dict[str, bytes]:
+    """An item's files. Thinks once (greedy text is the same for all), then paints one sample after another.
 
     Each image is what `pipe.generate` makes of the same prompt and the seed in the record.
     """
@@ -43,7 +44,7 @@ def paint(pipe: Pipeline, item: Item, settings: Settings) -> tuple[list[Image.Im
     guided = pipe.connect(thought, request)
     unguided = pipe.connect_negative(request) if request.guidance_scale != 1 else None
     seeds = [seed_of(settings.seed, item.key or item.name, i) for i in range(settings.samples)]
-    images = []
+    images: list[Image.Image] = []
     for seed in seeds:
         latents = batch_noise(seed, 1, request.latent_shape[1:])
         images += to_pil(pipe.decode(_last(pipe.paint(request, latents, guided, unguided))))
@@ -58,7 +59,8 @@ def paint(pipe: Pipeline, item: Item, settings: Settings) -> tuple[list[Image.Im
         "tokens": len(thought.token_ids),
         "seeds": seeds,
     }
-    return images, record_bytes(record)
+    files = {name: write(images) for name, write in suite.files(item, settings).items()}
+    return {**files, item_file(item.name): json_text(record).encode()}
 
 
 def _last(events: Generator[Any, None, Any]) -> Any:
@@ -77,12 +79,17 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in two columns, row by row. A single one is returned as it is; an empty place is black."""
+def grid(images: Sequence[Image.Image]) -> bytes:
+    """Pictures of one size in two columns, row by row, as PNG. A single one stays as it is; an empty place is black."""
     if len(images) == 1:
-        return images[0]
+        return png(images[0])
     width, height = images[0].size
     whole = Image.new("RGB", (2 * width, (len(images) + 1) // 2 * height))
     for index, image in enumerate(images):
         whole.paste(image, (index % 2 * width, index // 2 * height))
-    return whole
+    return png(whole)
+
+
+def one_grid(item: Item, settings: Settings) -> dict[str, Writer]:
+    """For evaluators that read one picture of an item."""
+    return {item.picture: grid}

@@ -20,10 +20,9 @@ from mindomni_rt.backends.fast.stack import FastStack
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.precision import Precision, parse_precision
 from mindomni_rt.pipeline import Pipeline
+from mindomni_rt.scores import Score
 
-from .judge import Riddle, riddles, right
-from .lossy import cosine, psnr
-from .report import Share
+from .judge import Riddle, cosine, psnr, riddles, right
 from .rounding import rounded
 
 IMAGES = 4  # of a riddle, each with noise of its own: they share a thought and a launch
@@ -106,9 +105,9 @@ class Bench:
         }
 
     @staticmethod
-    def _right(asked: Sequence[Riddle], found: Sequence[Any]) -> Share:
+    def _right(asked: Sequence[Riddle], found: Sequence[Any]) -> Score:
         marks = [right(riddle, image) for riddle, one in zip(asked, found, strict=True) for image in one.images]
-        return Share(right=sum(marks), n=len(marks))
+        return Score(right=sum(marks), n=len(marks))
 
     def _paint(self, precision: str, options: Mapping[str, Any]) -> tuple[list[Any], int]:
         """(results, whole passes of an image of one branch)."""

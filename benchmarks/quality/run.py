@@ -8,16 +8,16 @@ to share a folder, and a killed run loses the item under way.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.errors import BadRequestError
+from mindomni_rt.errors import BadRequestError, StorageError
+from mindomni_rt.outputs import write_atomic, write_json
 
-from ..results import WriteError, read_json, write_atomic
+from ..results import read_json
 
 _ENDS = 1 << 20  # bytes at each end of a file that its fingerprint reads: a published checkpoint has 30 GB
 
@@ -38,11 +38,6 @@ def seed_of(base: int, key: str, sample: int) -> int:
 def item_file(name: str) -> str:
     """Where the words of an item lie, outside of every folder that an evaluator walks."""
     return f"items/{name}.json"
-
-
-def record_bytes(record: Mapping[str, Any]) -> bytes:
-    """A record as JSON."""
-    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def fingerprint(folder: Path) -> str:
@@ -94,13 +89,13 @@ class RunFolder:
         if not self.check(asked):
             # Two shards may get here at once: a link is made by one of them only, and it never shows half a file.
             temporary = self.folder / f".run.json.{os.getpid()}-{secrets.token_hex(4)}.part"
-            write_atomic(temporary, record_bytes(asked))
+            write_json(temporary, asked)
             try:
                 os.link(temporary, self.settings)
             except FileExistsError:
                 pass
             except OSError as error:
-                raise WriteError(
+                raise StorageError(
                     f"{self.settings} could not be made: {error.strerror}; choose another --out"
                 ) from error
             finally:
@@ -112,17 +107,9 @@ class RunFolder:
         return all((self.folder / name).is_file() for name in outputs)
 
     def store(self, files: Mapping[str, bytes]) -> None:
-        """Writes an item's files. Raises WriteError."""
+        """Writes an item's files. Raises StorageError."""
         for name, data in files.items():
             write_atomic(self.folder / name, data)
-
-    def record(self, name: str) -> dict[str, Any]:
-        """The words of a done item. Raises BadRequestError for a damaged file."""
-        path = self.folder / item_file(name)
-        found = read_json(path)
-        if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-            raise BadRequestError(f"{path} is no record of an item; delete it and run again")
-        return found
 
     def sweep(self) -> None:
         """Removes what killed runs left half written among the items, once all are done and nobody writes any."""

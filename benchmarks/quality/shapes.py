@@ -5,24 +5,21 @@ Both arms paint a riddle from the same noise. `images/think/00000.png` and `imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.scores import Score
 
 from .judge import RIDDLES, riddles, right
-from .paint import paint, png
-from .report import Share
-from .run import RunFolder, item_file
+from .paint import one_grid
+from .run import RunFolder
 from .suite import Item, Prompts, Settings, Suite, hashed
-
-if TYPE_CHECKING:
-    from mindomni_rt.pipeline import Pipeline
 
 _ARMS = {"think": True, "direct": False}
 
@@ -37,7 +34,8 @@ def _read(path: Path | None) -> Prompts:
             where=f"riddle {index}",
             key=f"{index:05}",
             think=think,
-            row={"riddle": riddle, "arm": arm, "file": f"images/{arm}/{index:05}.png"},
+            file=f"images/{arm}/{index:05}.png",
+            row=riddle,
         )
         for index, riddle in enumerate(riddles())
         for arm, think in _ARMS.items()
@@ -45,33 +43,20 @@ def _read(path: Path | None) -> Prompts:
     return Prompts(files=(RIDDLES,), items=tuple(items), sha256=hashed([RIDDLES]))
 
 
-def _outputs(item: Item, settings: Settings) -> list[str]:
-    return [item.row["file"], item_file(item.name)]
-
-
-def _make(pipe: Pipeline, item: Item, settings: Settings) -> dict[str, bytes]:
-    (image,), record = paint(pipe, item, settings)
-    return dict(zip(_outputs(item, settings), (png(image), record), strict=True))
-
-
-def _finish(folder: RunFolder, done: Sequence[Item], chosen: Sequence[Item], run: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(folder: RunFolder, done: Sequence[Item]) -> dict[str, Any]:
     """The exact share of right pictures by arm, read from the files."""
     scores = {}
-    for arm, title in (("think", "exact, with thinking"), ("direct", "exact, without thinking")):
-        found = [_right(folder, item) for item in done if item.row["arm"] == arm]
+    for think, title in ((True, "exact, with thinking"), (False, "exact, without thinking")):
+        found = [_right(folder, item) for item in done if item.think is think]
         if found:
-            scores[title] = Share(right=sum(found), n=len(found)).to_dict()
-    return {"scores": scores, "notes": []}
+            scores[title] = Score(right=sum(found), n=len(found)).to_dict()
+    return scores
 
 
 def _right(folder: RunFolder, item: Item) -> bool:
-    with Image.open(folder.folder / item.row["file"]) as image:
+    with Image.open(folder.folder / item.picture) as image:
         pixels: NDArray[np.float32] = np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
-        return right(item.row["riddle"], pixels)
-
-
-def _commands(run: Mapping[str, Any]) -> list[str]:
-    return []
+        return right(item.row, pixels)
 
 
 SHAPES = Suite(
@@ -83,8 +68,6 @@ SHAPES = Suite(
     published={},
     defaults=Settings(samples=1, max_new_tokens=48),  # the arms think or not, whatever the setting says
     read=_read,
-    outputs=_outputs,
-    make=_make,
-    finish=_finish,
-    commands=_commands,
+    files=one_grid,
+    scores=_scores,
 )

@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.errors import BadRequestError
 
-if TYPE_CHECKING:
-    from mindomni_rt.pipeline import Pipeline
-
-    from .run import RunFolder
+from .run import RunFolder, item_file
 
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name and a suffix come on top
 
@@ -52,15 +51,21 @@ class Settings:
 class Item:
     """One prompt. name: its id, which becomes a file name. where: its place in the prompt file, for errors.
 
-    key: what its seeds follow from, the name if empty. think: overrides the setting. row: the rest of its record.
+    file: its picture in the run's folder, images/NAME.png if empty. key: what its seeds follow from, the name if empty.
+    think: overrides the setting. row: what else the suite keeps of it.
     """
 
     name: str
     prompt: str
     where: str
+    file: str = ""
     key: str = ""
     think: bool | None = None
-    row: Mapping[str, Any] = field(default_factory=dict)
+    row: Any = None
+
+    @property
+    def picture(self) -> str:
+        return self.file or f"images/{self.name}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +77,17 @@ class Prompts:
     sha256: str
 
 
+Writer = Callable[[Sequence[Image.Image]], bytes]
+"""The bytes of a file from an item's samples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     """A benchmark: what it reads and writes, and what was published.
 
     prompts: the expected file, project: the repository it comes from. evaluated: reads the folder, in one line.
-    read: --prompts → items. outputs: the files of an item, relative to the run's folder; all there means done.
-    make: an item → the bytes of each. finish: writes what the done items make together and returns what the report
-    adds. commands: the evaluator's command lines, with $RUN for the run's folder.
+    read: --prompts → items. files: what an evaluator reads of an item, relative to the run's folder, and what makes
+    it. scores: of the done items, by title. commands: the evaluator's command lines, with $RUN for the run's folder.
     """
 
     name: str
@@ -91,15 +99,33 @@ class Suite:
     defaults: Settings
     most_samples: int = 1
     read: Callable[[Path | None], Prompts]
-    outputs: Callable[[Item, Settings], list[str]]
-    make: Callable[[Pipeline, Item, Settings], dict[str, bytes]]
-    finish: Callable[[RunFolder, Sequence[Item], Sequence[Item], Mapping[str, Any]], dict[str, Any]]
-    commands: Callable[[Mapping[str, Any]], list[str]]
+    files: Callable[[Item, Settings], dict[str, Writer]]
+    scores: Callable[[RunFolder, Sequence[Item]], dict[str, Any]] = lambda folder, done: {}
+    commands: Callable[[Mapping[str, Any]], list[str]] = lambda run: []
+
+    def outputs(self, item: Item, settings: Settings) -> list[str]:
+        """All files of an item, relative to the run's folder; it is done when they are there."""
+        return [*self.files(item, settings), item_file(item.name)]
 
     @property
     def wanted(self) -> str:
         """What --prompts must name, for errors."""
         return f"{self.title} needs {self.prompts} of {self.project}; pass your copy as --prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A suite with its settings in a folder. chosen: the items that were asked for."""
+
+    suite: Suite
+    settings: Settings
+    folder: RunFolder
+    prompts: Prompts
+    chosen: Sequence[Item]
+
+    def done(self) -> list[Item]:
+        """The items whose files are all there."""
+        return [i for i in self.chosen if self.folder.done(self.suite.outputs(i, self.settings))]
 
 
 def located(path: Path | None, suite: Suite) -> Path:

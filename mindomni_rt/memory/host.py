@@ -136,3 +136,12 @@ def cpu_threads() -> int:
     if first.isdecimal() and 0 < int(first[:6]) < 10_000:
         return int(first)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_peak() -> int | None:
+    """Bytes that this process held at most; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

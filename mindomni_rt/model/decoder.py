@@ -211,14 +211,14 @@ class DiffusionDecoder(nn.Module):
         rows, columns = height // self.config.patch_size, width // self.config.patch_size
         count = rows * columns
         device, dtype = condition.device, condition.dtype
-        cos, sin = (torch.from_numpy(t).to(device) for t in self._whole_tables(lengths, longest, count))
+        cos, sin = (torch.from_numpy(t).to(device) for t in self.whole_tables(lengths, longest, count))
         features = torch.from_numpy(time_features(times.detach().float().cpu().numpy(), self.config.time_frequencies))
         features = features.to(device, dtype)
         positions = torch.from_numpy(image_positions(self.config, rows, columns)).to(device, dtype)
 
         image = self.x_embedder(latents.to(dtype)) + positions
         x = torch.cat([condition, self.time_token(features).unsqueeze(1), image], dim=1)
-        mask = self._whole_mask(lengths, longest, count, blocks, device)
+        mask = self.whole_mask(lengths, longest, count, blocks, device)
         for layer in self.llm.layers:
             if feature_maps is not None:
                 feature_maps.append(x[:, -count:])
@@ -227,7 +227,7 @@ class DiffusionDecoder(nn.Module):
             feature_maps.append(self.llm.norm(x[:, -count:]))
         return self.velocity(x[:, -count:], self.modulation(features).unsqueeze(1), height, width)
 
-    def _whole_tables(self, lengths: Sequence[int], longest: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def whole_tables(self, lengths: Sequence[int], longest: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tables (B, Lmax + 1 + N, D/2); padding repeats a position, which no one sees."""
         stack = self.config.stack
         tables = []
@@ -237,7 +237,7 @@ class DiffusionDecoder(nn.Module):
         return np.stack([cos for cos, _ in tables]), np.stack([sin for _, sin in tables])
 
     @staticmethod
-    def _whole_mask(
+    def whole_mask(
         lengths: Sequence[int],
         longest: int,
         count: int,

@@ -42,7 +42,8 @@ def run_stages(config: ModelConfig, work: Workload, dtype: str) -> dict[str, int
     import torch
 
     from mindomni_rt.backends.torch.backend import TorchBackend
-    from mindomni_rt.benchmarks.stages import Stages, random_model
+    from mindomni_rt.benchmarks.stages import Stages
+    from mindomni_rt.model.random.weights import random_model
 
     base = resident()[0]
     model = random_model(config, getattr(torch, dtype), "cpu")
@@ -83,7 +84,7 @@ def measure(config: ModelConfig, work: Workload, dtype: str = "float32") -> dict
 
 
 def _main() -> None:
-    from mindomni_rt.benchmarks.scaled import scaled
+    from mindomni_rt.model.random.scaled import scaled
 
     data = json.loads(sys.stdin.read())
     # A small run first: what libraries load on first use is then part of the baseline.

@@ -18,8 +18,7 @@ from PIL import Image
 from quality_cases import picture
 
 import mindomni_rt
-from mindomni_rt.benchmarks.quality.answers import letter_of
-from mindomni_rt.benchmarks.quality.report import Share
+from mindomni_rt.scores import Score
 
 OPTIONS = {"A": "one", "B": "a red Cross.", "D": "none"}
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vlmevalkit_model.py"
@@ -164,9 +163,9 @@ def test_it_hands_over_to_the_evaluators_run(tmp_path: Path) -> None:
         (r"\boxed{C}", None),
     ],
 )
-def test_letters(text: str, letter: str | None) -> None:
-    assert letter_of(text, OPTIONS) == letter
-    assert letter_of(text, {}) is None
+def test_letters(example: ModuleType, text: str, letter: str | None) -> None:
+    assert example.letter_of(text, OPTIONS) == letter
+    assert example.letter_of(text, {}) is None
 
 
 def test_pictures_side_by_side(example: ModuleType) -> None:
@@ -179,6 +178,6 @@ def test_pictures_side_by_side(example: ModuleType) -> None:
 
 
 def test_intervals_by_hand() -> None:
-    low, high = Share(right=8, n=10).interval  # Wilson by hand: 0.4902, 0.9433
+    low, high = Score(right=8, n=10).interval  # Wilson by hand: 0.4902, 0.9433
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert Share(right=0, n=5).interval[0] == pytest.approx(0, abs=1e-12) and Share(right=5, n=5).interval[1] == 1
+    assert Score(right=0, n=5).interval[0] == pytest.approx(0, abs=1e-12) and Score(right=5, n=5).interval[1] == 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindomni_rt.benchmarks.roofline.command import bound, kernel_seconds
-from mindomni_rt.benchmarks.roofline.costs import (
+from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import load_devices, with_figures
+from mindomni_rt.memory.costs import (
     SCHEMES,
     denoiser_cost,
     language_costs,
@@ -15,10 +16,9 @@ from mindomni_rt.benchmarks.roofline.costs import (
     vae_cost,
     vision_cost,
 )
-from mindomni_rt.benchmarks.scaled import scaled
-from mindomni_rt.checkpoint.config import published
-from mindomni_rt.devices.table import load_devices, with_figures
 from mindomni_rt.memory.layers import PARTS, Workload, block_linears, parameters
+from mindomni_rt.memory.roofline import bound, kernel_seconds
+from mindomni_rt.model.random.scaled import scaled
 
 CONFIG = published()
 
@@ -175,7 +175,7 @@ def test_torch_counts_the_same_in_every_stage(backend):
 def test_no_measured_result_beats_its_floor():
     """Every latency result of the folder that says what its machine reached, or ran on a device of the sheet."""
     from mindomni_rt.benchmarks.results import all_results
-    from mindomni_rt.benchmarks.roofline.command import measured_bound
+    from mindomni_rt.benchmarks.roofline import measured_bound
     from mindomni_rt.memory.layers import STAGES
 
     rows = [(r, *m) for r in all_results() if (m := measured_bound(r, load_devices())) is not None]
@@ -192,7 +192,7 @@ def test_no_measured_result_beats_its_floor():
     [("h200", "bf16", "27."), ("rtx4060", "bf16", "does not fit"), ("rtx4060", "w4a4+attn8", "8.")],
 )
 def test_memory_notes(device, scheme, starts):
-    from mindomni_rt.benchmarks.roofline.command import memory_note
+    from mindomni_rt.benchmarks.roofline import memory_note
 
     note = memory_note(CONFIG, Workload(), load_devices().devices[device], scheme)
     assert note.startswith(starts)  # bf16: 24.9 GB of weights and 2 GB of buffers; 4 bits: swapped below 8.59 GB

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindomni_rt.benchmarks.quality.judge import Riddle, read, riddles, right, share
-from mindomni_rt.benchmarks.quality.lossy import ARMS, cosine, psnr, table
+from mindomni_rt.benchmarks.quality.judge import Riddle, cosine, psnr, read, riddles, right, share
+from mindomni_rt.benchmarks.quality.lossy import ARMS, table
 from mindomni_rt.request import Request
 from mindomni_rt.training.data.world.scene import COLOURS, COUNTS, SHAPES, Scene, all_scenes, render, verify
 from mindomni_rt.training.data.world.text import all_sums

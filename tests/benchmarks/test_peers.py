@@ -16,14 +16,14 @@ from conftest import PARITY
 from PIL import Image
 
 from mindomni_rt.benchmarks.cli import main
-from mindomni_rt.benchmarks.measure import Meter, relative_error
-from mindomni_rt.benchmarks.peers import command as peers
+from mindomni_rt.benchmarks.measure import Meter, Record, relative_error
 from mindomni_rt.benchmarks.peers import torch as peer_torch
 from mindomni_rt.benchmarks.peers.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
 from mindomni_rt.benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
-from mindomni_rt.benchmarks.scaled import scaled
-from mindomni_rt.benchmarks.stages import Preset, make_backend, noise, random_conditions, random_model
+from mindomni_rt.benchmarks.stages import Preset, make_backend, noise, random_conditions
 from mindomni_rt.memory.footprint import Precision
+from mindomni_rt.model.random.scaled import scaled
+from mindomni_rt.model.random.weights import random_model
 
 pytest.importorskip("transformers", reason="the bench extra is not installed")
 pytest.importorskip("diffusers", reason="the bench extra is not installed")
@@ -106,7 +106,7 @@ def test_sixteen_bits_are_judged_by_their_distance_from_float32_and_always_timed
         found = run_group(Group(peer="p", match=match, pairs=[pair]), Meter(CPU), 1, 0)
         assert found["agrees"] is agrees and found["pairs"]["x"]["ratio"] == 2
     far = Match(error=0.11, bound=0.1, baseline=0.1, exact=False)
-    assert not far.agrees  # within 1.2 times the peer's distance, but past the bound
+    assert not far.record()["agrees"]  # within 1.2 times the peer's distance, but past the bound
 
 
 def test_bfloat16_groups_have_a_float32_reference() -> None:
@@ -210,6 +210,6 @@ def test_no_memory_for_one_pair_is_recorded() -> None:
     def full() -> dict[str, Any]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 15 GiB")
 
-    found = peers.record("transformers", full)
+    found = Record().section(Meter(CPU), "language", 0, full)
     assert found["failed"].startswith("out of memory: ") and "15 GiB" in found["failed"]
     assert torch.OutOfMemoryError is torch.cuda.OutOfMemoryError

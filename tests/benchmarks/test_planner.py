@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.errors import BadRequestError, OutOfMemoryError
 from mindomni_rt.memory.footprint import Precision, stage_memory, weight_bytes
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
+from mindomni_rt.model.random.scaled import scaled
 
 CONFIG = published()
 

@@ -13,12 +13,12 @@ import pytest
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.clocks import physical
-from mindomni_rt.benchmarks.figures import log_axis, new_figure
 from mindomni_rt.benchmarks.results import FOLDER
 from mindomni_rt.benchmarks.schema import KINDS, problems
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.export.plan import plan_build
+from mindomni_rt.figures import log_axis, new_figure
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
 

@@ -14,11 +14,11 @@ from mindomni_rt.backends.base import DenoiseRequest
 from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
 from mindomni_rt.backends.fast.linear import make_linear, stored_bytes
 from mindomni_rt.backends.fast.load import choose
-from mindomni_rt.benchmarks.scaled import scaled
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.precision import KINDS, parse_precision, plain_vae, split_attention, stored
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.model.random.scaled import scaled
 from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_loop import folder, trainer  # noqa: F401 folder is a fixture
 
+from mindomni_rt.outputs import write_atomic
 from mindomni_rt.training.errors import StorageError
 from mindomni_rt.training.loop import checkpointing
-from mindomni_rt.training.outputs import check_target, save_checkpoint, save_tensors, save_text
+from mindomni_rt.training.outputs import check_target, save_checkpoint, save_tensors
 
 
 def state_of(run):
@@ -74,14 +75,14 @@ def test_a_target_is_checked_before_the_work(tmp_path):
     with pytest.raises(StorageError, match="file/record"):
         check_target(tmp_path / "file" / "record.json")
     with pytest.raises(StorageError, match=r"proc/record\.json"):
-        save_text(Path("/proc/record.json"), "x")
+        write_atomic(Path("/proc/record.json"), "x")
 
 
 def test_a_text_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    save_text(path, "one\n")
+    write_atomic(path, "one\n")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(StorageError, match=r"a\.txt could not be written: No space left"):
-        save_text(path, "two\n")
+        write_atomic(path, "two\n")
     monkeypatch.undo()
     assert path.read_text() == "one\n" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]

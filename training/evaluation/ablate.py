@@ -29,10 +29,11 @@ from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.outputs import write_atomic, write_json
 
 from ..config import load_config
 from ..loop.runs import finish, open_contexts, start
-from ..outputs import save_checkpoint, save_json, save_text
+from ..outputs import save_checkpoint
 from ..suites import Settings, evaluate
 from .plots import plot_study, slug
 
@@ -175,7 +176,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
         **score(model, count, seed),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    save_json(result, found)
+    write_json(result, found)
     return found
 
 
@@ -288,8 +289,8 @@ def _write(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         "not_run": _not_run(results),
         "results": {s: [{k: v for k, v in r.items() if k != "run"} for r in rows] for s, rows in results.items()},
     }
-    save_json(options.out / "ablation.json", record)
-    save_text(options.out / "ablation.md", table(results))
+    write_json(options.out / "ablation.json", record)
+    write_atomic(options.out / "ablation.md", table(results))
     for study in results:
         plot_study(study, results[study], options.out)
 

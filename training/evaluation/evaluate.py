@@ -20,9 +20,10 @@ from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.outputs import write_json
 
 from ..loop.runs import choose_device, open_contexts
-from ..outputs import check_target, save_json
+from ..outputs import check_target
 from ..scores import departures, pool, table
 from ..suites import SUITES, Settings, evaluate
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             "scores": found,
             "by_seed": {str(seed): scores for seed, scores in each.items()},
         }
-        save_json(options.out, record)
+        write_json(options.out, record)
     if recorded is None:
         return 0
     parted = departures(found, recorded)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mindomni_rt.commands import Parser
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.figures import blank_figure, log_axis, save
 
 from ..outputs import check_target
 
@@ -76,48 +77,23 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train") from error
-    return pyplot
-
-
-def _plain_ticks(axes: Any) -> None:
-    """0.01, 0.1, 1 instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    if axes.get_yscale() == "log":
-        low, high = axes.get_ylim()
-        decades = np.log10(high / low)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _finish(axes: Any, title: str, logarithmic: bool = False, percent: bool = False) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     if logarithmic:
-        axes.set_yscale("log")
+        log_axis(axes, "y", (1, 2, 5), (1,))
     if percent:
         axes.set(ylim=(-3, 103), ylabel="right, %")
-    _plain_ticks(axes)
     axes.legend(fontsize=8)
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
     """What each run logged, with its evaluations, to a PNG. Raises BadRequestError, MissingExtraError."""
     logs = {run: read_metrics(run / "metrics.jsonl") for run in runs}
-    pyplot = _pyplot()
     parts = {run: _panels(run, log) for run, log in logs.items()}
     rows = [-(-len(p) // _ACROSS) for p in parts.values()]
-    figure = pyplot.figure(figsize=(_WIDTH, 2.7 * sum(rows) + 0.3 * len(runs)), layout="constrained")
+    figure = blank_figure(_WIDTH, 2.7 * sum(rows) + 0.3 * len(runs), "train")
     blocks = figure.subfigures(len(runs), 1, height_ratios=rows, squeeze=False)[:, 0]
     for block, (run, panels), count in zip(blocks, parts.items(), rows, strict=True):
         block.suptitle(run.name, fontsize=11)
@@ -126,9 +102,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
             for name, values in lines.items():
                 axes.plot(steps, values, "o-" if len(steps) < 30 else "-", lw=1.3, ms=3, label=WORDS.get(name, name))
             _finish(axes, title, logarithmic, percent)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=_DPI)
-    pyplot.close(figure)
+    save(figure, out, _DPI)
 
 
 Panel = tuple[str, list[float], dict[str, Any], bool, bool]
@@ -173,12 +147,11 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     rows: results of `run_arm`, whose `run` names the folder of the curves; without folders only results are shown.
     Raises MissingExtraError without matplotlib.
     """
-    pyplot = _pyplot()
     names = list(dict.fromkeys(r["arm"] for r in rows))
     curves = _curves(rows)
     columns = ["caption"] if all(r.get("stage") == "pretrain" for r in rows) else list(COLUMNS)
     heights = [*([2.9 * -(-len(curves) // _ACROSS)] if curves else []), 0.9 + 0.3 * len(names)]
-    figure = pyplot.figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    figure = blank_figure(_WIDTH, sum(heights), "train")
     blocks = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if curves:
         _draw_curves(blocks[0], curves)
@@ -196,9 +169,7 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     labels = [arm_label(next(r for r in rows if r["arm"] == n)) for n in names]
     panels[0].set_yticks(range(len(names)), labels)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / f"{slug(study)}.png", dpi=_DPI)
-    pyplot.close(figure)
+    save(figure, out / f"{slug(study)}.png", _DPI)
 
 
 Curves = dict[str, dict[str, list[tuple[list[float], list[float]]]]]
@@ -251,8 +222,8 @@ def plot_stages(records: dict[str, Any], out: Path) -> None:
 
     records: what `evaluation.json` holds. Raises MissingExtraError without matplotlib.
     """
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(2, 3, figsize=(_WIDTH, 4.6), layout="constrained", sharex=True, sharey=True)
+    figure = blank_figure(_WIDTH, 4.6, "train")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for axes, name in zip(panels.flat, SUITES_SHOWN, strict=True):
         suite, _, score = name.partition("/")
         found = [r["scores"][suite][score] for r in records.values()]
@@ -268,9 +239,7 @@ def plot_stages(records: dict[str, Any], out: Path) -> None:
         axes.grid(alpha=0.25)
     for axes in panels[:, 0]:
         axes.set_ylabel("right, %")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=_DPI)
-    pyplot.close(figure)
+    save(figure, out, _DPI)
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mindomni_rt.checkpoint.config import ModelConfig, RopeConfig, StackConfig, VisionConfig
-from mindomni_rt.memory.layers import Layer, Linear, Workload, block_linears, vae_decoder, vision_ends, vision_linears
+from ..checkpoint.config import ModelConfig, RopeConfig, StackConfig, VisionConfig
+from .layers import Layer, Linear, Workload, block_linears, vae_decoder, vision_ends, vision_linears
 
 _NO_ROPE = RopeConfig()
-COST_STAGES = ("vision", "language.prefill", "language.decode", "connector", "prefix", "denoiser", "vae")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.devices.table import Device, Sheet, load_devices, with_figures
 from mindomni_rt.errors import OutOfMemoryError
+from mindomni_rt.figures import COLOURS, log_axis, new_figure, save
+from mindomni_rt.memory.costs import SCHEMES
 from mindomni_rt.memory.footprint import Precision
 from mindomni_rt.memory.layers import STAGES, Workload
 from mindomni_rt.memory.planner import gigabytes, plan
+from mindomni_rt.memory.roofline import Bound, bound
 from mindomni_rt.options import parse_size
 
-from ..results import Result, all_results
-from .costs import SCHEMES, Op, Scheme, StageCost, request_costs
+from .results import Result, all_results, table
 
 DEFAULT_SCHEMES = ("bf16", "w8a8", "w4a4+attn8")
 Measured = tuple[str, str, float]
@@ -27,26 +28,6 @@ _STORED = {  # weights of language model, output embedding and decoder
     "w8a8": ("int8", "int8", "int8"),
     "w4a4+attn8": ("int4", "int8", "int4"),
 }
-_DECODE = {"w8a8": "w8a8", "w8a8+attn8": "w8a8", "w4a4+attn8": "w4a16"}  # decoding quantizes weights alone at 4 bits
-_VAE = {"fp32": "fp32"}  # elsewhere in 16 bits: convolutions are not quantized
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """Seconds of one request on one device: floor and prediction by stage (the two halves of `language` joined)."""
-
-    device: str
-    scheme: str
-    floor: Mapping[str, float]
-    prediction: Mapping[str, float]
-
-    @property
-    def floor_total(self) -> float:
-        return sum(self.floor.values())
-
-    @property
-    def prediction_total(self) -> float:
-        return sum(self.prediction.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     choices = [(device, scheme) for device in with_figures(options.device, sheet) for scheme in DEFAULT_SCHEMES]
     found = [b for d, s in choices if (b := bound(config, work, d, s, sheet.efficiency)) is not None]
     memory = {(d.name, s): memory_note(config, work, d, s) for d, s in choices}
-    sys.stdout.write(f"published sizes, {describe(work)}\n\n{table(found, memory)}\n")
+    sys.stdout.write(f"published sizes, {describe(work)}\n\n{bound_table(found, memory)}\n")
     rows = [(r, *m) for r in all_results() if (m := measured_bound(r, sheet)) is not None]
     if rows:
         sys.stdout.write(f"\n{measured_table(rows)}\n")
@@ -74,54 +55,6 @@ def run(options: argparse.Namespace) -> int:
         title = f"published sizes, {width}x{height}, {options.steps} steps, {options.new_tokens} new tokens"
         plot(found, measured_totals(config, work, rows), options.plot, title)
     return 0
-
-
-def kernel_seconds(op: Op, scheme: Scheme, tflops: Mapping[str, float | None], speed: float) -> float:
-    """One kernel at a roofline: the longer of its operations at the peak of its kind and its bytes at `speed` GB/s."""
-    peak = tflops.get("attention" if op.kind == "attention" else "gemm") if op.flops else None
-    return max(op.flops / (peak * 1e12) if peak else 0.0, scheme.bytes(op) / (speed * 1e9)) * op.repeat
-
-
-def stage_scheme(stage: str, scheme: str) -> Scheme:
-    """The precisions of one stage under a named choice for the model."""
-    if stage == "vae":
-        return SCHEMES[_VAE.get(scheme, "bf16")]
-    if stage in ("vision", "connector"):
-        return SCHEMES[scheme if scheme in ("fp32", "bf16", "bf16-eager") else "bf16"]
-    return SCHEMES[_DECODE.get(scheme, scheme) if stage.startswith("language") else scheme]
-
-
-def bound(
-    config: ModelConfig, work: Workload, device: Device, scheme: str, efficiency: Mapping[str, float]
-) -> Bound | None:
-    """Floor and prediction of a request; None where the device lacks the precision."""
-    if device.best(SCHEMES[scheme].gemm) is None or device.best(SCHEMES[scheme].attention) is None:
-        return None
-    floor, prediction = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
-    for cost in request_costs(config, work, fused=SCHEMES[scheme].fused):
-        stage = cost.name.split(".")[0]
-        chosen = stage_scheme(cost.name, scheme)
-        floor[stage] += _seconds(cost, chosen, _peaks(device, chosen, None), device.speed)
-        prediction[stage] += _seconds(
-            cost, chosen, _peaks(device, chosen, efficiency), device.speed * efficiency["memory"]
-        )
-    return Bound(device=device.name, scheme=scheme, floor=floor, prediction=prediction)
-
-
-def _seconds(cost: StageCost, scheme: Scheme, tflops: Mapping[str, float | None], speed: float) -> float:
-    return cost.units * sum(kernel_seconds(op, scheme, tflops, speed) for op in cost.ops)
-
-
-def _peaks(device: Device, scheme: Scheme, efficiency: Mapping[str, float] | None) -> dict[str, float | None]:
-    """TFLOP/s by kind of kernel; with efficiencies what software may reach, else the ceiling."""
-
-    def peak(precisions: tuple[str, ...]) -> float | None:
-        if efficiency is None:
-            return device.best(precisions)
-        bits = {"fp32": 16, "bf16": 16, "fp8": 8, "fp4": 4}[precisions[0]]
-        return device.reached(precisions, efficiency[f"gemm{bits}"])
-
-    return {"gemm": peak(scheme.gemm), "attention": peak(scheme.attention)}
 
 
 def measured_bound(result: Result, sheet: Sheet) -> tuple[Bound, str] | None:
@@ -152,17 +85,15 @@ def measured_bound(result: Result, sheet: Sheet) -> tuple[Bound, str] | None:
     return (found, basis) if found else None
 
 
-def table(bounds: Sequence[Bound], fits: Mapping[tuple[str, str], str]) -> str:
-    """Markdown: one row a device and precision; every time that nobody measured says "prediction" in its heading."""
-    head = "| device | precision | " + " | ".join(f"{s} floor (s)" for s in STAGES)
-    head += " | total floor (s) | total prediction (s) | memory (plan) |"
-    lines = [head, "|" + " --- |" * (len(STAGES) + 5)]
-    for row in bounds:
-        cells = [row.device, row.scheme, *(_seconds_text(row.floor[s]) for s in STAGES)]
-        cells += [_seconds_text(row.floor_total), _seconds_text(row.prediction_total)]
-        cells.append(fits.get((row.device, row.scheme), "-"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def bound_table(bounds: Sequence[Bound], fits: Mapping[tuple[str, str], str]) -> str:
+    """One row a device and precision; every time that nobody measured says "prediction" in its heading."""
+    totals = ["total floor (s)", "total prediction (s)", "memory (plan)"]
+    rows = [
+        [row.device, row.scheme, *(_seconds_text(row.floor[s]) for s in STAGES), _seconds_text(row.floor_total),
+         _seconds_text(row.prediction_total), fits.get((row.device, row.scheme), "-")]
+        for row in bounds
+    ]  # fmt: skip
+    return table(["device", "precision", *(f"{s} floor (s)" for s in STAGES), *totals], rows)
 
 
 def memory_note(config: ModelConfig, work: Workload, device: Device, scheme: str) -> str:
@@ -183,20 +114,15 @@ def measured_totals(config: ModelConfig, work: Workload, rows: Sequence[tuple[Re
 
 
 def measured_table(rows: Sequence[tuple[Result, Bound, str]]) -> str:
-    """Markdown: measured medians beside the floor of the same request, with the ratio for each stage and in all."""
-    lines = [
-        "| result | machine | stage | measured (s) | floor (s) | measured / floor | floor rests on |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+    """Measured medians beside the floor of the same request, with the ratio for each stage and in all."""
+    cells = [
+        [result.path.name, result.machine, stage, f"{seconds:.4g}", f"{floor:.4g}", f"{seconds / floor:.2f}", basis]
+        for result, found, basis in rows
+        for stage in STAGES
+        if (seconds := result.median(stage)) and (floor := found.floor[stage])
     ]
-    for result, found, basis in rows:
-        for stage in STAGES:
-            seconds, floor = result.median(stage), found.floor[stage]
-            if seconds and floor:
-                lines.append(
-                    f"| {result.path.name} | {result.machine} | {stage} | {seconds:.4g} | {floor:.4g} "
-                    f"| {seconds / floor:.2f} | {basis} |"
-                )
-    return "\n".join(lines)
+    head = ["result", "machine", "stage", "measured (s)", "floor (s)", "measured / floor", "floor rests on"]
+    return table(head, cells)
 
 
 def _seconds_text(value: float) -> str:
@@ -208,8 +134,6 @@ def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, titl
 
     measured: (device name, precision, seconds) of runs of the same request.
     """
-    from ..figures import COLOURS, log_axis, new_figure, save
-
     devices = list(dict.fromkeys(b.device for b in bounds))
     schemes = list(dict.fromkeys(b.scheme for b in bounds))
     figure, axes = new_figure(9.0, 1.6 + 0.62 * len(devices))
