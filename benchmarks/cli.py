@@ -19,6 +19,7 @@ _COMMANDS = {
     "quality": (".quality.command", "images in the formats of official evaluators"),
     "lossy": (".quality.lossy", "what each lossy option costs"),
     "roofline": (".roofline.command", "floors and predictions by device and precision"),
+    "load": (".load.command", "a server under many clients, each answer checked"),
     "plan": (".plan", "what stays loaded within a memory budget"),
     "gpu": (".gpu.suite", "correctness, speed, memory and baselines on one GPU, within some minutes"),
 }

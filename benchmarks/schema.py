@@ -44,6 +44,18 @@ KINDS: Mapping[str, Shape] = {
         "device": str,
         "groups": {str: {"peer": str, "pairs?": {str: dict}}},
     },
+    "load": {
+        **_COMMON,
+        "model": {"name": str},
+        "machine": _MACHINE,
+        "versions": {str: str},
+        "requests": int,
+        "clients": int,
+        "seconds": NUMBER,
+        "outcomes": {str: int},
+        "latency_s": {str: NUMBER},
+        "memory": {"early": NUMBER, "late": NUMBER, "growth": NUMBER, "samples": [NUMBER]},
+    },
     "gpu": {
         **_COMMON,
         "command": str,

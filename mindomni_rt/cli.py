@@ -25,6 +25,7 @@ from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
 from .commands import front_door
+from .demo import DEMO_MODELS, DEMO_SETTINGS
 from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
@@ -32,11 +33,6 @@ from .model.random import command as random_checkpoint
 from .options import HANDED_OVER, build_parser, parse_adapter, parse_interval, parse_size
 from .progress import step_bar
 from .request import Request, UnderstandRequest
-
-# A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
-_INSTALLED = Path(__file__).with_name("assets")
-_ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
-DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,7 +254,10 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
-    _finish(_follow(pipe.stream(prompt, max_new_tokens=48, seed=7), options), paths, options)
+    _finish(_follow(pipe.stream(prompt, seed=7, **DEMO_SETTINGS), options), paths, options)
+    if not (options.json or options.quiet):
+        print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
+        print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")
     return 0
 
 

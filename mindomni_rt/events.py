@@ -63,13 +63,14 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round of writing, parsed by itself: its text, the parts between tags, and why it ended."""
+    """One round of writing, parsed by itself: its text, the parts between tags, why it ended; its prompt's tokens."""
 
     text: str
     thinking: str = ""
     answer: str = ""
     finish_reason: FinishReason = "stop"
     token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -43,7 +43,7 @@ def load(
     None is on for CUDA.
     path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they do in
     huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA (float16
-    before Ampere); on a CPU the stored type where it multiplies bfloat16 at speed, else float32 if that fits. Raises
+    before Ampere); on a CPU the stored type, computed in float32 where the CPU has no fast products of it. Raises
     BadCheckpointError, BadBundleError, OutOfMemoryError, UnsupportedDeviceError, MissingExtraError.
     """
     if backend not in BACKENDS:

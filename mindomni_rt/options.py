@@ -17,6 +17,9 @@ HANDED_OVER = {
     "export": ("mindomni_rt.export.cli", (), "export", "build, verify and inspect bundles"),
     "plan": ("mindomni_rt.export.cli", ("plan",), "export", "what fits into the memory of a device"),
     "bench": ("mindomni_rt.benchmarks.cli", (), "bench", "measure latency, counts and quality"),
+    "serve": ("mindomni_rt.serving.cli", ("serve",), "serve", "an HTTP server in OpenAI's form"),
+    "ui": ("mindomni_rt.serving.cli", ("ui",), "ui", "a page in the browser"),
+    "batch": ("mindomni_rt.serving.cli", ("batch",), "ray", "a file of prompts to a folder of pictures"),
     "train": ("mindomni_rt.training.cli", (), "train", "the three training stages"),
 }
 EXAMPLES = """examples:
@@ -31,6 +34,9 @@ EXAMPLES = """examples:
   mindomni plan --help
   mindomni bench latency --help
   mindomni train sft --help
+  mindomni serve MODEL --port 8000
+  mindomni ui MODEL
+  mindomni batch prompts.jsonl --model MODEL --out DIR
 
 MODEL is a folder or a hub id (owner/name), of a checkpoint or a bundle."""
 

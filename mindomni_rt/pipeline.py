@@ -24,13 +24,22 @@ from typing import Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import ADAPTERS, PROMPT_BATCHES, Array, Backend, DenoiseRequest, LanguageRequest, Prefix
+from .backends.base import (
+    ADAPTERS,
+    OPTIONAL,
+    PROMPT_BATCHES,
+    Array,
+    Backend,
+    DenoiseRequest,
+    LanguageRequest,
+    Prefix,
+)
 from .batch import Prompts, as_requests, groups
 from .checkpoint.config import RecommendedConfig
 from .clock import Clock
-from .errors import BadRequestError, GenerationCancelled, not_finite
+from .errors import BadCheckpointError, BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
-from .inputs.images import ImagePatches, prepare_image, to_pil, vae_pixels
+from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -255,7 +264,8 @@ class Pipeline:
         lacking = sorted({n for one in requests for n in one.optional() if n not in self.backend.capabilities})
         if lacking:
             raise BadRequestError(
-                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; leave it out"
+                f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; "
+                f"{OPTIONAL[lacking[0]]}"
             )
         return self._turn.during(self._generate(requests, cancel), cancel)
 
@@ -388,14 +398,15 @@ class Pipeline:
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                patches = prepare_image(request.image, self.config, request.max_image_tokens)
+                picture = open_image(request.image)
+                patches = prepare_image(picture, self.config, request.max_image_tokens)
                 embeds = self._finite("vision", self.backend.vision(patches))
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
                     most = self.config.language.max_positions // 2
-                    latents = self.backend.vae_encode(vae_pixels(request.image, max_tokens=most))
+                    latents = self.backend.vae_encode(vae_pixels(picture, max_tokens=most))
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         rounds: list[Round] = []
         prompt = request.prompt
@@ -440,7 +451,14 @@ class Pipeline:
             yield TextEvent(text, kind, index)
         thinking, answer = split_thought(stream.text)
         reason: FinishReason = "length" if cut else "stop"
-        written = Round(text=stream.text, thinking=thinking, answer=answer, finish_reason=reason, token_ids=tokens)
+        written = Round(
+            text=stream.text,
+            thinking=thinking,
+            answer=answer,
+            finish_reason=reason,
+            token_ids=tokens,
+            prompt_tokens=len(language.token_ids),
+        )
         return written, hidden
 
     def connect(self, thought: Thought, request: Request, clock: Clock | None = None) -> Prefix:
@@ -573,6 +591,11 @@ class Pipeline:
         """A chat as stage `language` takes it: token ids, positions, and the checkpoint's generation settings."""
         ids = np.array(self.chat.encode(messages, [patches.tokens] if patches else []), np.int64)
         language, generation = self.config.language, self.config.generation
+        if ids.max() >= language.vocab_size:
+            raise BadCheckpointError(
+                f"{self.chat.folder}: the tokenizer gives token {ids.max()}, the model has {language.vocab_size}: "
+                "they belong to different models"
+            )
         room = language.max_positions - len(ids)
         if room < 1:
             raise BadRequestError(

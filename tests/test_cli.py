@@ -257,11 +257,11 @@ def test_without_modules_that_only_posix_has(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["export", "plan", "bench", "train"])
+@pytest.mark.parametrize("command", ["export", "plan", "bench", "train", "serve", "batch"])
 def test_the_packages_commands(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
-    module = {"bench": "benchmarks", "train": "training"}.get(command, "export")
+    module = {"bench": "benchmarks", "train": "training", "serve": "serving", "batch": "serving"}.get(command, "export")
     before = f"sys.modules['mindomni_rt.{module}.cli'] = None"
     done = run(command, "--help", before=before)
     lines = done.stderr.strip().splitlines()
@@ -272,7 +272,8 @@ def test_help_has_an_example_a_command(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for command in ("generate", "edit", "understand", "info", "demo", "export", "plan", "bench", "train"):
+    handed_over = ("export", "plan", "bench", "train", "serve", "batch")
+    for command in ("generate", "edit", "understand", "info", "demo", *handed_over):
         assert f"  mindomni {command}" in shown, command
 
 

@@ -29,7 +29,7 @@ def test_import_is_lean() -> None:
     heavy = {"torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "triton", "safetensors"}
     heavy |= {"jinja2", "huggingface_hub", "diffusers", "matplotlib", "tqdm"}
     assert not loaded & heavy
-    assert not modules & {f"mindomni_rt.{name}" for name in ("export", "kernels", "training", "benchmarks")}
+    assert not modules & {f"mindomni_rt.{name}" for name in ("export", "kernels", "training", "benchmarks", "serving")}
     assert "mindomni_rt" in loaded and "numpy" in loaded  # the list is of that process
 
 

@@ -18,7 +18,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
-SUBPACKAGES = ("export", "kernels", "training", "benchmarks")
+SUBPACKAGES = ("export", "kernels", "training", "benchmarks", "serving")
 
 
 def run(arguments: Sequence[str | Path], folder: Path) -> str:
@@ -105,7 +105,7 @@ def test_kernels_of_hugging_face_stays_whole(installed: Path, tmp_path: Path) ->
     script = "import kernels, mindomni_rt.kernels; print(callable(kernels.get_kernel), *mindomni_rt.kernels.__path__)"
     callable_, ours = run([installed, "-c", script], tmp_path).split()
     assert callable_ == "True" and Path(ours).parent.name == "mindomni_rt"
-    for name in ("training", "benchmarks"):
+    for name in ("training", "benchmarks", "serving"):
         run([installed, "-c", f"import importlib.util as u; assert u.find_spec({name!r}) is None"], tmp_path)
 
 

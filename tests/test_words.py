@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("mindomni_rt", "export", "kernels", "training", "benchmarks", "examples", "docs")
+FOLDERS = ("mindomni_rt", "export", "kernels", "training", "benchmarks", "serving", "comfyui", "deploy")
+FOLDERS += ("examples", "docs")
 LINKS = tuple(ROOT / "mindomni_rt" / name for name in FOLDERS)
 _FORMATTED = re.compile(r"r?fr?[\"']", re.IGNORECASE)
 _STRINGS = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))

@@ -23,8 +23,12 @@ from ..sampling.schedule import Step
 
 Array = Any
 FIRST_STEPS = ("full", "condition_only")
-OPTIONAL = ("draft_tokens", "step_cache")
-"""Options of a request that a backend may lack."""
+OPTIONAL = {
+    "draft_tokens": "leave it out",
+    "step_cache": "leave it out",
+    "first_step": "leave it out, or build the bundle with --first-step condition_only",
+}
+"""Options of a request that a backend may lack, beside their defaults, and what to do then."""
 ADAPTERS = "adapters"
 """A capability: LoRA adapters are loaded and unloaded, by the backend's `adapters`."""
 PROMPT_BATCHES = "prompt_batches"

@@ -261,7 +261,8 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
         name = path.relative_to(folder).as_posix()
         if name not in manifest.files and name != MANIFEST:
             raise BadBundleError(f"{path} is not listed in {MANIFEST}: remove it, or copy the bundle again")
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+        # Unlike Path.resolve, realpath leaves a link to itself as it is; that one is named when its size is read.
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places):
             raise BadBundleError(f"{path} is a link that leads out of the bundle")
 
 
@@ -275,6 +276,8 @@ def _check_graphs(folder: Path, manifest: Manifest) -> None:
             raise BadBundleError(
                 f"{path} reads the file {shown(other[0])}, which {MANIFEST} does not give to graph {name}"
             )
+        if found.nested:  # no graph of ours has one, and a loop need not end
+            raise BadBundleError(f"{path} has a graph inside its graph (Loop, Scan or If): build the bundle again")
         check_interface(str(path), specs[name], manifest.dtype, found.inputs, found.outputs)
 
 

@@ -23,11 +23,13 @@ Buffer = memoryview
 
 @dataclass
 class OnnxFile:
-    """inputs and outputs by name; data: names of the files that hold its weights."""
+    """inputs and outputs by name; data: names of the files that hold its weights; nested: it has graphs inside its
+    graph, as Loop, Scan and If have."""
 
     inputs: Interface = field(default_factory=dict)
     outputs: Interface = field(default_factory=dict)
     data: set[str] = field(default_factory=set)
+    nested: bool = False
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -79,6 +81,7 @@ def _node(buffer: Buffer, found: OnnxFile, depth: int) -> None:
             if inner in (5, 10):  # t, tensors
                 _tensor(value, found)
             elif inner in (6, 11):  # g, graphs
+                found.nested = True
                 _graph(value, found, depth + 1)
             elif inner in (22, 23):  # sparse tensors
                 for part, tensor in _messages(value):
@@ -137,14 +140,22 @@ def _fields(buffer: Buffer) -> Iterator[tuple[int, int | Buffer]]:
     """Field numbers and values of one message."""
     at, end = 0, len(buffer)
     while at < end:
-        key, at = _varint(buffer, at)
+        key = buffer[at]
+        if key < 0x80:  # nearly all: a bundle has 20,000 fields
+            at += 1
+        else:
+            key, at = _varint(buffer, at)
         number, kind = key >> 3, key & 7
         if kind == _VARINT:
             value, at = _varint(buffer, at)
             yield number, value
             continue
         if kind == _BYTES:
-            size, at = _varint(buffer, at)
+            size = buffer[at]
+            if size < 0x80:
+                at += 1
+            else:
+                size, at = _varint(buffer, at)
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BadCheckpointError, BadRequestError
 from .template import Template
-from .tokenizer import load_special_tokens, load_template, load_tokenizer
+from .tokenizer import load_special_tokens, load_template, load_tokenizer, tokenizer_errors
 
 Message = dict[str, Any]
 
@@ -83,7 +83,7 @@ class Chat:
         """The special token with which the template ends a turn, or None."""
         mark = "turn"
         text = self.render(_chat(SYSTEM, [{"type": "text", "text": mark}]))
-        after = self.tokenizer.encode(text.rpartition(mark)[2], add_special_tokens=False).ids
+        after = self._ids(text.rpartition(mark)[2])
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         return int(after[0]) if after and after[0] in special else None
 
@@ -99,11 +99,15 @@ class Chat:
 
     def encode(self, messages: Sequence[Message], image_tokens: Sequence[int] = ()) -> list[int]:
         """Token ids of a chat; the i-th image placeholder is repeated image_tokens[i] times."""
-        ids = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        ids = self._ids(self.render(messages))
+        if len(ids) < 2:
+            raise BadCheckpointError(
+                f"{self.folder}: the chat template makes {len(ids)} tokens of a chat; expected more"
+            )
         pad = self.token_id(IMAGE_TOKEN)
         if pad is None:
             if not image_tokens:
-                return list(ids)
+                return ids
             raise BadCheckpointError(f"{self.folder}: the tokenizer has no <|image_pad|> token; it cannot take images")
         if ids.count(pad) != len(image_tokens):
             raise BadRequestError(
@@ -115,7 +119,12 @@ class Chat:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special ones left out."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        with tokenizer_errors(self.folder, "decode"):
+            return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _ids(self, text: str) -> list[int]:
+        with tokenizer_errors(self.folder, "encode"):
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class TextStream:

@@ -48,25 +48,36 @@ def save_image(image: Image.Image, path: str | Path, settings: Mapping[str, Any]
     kind = KINDS.get(target.suffix.lower())
     if kind is None:
         raise BadRequestError(f"{target}: expected a name that ends in {', '.join(KINDS)}")
+    options = _options(kind, settings, str(target))
+    try:
+        replace_file(target, lambda temporary: image.save(temporary, kind, **options))
+    except OSError as error:
+        raise BadRequestError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def encode_image(image: Image.Image, kind: str, settings: Mapping[str, Any], quality: int = 95) -> bytes:
+    """The bytes that `save_image` writes. kind: "PNG", "JPEG" or "WEBP"; quality: 0 to 100, of the last two."""
+    options = _options(kind, settings, f"{kind} image")
+    file = io.BytesIO()
+    image.save(file, kind, **(options if kind == "PNG" else {**options, "quality": quality}))
+    return file.getvalue()
+
+
+def _options(kind: str, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """How Pillow writes a kind of file with these settings inside."""
     text = json.dumps(dict(settings), default=_plain)
-    options: dict[str, Any]
     if kind == "PNG":
         info = PngImagePlugin.PngInfo()
         if "prompt" in settings:
             # JSON escapes lone surrogates, this chunk cannot.
             info.add_itxt("prompt", str(settings["prompt"]).encode("utf-8", "replace").decode("utf-8"))
         info.add_itxt("mindomni", text)
-        options = {"pnginfo": info}
-    else:
-        if len(text) > _MOST_EXIF:
-            raise BadRequestError(f"{target}: settings of {len(text)} bytes do not fit; save it as .png")
-        exif = Image.Exif()
-        exif.get_ifd(_EXIF)[_COMMENT] = _CODE + text.encode("ascii")
-        options = {"exif": exif, "quality": 95} | ({"subsampling": 0} if kind == "JPEG" else {})
-    try:
-        replace_file(target, lambda temporary: image.save(temporary, kind, **options))
-    except OSError as error:
-        raise BadRequestError(f"cannot write {target}: {error.strerror or error}") from error
+        return {"pnginfo": info}
+    if len(text) > _MOST_EXIF:
+        raise BadRequestError(f"{name}: settings of {len(text)} bytes do not fit; save it as .png")
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF)[_COMMENT] = _CODE + text.encode("ascii")
+    return {"exif": exif, "quality": 95} | ({"subsampling": 0} if kind == "JPEG" else {})
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.json_files import MOST_BYTES, Keys, optional_json, read_json
 from ..errors import BadCheckpointError
-from ..files import read_bytes, require_regular
+from ..files import parse_json, read_bytes, require_regular
 
 if TYPE_CHECKING:
     import tokenizers
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MOST_GROWTH = 64  # known tokenizers make a text at most twice as long before they split it
+
+
+@contextmanager
+def tokenizer_errors(folder: Path, doing: str) -> Iterator[None]:
+    """Raises BadCheckpointError for what the tokenizers library raises: bare Exception for damaged data, and panics,
+    which derive from BaseException alone."""
+    try:
+        yield
+    except (BadCheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise BadCheckpointError(f"{folder}: the tokenizer does not {doing}: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -21,24 +37,36 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    try:
+    with tokenizer_errors(folder, "load"):
         if path.exists():
-            tokenizer = Tokenizer.from_buffer(read_bytes(path, 4 * MOST_BYTES))
+            data = read_bytes(path, 4 * MOST_BYTES)
+            _check_growth(parse_json(data), path)
+            tokenizer = Tokenizer.from_buffer(data)
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             tokenizer = _byte_level_bpe(folder)
         else:
             raise BadCheckpointError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt")
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    except BadCheckpointError:
-        raise
-    except (
-        BaseException
-    ) as error:  # tokenizers raises bare Exception for a damaged file, and its panics derive from none
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise BadCheckpointError(f"{folder}: the tokenizer does not load: {error}") from error
     return tokenizer
+
+
+def _check_growth(data: Any, path: Path) -> None:
+    """Refuses normalizers and decoders that make texts many times longer: a few in a row fill memory."""
+    for name in ("normalizer", "decoder"):
+        if _growth(data.get(name)) > _MOST_GROWTH:
+            raise BadCheckpointError(f"{path}: the {name} may make a text more than {_MOST_GROWTH} times as long")
+
+
+def _growth(part: Any) -> float:
+    """How many times as long as its input the text after a part of a tokenizer may be."""
+    if not isinstance(part, dict):
+        return 1.0
+    if part.get("type") == "Sequence":
+        return math.prod(_growth(inner) for key in ("normalizers", "decoders") for inner in part.get(key) or ())
+    pattern = part.get("pattern")
+    matched = max(1, len(pattern["String"])) if isinstance(pattern, dict) and "String" in pattern else 1
+    return max(1.0, len(part.get("content") or "") / matched) + len(part.get("prepend") or "")
 
 
 def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:

@@ -8,6 +8,8 @@ at once take turns: each is loaded when it runs and leaves when the next one doe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -52,13 +54,15 @@ def fit_bundle(
     weights, sides = graph_bytes(manifest), _sides(manifest)
     found: tuple[int, tuple[str, ...]] = (0, ())
     for side in sides:
-        stages = _stages(manifest, weights, side)
+        stages = _stages(manifest, weights, Workload(height=side, width=side))
         for stays in _choices(weights):
             found = (peak(stages, weights, stays) + reserve, stays)
             if limit is None or found[0] <= limit:
-                return _fit(manifest, device, limit, found, weights, side, side < sides[0])
+                fit = _fit(manifest, device, limit, found, weights, side, side < sides[0])
+                return replace(fit, needs=partial(_needed, manifest, weights, stays, reserve))
     assert limit is not None
-    worst = max(_stages(manifest, weights, sides[-1]), key=lambda s: weights[s.stage] + s.state + s.activations)
+    least = Workload(height=sides[-1], width=sides[-1])
+    worst = max(_stages(manifest, weights, least), key=lambda s: weights[s.stage] + s.state + s.activations)
     raise OutOfMemoryError(
         f"{folder} does not fit {device}: stage {worst.stage} alone needs {gigabytes(found[0])}, {gigabytes(limit)} "
         f"are free; nothing was loaded. {_instead(manifest, limit, reserve, sides)}"
@@ -100,9 +104,12 @@ def _precision(manifest: Manifest) -> Precision:
     return Precision.of_stages(stages, manifest.dtype)
 
 
-def _stages(manifest: Manifest, weights: Mapping[str, int], side: int) -> list[StageMemory]:
+def _needed(manifest: Manifest, weights: Mapping[str, int], stays: Sequence[str], reserve: int, work: Workload) -> int:
+    return peak(_stages(manifest, weights, work), weights, stays) + reserve
+
+
+def _stages(manifest: Manifest, weights: Mapping[str, int], work: Workload) -> list[StageMemory]:
     """Caches and intermediate tensors of the stages that this bundle holds."""
-    work = Workload(height=side, width=side)
     stages = stage_memory(manifest.model, work, _precision(manifest))
     return [s for s in stages if weights[s.stage] and (s.stage != "vision" or work.patches[0])]
 

@@ -13,8 +13,8 @@ pinned memory of the host and take turns.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint
@@ -28,7 +28,10 @@ from .precision import parse_precision, plain_vae, split_attention
 
 logger = logging.getLogger(__name__)
 HOST_RESERVE = 500 * 10**6  # the interpreter, torch and its buffers
+WIDE = 100 * 10**6  # a slice of a weight in float32, and the norms and biases
 GPU_RESERVE = 600 << 20  # a CUDA context and the libraries' workspaces
+SIDES = (3072, 2048, 1536, 1024, 768, 512, 256)
+"""Sides of square images to name in advice, in pixels."""
 BUDGETS = "auto, a size such as 8GiB, or None for no limit"
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -37,7 +40,8 @@ _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 class Fit:
     """How to load. dtype, precision, budget: arguments of the torch backend; stays: stages of a bundle that stay
     loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most, a prediction, of which
-    `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for."""
+    `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for;
+    needs: bytes at most of a request as loaded here, a prediction (None: unknown)."""
 
     device: str
     dtype: str | None
@@ -50,6 +54,21 @@ class Fit:
     free: int | None = None
     why: str = ""
     lossy: bool = False
+    needs: Callable[[Workload], int] | None = field(default=None, repr=False, compare=False)
+
+    def check(self, work: Workload) -> None:
+        """Raises OutOfMemoryError for a request that would not fit, before any of its work."""
+        if self.needs is None or self.free is None:
+            return
+        needed = self.needs(work)
+        if needed <= self.free:
+            return
+        fits = [side for side in SIDES if self.needs(replace(work, height=side, width=side, images=1)) <= self.free]
+        advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "close other programs and load again"
+        what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
+        raise OutOfMemoryError(
+            f"{what}: {gigabytes(needed)} of memory needed, {gigabytes(self.free)} were free at loading; {advice}"
+        )
 
     def summary(self) -> str:
         """One line."""
@@ -90,14 +109,19 @@ def stored_types(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def cpu_needs(config: ModelConfig, stored: Mapping[str, str], dtype: str, work: Workload) -> list[Need]:
-    """What each stage of a request needs on a CPU when the model computes in dtype, by the rule above."""
-    precision = Precision.uniform(dtype, vae="float32")
-    weights = weight_bytes(config, precision)
+def cpu_needs(
+    config: ModelConfig, stored: Mapping[str, str], dtype: str, work: Workload, wide: bool = False
+) -> list[Need]:
+    """What each stage of a request needs on a CPU with weights in dtype, by the rule above.
+
+    wide: such weights are computed in float32.
+    """
+    weights = weight_bytes(config, Precision.uniform(dtype, vae="float32"))
+    computed = Precision.uniform("float32" if wide else dtype, vae="float32")
     mapped = {part: stored[part] == ("float32" if part == "vae" else dtype) for part in weights}
-    own = HOST_RESERVE + sum(size for part, size in weights.items() if not mapped[part])
+    own = HOST_RESERVE + WIDE * wide + sum(size for part, size in weights.items() if not mapped[part])
     found = []
-    for stage in stage_memory(config, work, precision):
+    for stage in stage_memory(config, work, computed):
         if stage.stage == "vision" and not work.patches[0]:
             continue
         part = PART_OF[stage.stage]
@@ -148,26 +172,33 @@ def fit_checkpoint(
     return replace(found, budget=limit) if asked else found
 
 
-def cpu_types(stored: str, bfloat16: bool) -> tuple[str, ...]:
-    """Types to try on a CPU, the first choice first. bfloat16: whether it multiplies them at speed."""
-    if stored == "bfloat16" and bfloat16:
-        return ("bfloat16",)
-    return tuple(dict.fromkeys(("float32", stored if stored in ("bfloat16", "float16") else "bfloat16")))
+def cpu_types(stored: str) -> tuple[str, ...]:
+    """Types of weights to try on a CPU, the first choice first. Weights in 16 bits are computed as they are or widened
+    to float32 by each product, so a float32 copy of them gains nothing."""
+    return (stored,) if stored in ("bfloat16", "float16") else ("float32", "bfloat16")
 
 
 def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit: int | None) -> Fit:
     config, stored = checkpoint.config, stored_types(checkpoint)
-    first = dtype or cpu_types(stored["language"], machine.bfloat16)[0]
-    for kind, side in _cpu_choices(dtype, stored["language"], machine.bfloat16):
-        worst = max(cpu_needs(config, stored, kind, Workload(height=side, width=side)), key=lambda need: need.total)
+    first = dtype or cpu_types(stored["language"])[0]
+    for kind, side in _cpu_choices(dtype, stored["language"]):
+        wide = machine.widens(kind)
+        needs = cpu_needs(config, stored, kind, Workload(height=side, width=side), wide)
+        worst = max(needs, key=lambda need: need.total)
         if limit is not None and worst.total > limit:
             continue
+
+        def needed(work: Workload, kind: str = kind, wide: bool = wide) -> int:
+            return max(need.total for need in cpu_needs(config, stored, kind, work, wide))
+
         why = (
             "the stored type, mapped from the file" if kind == stored["language"] else f"stored as {stored['language']}"
         )
-        slow = kind != "float32" and not machine.bfloat16
-        if slow and dtype is None:
-            why += ", float32 does not fit; this CPU computes it slowly"
+        if wide:
+            why += ", computed in float32"
+        rounded = dtype is None and kind != first
+        if rounded:
+            why += f", {first} does not fit"
         if side < 1024:
             why += f", images up to {side}x{side}"
         return Fit(
@@ -178,10 +209,11 @@ def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit:
             mapped=worst.mapped,
             free=limit,
             why=why,
-            lossy=(slow and dtype is None) or side < 1024,
+            lossy=rounded or side < 1024,
+            needs=needed,
         )
     assert limit is not None
-    needs = cpu_needs(config, stored, first, Workload(height=256, width=256))
+    needs = cpu_needs(config, stored, first, Workload(height=256, width=256), machine.widens(first))
     worst = max(needs, key=lambda need: need.total)
     raise OutOfMemoryError(
         f"{checkpoint.path} does not fit in {first}: stage {worst.stage} needs {gigabytes(worst.total)} of memory, "
@@ -189,10 +221,10 @@ def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit:
     )
 
 
-def _cpu_choices(dtype: str | None, stored: str, bfloat16: bool) -> Iterator[tuple[str, int]]:
+def _cpu_choices(dtype: str | None, stored: str) -> Iterator[tuple[str, int]]:
     """(type, image side) to try: types first, then smaller images."""
     for side in (1024, 512, 256):
-        for kind in (dtype,) if dtype else cpu_types(stored, bfloat16):
+        for kind in (dtype,) if dtype else cpu_types(stored):
             yield kind, side
 
 
@@ -200,7 +232,8 @@ def _instead(checkpoint: Checkpoint, stored: Mapping[str, str], machine: Machine
     """What would fit: the stored type, then a bundle with 8-bit and with 4-bit weights."""
     kind = stored["language"]
     if dtype is not None and kind != dtype:
-        worst = max(cpu_needs(checkpoint.config, stored, kind, Workload()), key=lambda need: need.total)
+        needs = cpu_needs(checkpoint.config, stored, kind, Workload(), machine.widens(kind))
+        worst = max(needs, key=lambda need: need.total)
         if worst.total <= limit:
             return f"This fits: dtype={kind!r} (the stored type, peak {gigabytes(worst.total)})"
     least = 0

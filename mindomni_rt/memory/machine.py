@@ -12,7 +12,7 @@ from ..errors import UnsupportedDeviceError
 from .gpus import Gpu, gpus
 from .host import HostMemory, host_memory
 
-# Of /proc/cpuinfo. Elsewhere the products run, but as float32 with conversions: slower than float32 itself.
+# Of /proc/cpuinfo. Elsewhere the products run, but several times slower than those of float32.
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -36,6 +36,10 @@ class Machine:
                 return gpu
         known = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in self.gpus) or "none"
         raise UnsupportedDeviceError(f"device {device!r}: no such CUDA device here (found: {known}); use device='cpu'")
+
+    def widens(self, dtype: str) -> bool:
+        """Whether products with weights of a type are computed in float32 on this CPU (`backends.torch.widen`)."""
+        return dtype != "float32" and not (dtype == "bfloat16" and self.bfloat16)
 
     def free(self, device: str) -> int | None:
         """Bytes free on "cpu", "cuda" or "cuda:N"; None where unknown. A GPU without its own memory has the host's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import PARITY, relative
 import mindomni_rt
 from mindomni_rt import BadRequestError, GenerationCancelled, ImageEvent, Pipeline, StepEvent, TextEvent
 from mindomni_rt.backends.base import OPTIONAL
+from mindomni_rt.backends.compiled.backend import CompiledBackend
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=5, max_new_tokens=12, seed=1, output="numpy")
 OPTIONS: list[dict[str, Any]] = [
@@ -88,10 +90,21 @@ def test_cancelling_in_the_middle(reference: Pipeline, pipe: Pipeline, kind: typ
 
 
 def test_missing_capabilities_are_one_clear_error(reference: Pipeline, pipe: Pipeline) -> None:
-    values = {"step_cache": 0.1, "draft_tokens": 2}
+    values = {"step_cache": 0.1, "draft_tokens": 2, "first_step": "condition_only"}
     assert set(values) == set(OPTIONAL)
     for each in (reference, pipe):
         assert each.backend.capabilities <= set(OPTIONAL)
         for name in set(OPTIONAL) - each.backend.capabilities:
             with pytest.raises(BadRequestError, match=rf"^{name}: backend '.*' on this device has no such option"):
                 each.stream("two cats", **SMALL, **{name: values[name]})
+
+
+def test_a_bundle_without_the_first_step_graph_says_so_before_any_work(bundles: Callable[[str], Path]) -> None:
+    pipe = mindomni_rt.load(bundles("fp32"), device="cpu")
+    assert "first_step" in pipe.backend.capabilities
+    manifest = pipe.backend.manifest
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name != "denoiser_first"}
+    pipe.backend = CompiledBackend(pipe.backend.runner, replace(manifest, graphs=graphs))
+    assert pipe.backend.capabilities == {"draft_tokens"}
+    with pytest.raises(BadRequestError, match=r"first_step: .*--first-step condition_only"):
+        pipe.stream("a red circle", first_step="condition_only")

@@ -22,7 +22,7 @@ from mindomni_rt.export.plan import plan_build
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
 
-COMMANDS = ["latency", "peers", "counts", "quality", "gpu", "plan", "roofline", "compare", "lossy", "check"]
+COMMANDS = ["latency", "peers", "counts", "quality", "gpu", "plan", "roofline", "compare", "lossy", "load", "check"]
 LATENCY = FOLDER / "2026-11-25-cpu-latency.json"
 
 
@@ -102,7 +102,7 @@ def test_plan_takes_a_precision_and_a_size(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "command", ["latency", "peers", "counts", "quality", "gpu", "plan", "roofline", "compare", "lossy"]
+    "command", ["latency", "peers", "counts", "quality", "gpu", "plan", "roofline", "compare", "lossy", "load"]
 )
 def test_unknown_options_are_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--no-such-option"]) == 2

@@ -265,6 +265,35 @@ def test_weights_of_inner_graphs_are_seen_too(bundle: Path) -> None:
         mindomni_rt.load(bundle)
 
 
+def test_a_loop_is_refused(bundle: Path) -> None:
+    """It need not end, and no graph of ours has one."""
+    import onnx
+
+    def loop(model: Any) -> None:
+        condition = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []) for name in ("c", "again")]
+        count = onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, [])
+        same = onnx.helper.make_node("Identity", ["c"], ["again"])
+        body = onnx.helper.make_graph([same], "body", [count, condition[0]], [condition[1]])
+        model.graph.node.append(onnx.helper.make_node("Loop", ["", ""], [], body=body))
+
+    change_graph(bundle, "vae.onnx", loop)
+    with pytest.raises(BadBundleError, match=r"vae\.onnx has a graph inside its graph"):
+        mindomni_rt.load(bundle)
+
+
+def test_a_graph_that_fails_while_it_runs(bundle: Path) -> None:
+    """Its inputs and outputs keep the contract; what is between them does not fit together."""
+
+    def break_it(model: Any) -> None:
+        convolution = next(n for n in model.graph.node if n.op_type == "Conv")
+        padding = next(a for a in convolution.attribute if a.name == "pads")
+        padding.ints[:] = [0, 0, 0, 0]
+
+    change_graph(bundle, "vae.onnx", break_it)
+    with pytest.raises(BadBundleError, match=r"graph vae failed in onnxruntime|onnxruntime .* refuses it"):
+        mindomni_rt.load(bundle).generate("x", height=32, width=32, num_inference_steps=1, think=False)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_bytes_break_the_reader_of_graphs(bundle: Path, data: st.DataObject) -> None:
@@ -283,6 +312,13 @@ def test_no_bytes_break_the_reader_of_graphs(bundle: Path, data: st.DataObject) 
 def test_manifests_that_are_none(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(BadBundleError):
+        mindomni_rt.load(bundle)
+
+
+def test_a_link_to_itself(bundle: Path) -> None:
+    (bundle / "vae.onnx").unlink()
+    (bundle / "vae.onnx").symlink_to("vae.onnx")
+    with pytest.raises(BadBundleError, match=r"vae\.onnx"):
         mindomni_rt.load(bundle)
 
 

@@ -21,7 +21,7 @@ from .memory import Allocator
 
 CUDA = 1  # torch's number of the device type
 STREAMS = 32  # that torch hands out in turn
-ROOTS = ("mindomni_rt", "export", "kernels", "training", "benchmarks")
+ROOTS = ("mindomni_rt", "export", "kernels", "training", "benchmarks", "serving")
 
 
 @dataclass(frozen=True)

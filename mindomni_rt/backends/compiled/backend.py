@@ -29,12 +29,12 @@ from .runner import DeviceArray, Runner, decode, patchify
 class CompiledBackend(Graphs):
     """`Backend` over a bundle's graphs. resident: as in `Graphs`."""
 
-    capabilities = frozenset({"draft_tokens"})
-
     def __init__(self, runner: Runner, manifest: Manifest, resident: Collection[str] = STAGES) -> None:
         super().__init__(runner, manifest, resident)
         self.config: ModelConfig = manifest.model
         self.name, self.device = runner.name, runner.device
+        first = {"first_step"} if "denoiser_first" in manifest.graphs else set()
+        self.capabilities = frozenset({"draft_tokens", *first})
 
     def vision(self, image: ImagePatches) -> DeviceArray:
         layout = vision_layout(self.config.vision, image.grid)

@@ -71,7 +71,6 @@ class Graphs:
     @staticmethod
     def _absent(graph: str) -> str:
         advice = {
-            "denoiser_first": "first_step='condition_only' needs a bundle built with --first-step condition_only",
             "features": "edit_features='vit+vae' needs a checkpoint with input_x_embedder",
             "vae_encode": "edit_features='vit+vae' needs a checkpoint whose VAE has an encoder",
         }

@@ -96,7 +96,14 @@ class OnnxRunner:
     def run(self, graph: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         if graph not in self._sessions:
             self._sessions[graph] = self._open(graph)
-        self._sessions[graph].run(inputs, outputs)
+        try:
+            self._sessions[graph].run(inputs, outputs)
+        except Exception as error:  # onnxruntime's errors share no base below Exception; the message is all there is
+            if "allocate" in str(error).lower() or "bad_alloc" in str(error):
+                raise OutOfMemoryError(f"onnxruntime found no memory for graph {graph}: {error}") from error
+            raise BadBundleError(
+                f"{self._bundle.folder}: graph {graph} failed in onnxruntime: {error}. Build the bundle again"
+            ) from error
 
     def _open(self, graph: str) -> _Session:
         import onnxruntime
@@ -144,12 +151,7 @@ class _Session:
                     element = _BFLOAT16 if array.dtype == "bfloat16" else NUMPY[array.dtype].type
                     bind(name, self._kind, self._index, element, array.shape, array.pointer)
                     self._bound[name] = place
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # as above; the message is all there is to go by
-            if "allocate" in str(error).lower() or "bad_alloc" in str(error):
-                raise OutOfMemoryError(f"onnxruntime found no memory: {error}") from error
-            raise
+        self._session.run_with_iobinding(self._binding)
 
 
 def _host(array: DeviceArray) -> NDArray[Any]:

@@ -23,7 +23,7 @@ from ...memory.layers import PARTS
 from ...memory.precision import stored
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel
-from ..base import DenoiseRequest, LanguageRequest
+from ..base import OPTIONAL, DenoiseRequest, LanguageRequest
 from ..torch.backend import TorchBackend, TorchPrefix
 from ..torch.device import is_cuda, limit_memory, on_device, with_index
 from .attention import Attention, candidates, choose, eight_bit, ours
@@ -56,7 +56,7 @@ class FastOptions:
 class TorchCudaBackend(TorchBackend):
     """The six stages, fast. Replaces the model's blocks by `FastStack`s, which take their weights."""
 
-    capabilities = frozenset({"step_cache", "draft_tokens"})
+    capabilities = frozenset(OPTIONAL)
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from ...errors import BadRequestError, OutOfMemoryError, UnsupportedDeviceError
 from ...inputs.images import ImagePatches
 from ...inputs.positions import image_positions, image_tables, prefix_tables, rope_tables
 from ...inputs.vision_layout import vision_layout
+from ...memory.machine import read_machine
 from ...model.attention import Workspace
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel, load_model
@@ -28,6 +29,7 @@ from .adapters import Adapters
 from .denoise import Branch, TorchDenoiseSession, real_keys
 from .device import with_index
 from .language import TorchLanguageSession
+from .widen import widen
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,6 +63,9 @@ def load_torch(path: Path, device: str = "auto", dtype: str | None = None) -> To
     # The VAE stays in float32: that is what the released code computes, and SDXL's overflows in float16.
     model, report = load_model(path, DTYPES[dtype], device, vae_dtype=torch.float32)
     logger.info("%s", report)
+    if device == "cpu" and read_machine(with_gpus=False).widens(dtype):
+        logger.info("weights in %s, computed in float32: this CPU has no fast %s products", dtype, dtype)
+        widen(model)
     return TorchBackend(model, device=device, report=report)
 
 
@@ -96,13 +101,13 @@ class TorchBackend:
     """The six stages on PyTorch modules. Runs wherever they are; float32 on the CPU is the reference."""
 
     name = "torch"
-    capabilities = frozenset({"draft_tokens", ADAPTERS, PROMPT_BATCHES})
+    capabilities = frozenset({"draft_tokens", "first_step", ADAPTERS, PROMPT_BATCHES})
 
     def __init__(self, model: MindOmniModel, device: str = "cpu", report: LoadReport | None = None) -> None:
         self.model, self.device, self.report = model, device, report
         self.config: ModelConfig = model.config
-        self.torch_dtype = model.language.embed_tokens.weight.dtype
-        self.dtype = str(self.torch_dtype).removeprefix("torch.")
+        self.torch_dtype = model.language.norm.weight.dtype  # of activations; weights may be narrower (`widen`)
+        self.dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
         self.image_positions: Callable[[int, int], Tensor] = lru_cache(maxsize=4)(self._image_positions)
 
     @cached_property

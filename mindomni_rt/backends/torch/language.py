@@ -35,7 +35,7 @@ class TorchLanguageSession:
     def __init__(self, model: LanguageModel, request: LanguageRequest, device: str) -> None:
         self.request, self.room = request, request.max_new_tokens
         self._model, self._device = model, device
-        stack, dtype = model.config.stack, model.embed_tokens.weight.dtype
+        stack, dtype = model.config.stack, model.norm.weight.dtype
         self._prompt = len(request.token_ids)
         ahead = max(self.room - 1, 0)
         capacity = self._prompt + ahead
