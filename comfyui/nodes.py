@@ -11,9 +11,9 @@ from comfy_api.latest import io
 
 import mindomni_rt
 from mindomni_rt import Pipeline, Request, UnderstandRequest
-from mindomni_rt.checkpoint.config import MAX_SIDE, RecommendedConfig
+from mindomni_rt.checkpoint.config import PUBLISHED
 from mindomni_rt.pipeline import Thought
-from mindomni_rt.request import CompleteRequest, edit_size
+from mindomni_rt.request import MAX_SIDE, complete, edit_size
 from mindomni_rt.sampling.random import batch_noise
 
 from . import host, models
@@ -21,7 +21,7 @@ from . import host, models
 CATEGORY = "MindOmni"
 MODEL = io.Custom("MINDOMNI_MODEL")
 THOUGHT = io.Custom("MINDOMNI_THOUGHT")
-DEFAULTS, OWN = Request(prompt="-"), RecommendedConfig()
+DEFAULTS = complete(Request(prompt="-"), PUBLISHED)
 _HAS_ALIASES = any(f.name == "search_aliases" for f in fields(io.Schema))
 
 
@@ -67,10 +67,10 @@ def side(name: str, default: int, lowest: int = 16, tooltip: str = "pixels") -> 
 
 def painting() -> list[io.Input]:
     return [
-        io.Int.Input("steps", default=OWN.num_inference_steps, min=1, max=1000),
+        io.Int.Input("steps", default=DEFAULTS.num_inference_steps, min=1, max=1000),
         io.Float.Input(
             "guidance",
-            default=OWN.guidance_scale,
+            default=DEFAULTS.guidance_scale,
             min=0.0,
             max=100.0,
             step=0.1,
@@ -161,8 +161,8 @@ class Generate(io.ComfyNode):
                 MODEL.Input("mindomni"),
                 prompt("", "what to paint; not read where a thought is connected"),
                 io.Boolean.Input("think", default=True, tooltip="reason in words first"),
-                side("width", OWN.width),
-                side("height", OWN.height),
+                side("width", DEFAULTS.width),
+                side("height", DEFAULTS.height),
                 *painting(),
                 io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="image i is painted from seed + i"),
                 THOUGHT.Input("thought", optional=True),
@@ -176,10 +176,10 @@ class Generate(io.ComfyNode):
         seed: int, negative_prompt: str, preview_every: int, batch_size: int, thought: Thinking | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         base = Request(prompt=prompt, think=think) if thought is None else thought.request
-        request = mindomni.complete(replace(
+        request = replace(
             base, width=width, height=height, num_inference_steps=steps, guidance_scale=guidance, seed=seed,
             negative_prompt=negative_prompt, preview_every=preview_every, num_images=batch_size, output="numpy",
-        ))  # fmt: skip
+        )  # fmt: skip
         if thought is None:
             return _run(cls, mindomni, request)
         if thought.model is not mindomni:
@@ -270,19 +270,20 @@ class Understand(io.ComfyNode):
 
 def _run(node: type[io.ComfyNode], mindomni: Pipeline, request: Request) -> io.NodeOutput:
     """A whole request in one node."""
-    request = mindomni.complete(request)
-    events = mindomni.stream(request, cancel=host.StopButton())
-    result = host.result_of(events, node.hidden.unique_id, request.num_inference_steps)
+    whole = mindomni.complete(request)
+    events = mindomni.stream(whole, cancel=host.StopButton())
+    result = host.result_of(events, node.hidden.unique_id, whole.num_inference_steps)
     return io.NodeOutput(host.to_tensor(result.images), result.thinking, result.answer)
 
 
-def _paint(node: type[io.ComfyNode], mindomni: Pipeline, request: CompleteRequest, thought: Thought) -> np.ndarray:
+def _paint(node: type[io.ComfyNode], mindomni: Pipeline, request: Request, thought: Thought) -> np.ndarray:
     """The stages after thinking, as `Pipeline.stream` runs them."""
-    latents = batch_noise(request.seed or 0, request.num_images, request.latent_shape[1:])
-    guided = mindomni.connect(thought, request)
-    unguided = mindomni.connect_negative(request) if request.guidance_scale != 1 else None
-    events = mindomni.paint(request, latents, guided, unguided, cancel=host.StopButton())
-    return mindomni.decode(host.follow(events, node.hidden.unique_id, request.num_inference_steps))
+    whole = mindomni.complete(request)
+    latents = batch_noise(whole.seed or 0, whole.num_images, whole.latent_shape[1:])
+    guided = mindomni.connect(thought, whole)
+    unguided = mindomni.connect_negative(whole) if whole.guidance_scale != 1 else None
+    events = mindomni.paint(whole, latents, guided, unguided, cancel=host.StopButton())
+    return mindomni.decode(host.follow(events, node.hidden.unique_id, whole.num_inference_steps))
 
 
 NODES: list[type[io.ComfyNode]] = [Load, Think, Generate, Edit, Understand]

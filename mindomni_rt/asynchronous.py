@@ -85,7 +85,7 @@ class AsyncPipeline:
         finally:
             cancel.set()
             while not ended:  # within a step: what follows may use the model at once
-                item = await asyncio.shield(queue.get())
+                item = await queue.get()
                 ended = item is _END or isinstance(item, BaseException)
 
     async def close(self) -> None:

@@ -25,7 +25,7 @@ from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
 from .commands import front_door
-from .demo import DEMO_MODELS
+from .demo import DEMO_MODELS, DEMO_SETTINGS
 from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
@@ -254,7 +254,7 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     if not (options.json or options.quiet):
         print(f"[prompt] {prompt}")
     pipe = load(model, device="cpu")
-    _finish(_follow(pipe.stream(prompt, max_new_tokens=48, seed=7), options), paths, options)
+    _finish(_follow(pipe.stream(prompt, seed=7, **DEMO_SETTINGS), options), paths, options)
     if not (options.json or options.quiet):
         print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
         print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")

@@ -39,7 +39,7 @@ from .checkpoint.config import RecommendedConfig
 from .clock import Clock
 from .errors import BadCheckpointError, BadRequestError, GenerationCancelled, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
-from .inputs.images import ImagePatches, prepare_image, to_pil, vae_pixels
+from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
 from .inputs.prompts import (
     CASCADE_SEPARATOR,
@@ -416,14 +416,15 @@ class Pipeline:
         latent_tokens = 0
         if request.image is not None:
             with clock("vision"):
-                patches = prepare_image(request.image, self.config, request.max_image_tokens)
+                picture = open_image(request.image)
+                patches = prepare_image(picture, self.config, request.max_image_tokens)
                 embeds = self._finite("vision", self.backend.vision(patches))
             if (request.edit_features or self.config.edit_features) == "vit+vae":
                 if self.chat.token_id(LATENT_TOKEN) is None:
                     raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
                 with clock("vae"):
                     most = self.config.language.max_positions // 2
-                    latents = self.backend.vae_encode(vae_pixels(request.image, max_tokens=most))
+                    latents = self.backend.vae_encode(vae_pixels(picture, max_tokens=most))
                 latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
         rounds: list[Round] = []
         prompt = request.prompt

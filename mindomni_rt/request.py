@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import FIRST_STEPS, OPTIONAL
-from .checkpoint.config import EDIT_FEATURES, MAX_SIDE, MAX_STEPS, Guidance, RecommendedConfig, Side, Steps
+from .checkpoint.config import EDIT_FEATURES, MAX_SIDE, MAX_STEPS, PUBLISHED, Guidance, RecommendedConfig, Side, Steps
 from .checks import Many, Number, OneOf, Whole, check_fields, shown
 from .errors import BadRequestError
 from .inputs.images import DEFAULT_IMAGE_TOKENS, open_image
@@ -130,6 +130,12 @@ class Request:
         if self.height is not None and self.width is not None:
             self._check_size(self.width, self.height)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(n, 4, H/8, W/8) of a request whose size is known."""
+        assert self.height is not None and self.width is not None, "complete the request first"
+        return self.num_images, 4, self.height // 8, self.width // 8
+
     def _check_size(self, width: int, height: int) -> None:
         if self.num_images * height * width > MAX_PIXELS:
             raise BadRequestError(
@@ -160,14 +166,9 @@ class CompleteRequest(Request):
     num_inference_steps: Steps
     guidance_scale: Guidance
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(n, 4, H/8, W/8)."""
-        return self.num_images, 4, self.height // 8, self.width // 8
-
 
 def complete(request: Request, recommended: RecommendedConfig) -> CompleteRequest:
-    """The request with the model's recommendations in place of None, its image opened. The one place that does so.
+    """The request with the model's recommendations in place of None. The one place that does so.
 
     A size that the model was not trained for is logged, with the one that is recommended.
     """
@@ -175,7 +176,7 @@ def complete(request: Request, recommended: RecommendedConfig) -> CompleteReques
         return request
     given = {f.name: getattr(request, f.name) for f in fields(request)}
     width, height = recommended.width, recommended.height
-    if request.image is not None:
+    if request.image is not None and (request.width is None or request.height is None):
         given["image"] = open_image(request.image)  # once: a file object can be read only once
         width, height = edit_size(given["image"].width, given["image"].height, recommended)
     if request.latents is not None:
@@ -255,7 +256,7 @@ def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
     return kind(prompt=prompt, **options)
 
 
-def edit_size(width: int, height: int, recommended: RecommendedConfig) -> tuple[int, int]:
+def edit_size(width: int, height: int, recommended: RecommendedConfig = PUBLISHED) -> tuple[int, int]:
     """The size (width, height) at which an image is edited: its own in multiples of 16, within what the model paints.
 
     That is at most as many pixels as its recommended size has, and the sides that it was trained for.

@@ -39,8 +39,10 @@ async def completions(body: ChatBody, http: HttpRequest) -> Any:
     prompt, address, left_out = _last_turn(body.messages)
     paint = _paints(body.modalities)
     picture = None if address is None else await state.pictures.at(address)
-    make = chat_painting if paint else chat_question
-    request: Request | UnderstandRequest = make(body, prompt, state.settings, state.model, picture)
+    given = (body, prompt, state.settings, state.model.defaults, picture)
+    request: Request | UnderstandRequest = (
+        chat_painting(*given, state.model.recommended()) if paint else chat_question(*given)
+    )
     state.log_prompt(http, request.prompt)
     chat = _Chat(request, state, left_out)
     events = Following(state.engine, request, http, form.deadline)

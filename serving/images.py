@@ -32,7 +32,7 @@ async def generations(body: ImagesBody, http: HttpRequest) -> Any:
     state = state_of(http)
     state.require_model(body.model)
     form = wanted(body, state.settings)
-    request = painting(body, form, state.settings, state.model)
+    request = painting(body, form, state.settings, state.model.defaults, own=state.model.recommended())
     return await _paint(state, request, form, http, "image_generation")
 
 
@@ -44,7 +44,7 @@ async def edits(http: HttpRequest) -> Any:
     state.require_model(body.model)
     form = wanted(body, state.settings)
     picture = await state.pictures.of(data)
-    request = painting(body, form, state.settings, state.model, picture)
+    request = painting(body, form, state.settings, state.model.defaults, picture, state.model.recommended())
     return await _paint(state, request, form, http, "image_edit")
 
 

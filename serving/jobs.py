@@ -55,7 +55,7 @@ def _key(request: Request | UnderstandRequest) -> Hashable | None:
     if isinstance(request, UnderstandRequest) or request.temperature > 0 or request.step_cache > 0:
         return None
     if request.height is None or request.width is None:
-        return None  # the model's own size decides how many images one batch holds
+        return None
     image = request.image
     if image is not None:
         if not isinstance(image, bytes):
@@ -70,8 +70,7 @@ def equal_jobs(waiting: Sequence[Job], most: int) -> list[Job]:
     group, images = [first], first.count
     if first.key is None or not isinstance(first.request, Request):
         return group
-    assert first.request.height is not None and first.request.width is not None  # see `_key`
-    most = min(most, MAX_PIXELS // (first.request.height * first.request.width))
+    most = min(most, MAX_PIXELS // (first.request.latent_shape[2] * first.request.latent_shape[3] * 64))
     for job in waiting[1:]:
         if job.key == first.key and images + job.count <= most:
             group.append(job)
@@ -84,8 +83,7 @@ def merged(group: Sequence[Job]) -> Request | UnderstandRequest:
     first = group[0].request
     if len(group) == 1 or isinstance(first, UnderstandRequest):
         return first
-    assert first.height is not None and first.width is not None
-    shape = (4, first.height // 8, first.width // 8)
+    shape = first.latent_shape[1:]
     noise = np.concatenate([batch_noise(job.seed, job.count, shape) for job in group])
     return replace(first, num_images=len(noise), latents=noise)
 

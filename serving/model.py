@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mindomni_rt.checkpoint.config import RecommendedConfig
+from mindomni_rt.checkpoint.config import PUBLISHED, RecommendedConfig
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.checks import shown
-from mindomni_rt.demo import DEMO_MODELS
+from mindomni_rt.demo import DEMO_MODELS, DEMO_SETTINGS
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError, MindOmniError
 from mindomni_rt.files import parse_json
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _WARM_UP: dict[str, Any] = dict(num_inference_steps=1, guidance_scale=1.0, think=False, seed=0)
+_WARM_UP_SIDE = 256
 _SET_BY_REQUEST = ("prompt", "image", "latents", "output", "preview_every", "seed")
 
 
@@ -45,21 +45,6 @@ class Model:
                 raise BadRequestError(f"the default of {name} cannot be set; give it with each request")
         as_request(Request, "-", self.defaults)
 
-    @cached_property
-    def recommended(self) -> RecommendedConfig:
-        """The model's own settings; those of the published one while this one is not on this machine."""
-        try:
-            return read_recommended(resolve(self.path, self.options.get("revision"), local_files_only=True))
-        except MindOmniError:
-            return RecommendedConfig()  # `load` says what is wrong with it
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a request that leaves everything out gets: the model's own settings, then the defaults given here."""
-        own = asdict(self.recommended)
-        del own["trained_sides"]
-        return {**own, **self.defaults}
-
     def load(self) -> Pipeline:
         """Reads the weights and runs every stage but vision once, so that no client waits for that.
 
@@ -69,12 +54,20 @@ class Model:
         self.probe(pipe)
         return pipe
 
+    def recommended(self) -> RecommendedConfig:
+        """The model's own size, steps and guidance; the published model's until it is on this machine."""
+        try:
+            return read_recommended(resolve(self.path, self.options.get("revision"), None, True))
+        except MindOmniError:
+            return PUBLISHED
+
     @staticmethod
     def probe(pipe: Pipeline) -> None:
         """Paints one small image. Raises whatever goes wrong but a size that the model does not take."""
         try:
-            side = min(256, pipe.recommended.width, pipe.recommended.height)
-            pipe.generate(Request(prompt="warm-up", height=side, width=side, **_WARM_UP))
+            own = pipe.recommended
+            width, height = (min(side, _WARM_UP_SIDE) for side in (own.width, own.height))
+            pipe.generate(Request(prompt="warm-up", width=width, height=height, **_WARM_UP))
         except BadRequestError as error:  # a bundle may take no image as small as this
             logger.info("not warmed up: %s", error)
 
@@ -104,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, flag: bool = False) -> Non
 
 def chosen(options: argparse.Namespace) -> Model:
     """The model of a parsed command line. Raises BadRequestError."""
+    found: dict[str, Any] = {}
     path = options.model
     if path is None:
         path = next((str(f) for f, package in DEMO_MODELS if f.is_dir() and find_spec(package) is not None), None)
@@ -111,6 +105,7 @@ def chosen(options: argparse.Namespace) -> Model:
             raise BadRequestError(
                 "the small model needs onnxruntime or torch: pip install 'mindomni-rt[onnx]'; or give a MODEL"
             )
+        found = dict(DEMO_SETTINGS)
     return Model(
         path=path,
         options={
@@ -122,7 +117,7 @@ def chosen(options: argparse.Namespace) -> Model:
             "revision": options.revision,
             "local_files_only": options.offline,
         },
-        defaults=parse_defaults(options.default),
+        defaults=found | parse_defaults(options.default),
     )
 
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from mindomni_rt.checkpoint.config import PUBLISHED, RecommendedConfig
 from mindomni_rt.checks import Check, Flag, Number, OneOf, Whole, shown
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.options import parse_size
-from mindomni_rt.request import CompleteRequest, Request, UnderstandRequest, as_request, complete, edit_size
+from mindomni_rt.request import Request, UnderstandRequest, as_request, edit_size
 
 from .errors import bad
-from .model import Model
 from .pictures import Picture
 from .schemas import Body, ChatBody, ImagesBody
 from .settings import Settings
 
-R = TypeVar("R", bound=Request | CompleteRequest | UnderstandRequest)
+R = TypeVar("R", Request, UnderstandRequest)
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 # Fields of `Request` that another field of the body, or the server, decides.
 _NOT_HERE = ("image", "latents", "output", "preview_every", "num_images")
@@ -86,7 +86,12 @@ def wanted(body: Body, settings: Settings) -> Wanted:
 
 
 def painting(
-    body: ImagesBody, form: Wanted, settings: Settings, model: Model, picture: Picture | None = None
+    body: ImagesBody,
+    form: Wanted,
+    settings: Settings,
+    defaults: Mapping[str, Any],
+    picture: Picture | None = None,
+    own: RecommendedConfig = PUBLISHED,
 ) -> Request:
     """The request of /v1/images/…. Raises ApiError and BadRequestError."""
     _nothing_else(body.model_dump(include=set(_SAME)), _SAME)
@@ -95,21 +100,28 @@ def painting(
     _no_reserved(options)
     options |= _given({"num_images": body.n})
     previews = form.partial_images if form.stream else 0
-    return _paint(body.prompt, options, body.size, settings, model, picture, previews)
+    return _paint(body.prompt, options, body.size, settings, defaults, picture, own, previews)
 
 
-def chat_painting(body: ChatBody, prompt: str, settings: Settings, model: Model, picture: Picture | None) -> Request:
+def chat_painting(
+    body: ChatBody,
+    prompt: str,
+    settings: Settings,
+    defaults: Mapping[str, Any],
+    picture: Picture | None,
+    own: RecommendedConfig = PUBLISHED,
+) -> Request:
     """A chat that is to paint. Raises ApiError and BadRequestError."""
-    return _paint(prompt, _chat_options(body), body.size, settings, model, picture)
+    return _paint(prompt, _chat_options(body), body.size, settings, defaults, picture, own)
 
 
 def chat_question(
-    body: ChatBody, prompt: str, settings: Settings, model: Model, picture: Picture | None
+    body: ChatBody, prompt: str, settings: Settings, defaults: Mapping[str, Any], picture: Picture | None
 ) -> UnderstandRequest:
     """A chat that is to answer in words. Raises ApiError and BadRequestError."""
     if body.size is not None:
         raise bad("size: this request paints nothing; ask for modalities ['text', 'image']", "size")
-    kept = {k: v for k, v in model.defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
+    kept = {k: v for k, v in defaults.items() if k in ("max_new_tokens", "temperature", "max_image_tokens")}
     image = None if picture is None else picture.data
     request = as_request(UnderstandRequest, prompt, {**kept, **_chat_options(body), "image": image})
     return within(request, settings)
@@ -142,23 +154,25 @@ def _paint(
     given: Mapping[str, Any],
     size: Any,
     settings: Settings,
-    model: Model,
+    defaults: Mapping[str, Any],
     picture: Picture | None,
+    own: RecommendedConfig,
     previews: int = 0,
 ) -> Request:
-    options = {**model.settings, **given}
+    unset = {name: getattr(own, name) for name in ("width", "height", "num_inference_steps", "guidance_scale")}
+    options = {**unset, **defaults, **given}
     if size not in (None, "auto"):
         try:
             options["width"], options["height"] = parse_size(str(size))
         except BadRequestError as error:
             raise bad(str(error), "size") from None
     elif picture is not None:
-        options["width"], options["height"] = edit_size(*picture.size, model.recommended)
+        options["width"], options["height"] = edit_size(*picture.size, own)
     if picture is not None:
         options["image"] = picture.data
-    request = within(complete(as_request(Request, prompt, options), model.recommended), settings)
+    request = within(as_request(Request, prompt, options), settings)
     if previews:
-        request = replace(request, preview_every=math.ceil(request.num_inference_steps / (previews + 1)))
+        request = replace(request, preview_every=math.ceil((request.num_inference_steps or 1) / (previews + 1)))
     return request
 
 
@@ -174,12 +188,12 @@ def within(request: R, settings: Settings) -> R:
         ("prompt", len(request.prompt), settings.max_prompt, "characters"),
         ("max_new_tokens", request.max_new_tokens, settings.max_new_tokens, "tokens"),
     ]
-    if isinstance(request, CompleteRequest):
+    if isinstance(request, Request):
         limits += [
             ("negative_prompt", len(request.negative_prompt), settings.max_prompt, "characters"),
             ("n", request.num_images, settings.max_images, "images"),
-            ("num_inference_steps", request.num_inference_steps, settings.max_steps, "steps"),
-            ("size", request.width * request.height, settings.max_pixels, "pixels"),
+            ("num_inference_steps", request.num_inference_steps or 1, settings.max_steps, "steps"),
+            ("size", (request.width or 16) * (request.height or 16), settings.max_pixels, "pixels"),
         ]
     for name, value, most, unit in limits:
         if value > most:

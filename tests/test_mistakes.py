@@ -12,6 +12,7 @@ from mindomni_rt import cli
 from mindomni_rt.benchmarks import cli as benchmarks
 from mindomni_rt.export import cli as export
 from mindomni_rt.options import HANDED_OVER, build_parser
+from mindomni_rt.serving import cli as serving
 from mindomni_rt.training import cli as training
 
 NOT = "no/such/place"
@@ -53,6 +54,14 @@ MISSING: dict[str, tuple[Main, dict[str, list[str]]]] = {
             "roofline": ["--results", NOT],
             "plan": ["--memory-budget", "much"],
             "gpu": ["--only", "nothing"],
+        },
+    ),
+    "serving": (
+        serving.main,
+        {
+            "serve": ["--default", "x"],
+            "ui": ["--default", "x"],
+            "batch": [NOT, "--model", NOT, "--out", "x"],
         },
     ),
     "training": (
@@ -141,6 +150,7 @@ def test_no_command_is_left_out() -> None:
     choices = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(choices or ()) == {*MISSING["mindomni"][1], *HANDED_OVER}
     assert set(benchmarks._COMMANDS) == set(MISSING["benchmarks"][1])
+    assert set(serving._COMMANDS) == set(MISSING["serving"][1])
     for program, parser in (("export", export._parser()), ("training", training._parser())):
         found = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
         assert set(found or ()) == set(MISSING[program][1])

@@ -281,6 +281,9 @@ class RecommendedConfig(_Checked):
         return f"trained for sides of {low} pixels" if low == high else f"trained for sides of {low} to {high} pixels"
 
 
+PUBLISHED = RecommendedConfig()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Checked):
     """All of MindOmni."""

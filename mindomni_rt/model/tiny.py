@@ -12,6 +12,7 @@ from ..checkpoint.config import (
     ImageConfig,
     LanguageConfig,
     ModelConfig,
+    RecommendedConfig,
     RopeConfig,
     StackConfig,
     VAEConfig,
@@ -106,6 +107,7 @@ def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
         vae=VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4),
         image=ImageConfig(max_pixels=1003520),
         generation=GenerationConfig(eos_token_ids=(ids["<|im_end|>"], ids["<|endoftext|>"]), repetition_penalty=1.05),
+        recommended=RecommendedConfig(width=96, height=96, num_inference_steps=20),
     )
     torch.manual_seed(seed)
     model = MindOmniModel(config)

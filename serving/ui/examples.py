@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindomni_rt.demo import DEMO_SETTINGS
 from mindomni_rt.errors import MindOmniError
 from mindomni_rt.inputs.prompts import Chat
-from mindomni_rt.request import Request
+from mindomni_rt.request import Request, complete
 
 from ..model import Model
 
@@ -62,5 +63,6 @@ def examples_of(model: Model) -> Examples:
 
 
 def defaults_of(model: Model) -> Mapping[str, Any]:
-    """The values of all controls at first: the model's own settings and defaults, else those of `Request`."""
-    return Request(prompt="-", **model.settings).settings()
+    """The values of all controls at first: the model's defaults, else those of `Request`."""
+    given = {**(DEMO_SETTINGS if knows_few_words(model) else {}), **model.defaults}
+    return complete(Request(prompt="-", **given), model.recommended()).settings()

@@ -33,8 +33,7 @@ def to_request(values: Sequence[Any], **more: Any) -> Request:
 
 def with_previews(request: Request) -> Request:
     """The request with a few previews, spread over its steps."""
-    assert request.num_inference_steps is not None  # a control of its own
-    return replace(request, preview_every=math.ceil(request.num_inference_steps / (_PREVIEWS + 1)))
+    return replace(request, preview_every=math.ceil((request.num_inference_steps or 1) / (_PREVIEWS + 1)))
 
 
 def parse_seed(text: str | None) -> int | None:
@@ -48,7 +47,7 @@ def parse_seed(text: str | None) -> int | None:
 
 def _others(text: str | None) -> dict[str, Any]:
     try:
-        found = parse_json(text) if text and text.strip() else {}
+        found = parse_json(text) if (text or "").strip() else {}
     except ValueError as error:
         raise BadRequestError(f"other fields: not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PARITY
 from toy import picture, toy_folder
 
-from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.loading import load
 from mindomni_rt.training.cli import main
@@ -159,17 +160,31 @@ def test_a_stage_with_nothing_set_but_model_and_data(stage, runs, tmp_path, caps
         small += ["rgpo.max_new_tokens=3", "rgpo.image_steps=2"]
         code = main([stage, "--quiet", "--config", str(tmp_path / "b.toml"), *small])
     assert code == 0, error
-    recommended = open_checkpoint(tmp_path / "run" / "model").config.recommended
+    before, after = (open_checkpoint(p).config.recommended for p in (runs / "toy", tmp_path / "run" / "model"))
+    assert before.trained_sides == (96, 96)
     if stage in ("prior", "sft"):  # these train the decoder
-        assert (recommended.width, recommended.trained_sides) == (32, (32, 32))
+        assert after == replace(before, width=32, height=32, trained_sides=(32, 96))
     else:
-        assert recommended == RecommendedConfig()
+        assert after == before
     assert (tmp_path / "run" / "adapter").is_dir() == (stage == "sft")
-    if stage == "sft":
-        base, trained = (load(p, device="cpu", fast=False) for p in (runs / "toy", tmp_path / "run" / "model"))
-        base.load_adapter(tmp_path / "run" / "adapter")
-        weights = (dict(p.backend.model.named_parameters()) for p in (base, trained))
-        assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_the_adapter_of_a_run_makes_its_model(tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    line = {"instruction": "draw one", "think_content": "one", "instruction_qwen": "one", "output_image": "a.png"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "a.toml").write_text(
+        f"stage = 'sft'\nmodel = '{PARITY}'\nout = '{tmp_path}'\ndevice = 'cpu'\n"
+        f"[data]\nsource = 'jsonl'\npaths = ['{tmp_path / 'a.jsonl'}']\nimage_size = 32\n"
+        "[optim]\nsteps = 2\nbatch = 2\nlr = 0.05\n[lora]\nrank = 3\nalpha = 7\n"
+    )
+    assert main(["sft", "--quiet", "--config", str(tmp_path / "a.toml")]) == 0, capsys.readouterr().err
+    pipes = [load(path, device="cpu", dtype="float32", fast=False) for path in (PARITY, tmp_path / "model")]
+    untouched, trained = (dict(pipe.backend.model.named_parameters()) for pipe in pipes)
+    moved = {name for name in trained if not torch.equal(untouched[name], trained[name])}
+    assert {name.split(".")[0] for name in moved} == {"connector", "decoder"}
+    pipes[0].load_adapter(tmp_path / "adapter")
+    assert all(torch.equal(untouched[name], trained[name]) for name in trained)
 
 
 def test_accuracy_of_the_world_at_another_size_is_refused(runs, tmp_path, capsys):
