@@ -178,6 +178,8 @@ class Engine:
         try:
             while self.state != "failed" and (group := self._next()):
                 self._run(pipe, group)
+                if self._failures >= _MOST_FAILURES:
+                    self._try_device(pipe)
         except Exception as error:  # noqa: BLE001 as above; requests that wait must not wait for ever
             logger.error("%s in the engine's thread", type(error).__name__)
             self._fail(error)
@@ -231,8 +233,6 @@ class Engine:
             logger.error("%s in the engine\n%s", type(error).__name__, trace)
             _put_all(group, error)
             self._failures += 1
-            if self._failures >= _MOST_FAILURES:
-                self._try_device(pipe)
         finally:
             self._running = ()
             self._seconds += (time.monotonic() - began - self._seconds) * 0.2

@@ -39,6 +39,7 @@ async def drive(
     todo = [(ask, chance.uniform(0.0, 0.4) if chance.random() < leaving else None) for ask in asks]
     todo.reverse()
     every = max(1, len(todo) // 100)
+    next_sample = [len(todo)]  # how many requests are left when memory is read next
     limits = httpx.Limits(max_connections=clients + 1)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as http:
 
@@ -46,7 +47,8 @@ async def drive(
             while todo:
                 ask, patience = todo.pop()
                 await _one(http, ask, patience, right, tally)
-                if len(todo) % every == 0:
+                if len(todo) <= next_sample[0]:
+                    next_sample[0] -= every
                     tally.memory.append(await _memory(http))
 
         await asyncio.gather(*(client() for _ in range(clients)))

@@ -60,7 +60,7 @@ def test_the_demo_is_served_with_its_own_settings_and_stops_in_order(pipe: mindo
             answers.append(httpx.post(f"{url}/v1/images/generations", json={"prompt": PROMPT, **body}, timeout=60))
 
         threads = [
-            threading.Thread(target=ask, kwargs={"num_inference_steps": 200, "n": 4, "think": False}),
+            threading.Thread(target=ask, kwargs={"num_inference_steps": 200, "n": 3, "think": False}),
             threading.Thread(target=ask, kwargs={"seed": 7}),
         ]
         for thread in threads:
