@@ -11,9 +11,9 @@ from comfy_api.latest import io
 
 import mindomni_rt
 from mindomni_rt import Pipeline, Request, UnderstandRequest
-from mindomni_rt.checkpoint.config import PUBLISHED
+from mindomni_rt.checkpoint.config import MAX_SIDE, PUBLISHED
 from mindomni_rt.pipeline import Thought
-from mindomni_rt.request import MAX_SIDE, complete, edit_size
+from mindomni_rt.request import complete, edit_size
 from mindomni_rt.sampling.random import batch_noise
 
 from . import host, models

@@ -72,9 +72,9 @@ class Handlers:
         """The same with a reference picture before the controls."""
         if image is None:
             raise BadRequestError("there is no picture to change; drop one, or choose one of this session")
-        settings = self._model.settings
-        own = edit_size(*open_image(image).size, self._model.recommended)
-        width, height = (settings["width"], settings["height"]) if "width" in self._model.defaults else own
+        own, fixed = self._model.recommended(), self._model.defaults
+        width, height = edit_size(*open_image(image).size, own)
+        width, height = fixed.get("width", width), fixed.get("height", height)
         yield from self._paint(fields.to_request(values, image=image, width=width, height=height), history, page)
 
     def _paint(self, request: Request, history: list[str], page: gr.Request) -> Iterator[tuple[Any, ...]]:
