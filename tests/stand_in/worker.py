@@ -1,8 +1,9 @@
 """One process, one stand-in: `python -m stand_in.worker JSON` loads, runs requests, and prints what was seen as JSON.
 
 JSON: stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names of those in
-`requests`, or pairs of a name and options), cache (folder of timings; an empty one unless given), refuse (kernel -> "always" or "capture"), thread (requests run in one
-of their own), again (more such jobs in the same process; with `keep` in the first the pipelines stay alive).
+`requests`, or pairs of a name and options), cache (folder of timings; an empty one unless given), refuse (kernel ->
+"always" or "capture"), thread (requests run in one of their own), again (more such jobs in the same process; with
+`keep` in the first the pipelines stay alive).
 """
 
 from __future__ import annotations
