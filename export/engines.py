@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logger
-from mindomni_rt.bundle.contracts import GraphSpec, Profile
+from mindomni_rt.bundle.contracts import GraphSpec, Profile, decoding
 from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
 from mindomni_rt.files import replace_file, write_text
@@ -26,7 +26,7 @@ from mindomni_rt.kernels.onnx_function import DOMAIN, NAME
 from .cache import link
 
 logger = logging.getLogger(__name__)
-_REVISION = 1  # of this builder: raise it when the same ONNX would give another engine
+_REVISION = 2  # of this builder: raise it when the same ONNX would give another engine
 _WORKSPACE = 8 << 30
 Progress = Callable[[str, int, int], bool]
 """(phase, steps done, steps) -> go on? Called from the builder's thread."""
@@ -137,6 +137,9 @@ def _build(
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is asked for to check; the VAE is asked for fast pixels
     _target(trt, config, sms)
     config.add_optimization_profile(_shapes(builder, network, spec, profile))
+    # TensorRT-RTX compiles for the sizes that it meets; TensorRT tunes kernels for those that it is told of.
+    if trt.__name__ == "tensorrt" and (one := decoding(spec, profile)):
+        config.add_optimization_profile(_shapes(builder, network, spec, one, profile))
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     built = _stream(trt, builder, network, config, out)
@@ -189,15 +192,16 @@ def _target(trt: Any, config: Any, sms: Sequence[str]) -> None:
             raise UnsupportedDeviceError(f"{trt.__name__} {trt.__version__} builds no engines for {sm}")
 
 
-def _shapes(builder: Any, network: Any, spec: GraphSpec, profile: Profile) -> Any:
-    """The optimization profile: ranges of the inputs that have free axes."""
+def _shapes(builder: Any, network: Any, spec: GraphSpec, profile: Profile, first: Profile | None = None) -> Any:
+    """The optimization profile: ranges of the inputs that have free axes, in the first profile if not in this one."""
     shapes = builder.create_optimization_profile()
     inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     for tensor in spec.inputs:
         if tensor.name not in inputs:
             raise EngineBuildError(f"{spec.name}: the graph has no input {tensor.name}")
         least, tuned, most = profile.shapes(tensor)
-        if least != most:
+        free = (first or profile).shapes(tensor)
+        if free[0] != free[2]:
             shapes.set_shape(tensor.name, least, tuned, most)
     return shapes
 

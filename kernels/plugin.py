@@ -30,7 +30,6 @@ PTX = {80: 80, 100: 86, 110: 90}
 LAUNCHES = {
     80: Launch(block_m=128, block_n=64, warps=8, stages=2),
     90: Launch(block_m=64, block_n=32, warps=4, stages=2),
-    100: Launch(block_m=64, block_n=32, warps=4, stages=2),
     120: Launch(block_m=128, block_n=64, warps=8, stages=2),
 }
 

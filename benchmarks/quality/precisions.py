@@ -44,9 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def arms() -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (precision, options of `generate`). "exact" is what the others are compared with."""
-    found = {"exact": ("float32", EXACT)}
-    found |= {f"{kind}, {name}": (kind, options) for name, options in OPTIONS.items() for kind in COMBINED}
-    return found | {name: (name, EXACT) for name in ALONE}
+    found = {"exact": ("float32", EXACT), **{name: (name, EXACT) for name in ALONE}}
+    return found | {f"{kind}, {name}": (kind, options) for name, options in OPTIONS.items() for kind in COMBINED}
 
 
 def of(text: str) -> Precision:

@@ -12,7 +12,7 @@ writes its velocity: then one axis, N, describes an image, and the sampler works
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ..checkpoint.config import ModelConfig
@@ -88,6 +88,17 @@ class Profile:
                     f"{graph}: {size} {axis}; this bundle (profile {self.name!r}) serves {low} to {high}. "
                     "Ask for less, or build a bundle with a larger profile"
                 )
+
+
+def decoding(spec: GraphSpec, profile: Profile) -> Profile | None:
+    """Sizes of one token, for which the language graph is tuned besides: a prompt has hundreds of rows.
+
+    None for the other graphs.
+    """
+    if spec.name != "language":
+        return None
+    one = dict.fromkeys(("sequence", "scores"), (1, 1, 1))
+    return replace(profile, ranges={**profile.ranges, **one})
 
 
 def split(axis: str) -> tuple[int, str]:

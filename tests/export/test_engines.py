@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import PARITY
 
-from mindomni_rt.bundle.contracts import graph_specs, profile
+from mindomni_rt.bundle.contracts import decoding, graph_specs, profile
 from mindomni_rt.bundle.manifest import open_bundle, read_manifest
 from mindomni_rt.errors import UnsupportedDeviceError
+from mindomni_rt.export import engines
 from mindomni_rt.export.build import BuildRequest, build
 from mindomni_rt.export.engines import EngineBuildError, EngineReport, build_engine, external_files, fused_attention
 from mindomni_rt.export.targets import ARCHITECTURES, PRECISIONS, choose, parse_target
@@ -120,3 +121,22 @@ def test_every_architecture_in_every_precision(sm: str, precision: str | None, t
     assert manifest.targets == (sm,) and manifest.runtime_version == trt.__version__
     assert open_bundle(tmp_path / "bundle").manifest == read_manifest(tmp_path / "bundle")
     assert all(g.file.endswith(".plan") and g.report["build_seconds"] > 0 for g in manifest.graphs.values())
+
+
+def test_the_language_engine_has_a_profile_for_one_token(bundles: Callable[[str], Path]) -> None:
+    """TensorRT-RTX's parser and builder stand for TensorRT's, whose API is the same; nothing is built."""
+    bundle = bundles("fp16")
+    spec, sizes = graph_specs(read_manifest(bundle).model)["language"], profile("512", read_manifest(bundle).model)
+    one = decoding(spec, sizes)
+    assert one is not None and decoding(graph_specs(read_manifest(bundle).model)["vae"], sizes) is None
+    builder = trt.Builder(trt.Logger())
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser, path = trt.OnnxParser(network, trt.Logger()), bundle / "language.onnx"
+    assert parser.parse(engines._with_fixed_axes(path, spec, sizes, inline=True), str(path))
+    config = builder.create_builder_config()
+    both = [engines._shapes(builder, network, spec, sizes), engines._shapes(builder, network, spec, one, sizes)]
+    assert [config.add_optimization_profile(shapes) for shapes in both] == [0, 1]
+    assert [tuple(shape) for shape in both[1].get_shape("token_ids")] == [(1, 1)] * 3
+    assert [tuple(shape) for shape in both[1].get_shape("scored")] == [(1,)] * 3
+    images = [tuple(shape) for shape in both[1].get_shape("image_embeds")]
+    assert images == [tuple(shape) for shape in both[0].get_shape("image_embeds")]

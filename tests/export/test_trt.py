@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, MissingExtraError, UnsupportedDeviceError
 from mindomni_rt.backends.compiled import trt
 from mindomni_rt.backends.compiled.graph_cache import STAGED_BYTES, Action, Captures, staged
+from mindomni_rt.backends.compiled.runner import DeviceArray
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.manifest import MANIFEST, read_manifest, write_whole
 from mindomni_rt.bundle.seal import sealed_json
@@ -125,3 +128,57 @@ def _has_gpu() -> bool:
     except UnsupportedDeviceError:
         return False
     return True
+
+
+class _TwoProfiles:
+    """An engine for 1 to 64 tokens with a second profile for one."""
+
+    num_optimization_profiles, num_io_tensors = 2, 2
+
+    def __init__(self) -> None:
+        self.made: list[_Context] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("ids", "fixed")[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (1, -1) if name == "ids" else (1,)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        assert name == "ids"
+        return [(1, 1), (1, 1), (1, 1)] if index else [(1, 1), (1, 32), (1, 64)]
+
+    def create_execution_context(self) -> _Context:
+        self.made.append(_Context())
+        return self.made[-1]
+
+
+class _Context:
+    profile = 0
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return stream == 7
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def set_tensor_address(self, name: str, pointer: int) -> None:
+        pass
+
+    def execute_async_v3(self, stream: int) -> bool:
+        return True
+
+
+def test_one_token_has_a_context_of_its_own() -> None:
+    built, first = _TwoProfiles(), _Context()
+    engine = trt._Engine(SimpleNamespace(stream=7, _errors=[]), "language", built, first, False, set())  # type: ignore[arg-type]
+
+    def enqueue(tokens: int) -> Any:
+        arrays = {"ids": DeviceArray(0, (1, tokens), "int64", None), "fixed": DeviceArray(0, (1,), "int64", None)}
+        engine._enqueue(arrays, {})
+        return engine._context
+
+    assert enqueue(5) is first and first.profile == 0
+    assert enqueue(1) is built.made[0] and built.made[0].profile == 1
+    assert enqueue(64) is first and enqueue(1) is built.made[0] and len(built.made) == 1

@@ -206,6 +206,8 @@ class _Engine:
     ) -> None:
         self._runner, self._name, self._context, self._engine = runner, name, context, engine
         self._in_place = in_place
+        self._contexts = {0: context}
+        self._profiles: dict[tuple[Any, ...], int] = {}
         self._names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         self._staging: dict[str, DeviceArray] = {}
         self._captures = Captures[Any]() if capture else None
@@ -242,7 +244,33 @@ class _Engine:
             stream = self._runner.stream
             _check(_driver().cuMemcpyDtoDAsync(target.pointer, source.pointer, target.nbytes, stream))
 
+    def _profile(self, inputs: Mapping[str, DeviceArray]) -> int:
+        """The last profile that serves these shapes, 0 where none does: that of one token comes after that of all."""
+        key = tuple((name, array.shape) for name, array in inputs.items())
+        if key not in self._profiles:
+            count = self._engine.num_optimization_profiles
+            serves = (i for i in reversed(range(count)) if all(self._serves(n, shape, i) for n, shape in key))
+            self._profiles[key] = 0 if count == 1 else next(serves, 0)
+        return self._profiles[key]
+
+    def _serves(self, name: str, shape: tuple[int, ...], profile: int) -> bool:
+        if all(side > 0 for side in self._engine.get_tensor_shape(name)):
+            return True  # a fixed shape is in no profile
+        least, _, most = self._engine.get_tensor_profile_shape(name, profile)
+        return all(low <= side <= high for low, side, high in zip(least, shape, most, strict=True))
+
+    def _choose_context(self, inputs: Mapping[str, DeviceArray]) -> None:
+        """A context for each profile: to change one context's profile waits for the device."""
+        profile = self._profile(inputs)
+        if profile not in self._contexts:
+            context = self._engine.create_execution_context()
+            if context is None or not context.set_optimization_profile_async(profile, self._runner.stream):
+                raise OutOfMemoryError(f"{self._name}: no execution context: {' '.join(self._runner._errors)[:400]}")
+            self._contexts[profile] = context
+        self._context = self._contexts[profile]
+
     def _enqueue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        self._choose_context(inputs)
         for name, array in inputs.items():
             if not self._context.set_input_shape(name, array.shape):
                 raise BadRequestError(

@@ -87,7 +87,8 @@ class TorchCudaBackend(TorchBackend):
             setattr(decoder, name, PatchLinear(getattr(decoder, name).proj))
         if self.options.precision.vae == "bfloat16":
             model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.graph_pool = GraphPool()
+        # Apart, so that a token's graph does not hold what the graphs of a large image took.
+        self.language_pool, self.step_pool = GraphPool(), GraphPool()
         self._buffers: dict[Shape, StepBuffers] = {}
         self._prefixes: WeakSet[FastPrefix] = WeakSet()
         self._state: DecodeState | None = None
@@ -159,7 +160,7 @@ class TorchCudaBackend(TorchBackend):
         if self._state is None or self._state.capacity < needed:
             self._drop_state()  # freed before the larger one is made
             room = capacity(needed)
-            self._state = DecodeState(self.model.language, self.language_stack, room, self.device, self.graph_pool)
+            self._state = DecodeState(self.model.language, self.language_stack, room, self.device, self.language_pool)
         if "language" not in self._tuned and is_cuda(self.device):
             self._tuned.add("language")
             choose_one_row(p for p in (*_linears(self.language_stack), self.head) if isinstance(p, LinearDense))
@@ -225,7 +226,7 @@ class TorchCudaBackend(TorchBackend):
                 self._fixed_attention(),
                 self.torch_dtype,
                 self.device,
-                self.graph_pool,
+                self.step_pool,
             )
         buffers = self._buffers[shape]
         buffers.load(prefixes, latents)
