@@ -34,6 +34,7 @@ KINDS = ("graphs", "ranges", "engines", "unfinished")
 TRACING = (
     "export/graphs.py",
     "export/traces.py",
+    "export/layers.py",
     "export/store.py",
     "model/*.py",
     "bundle/contracts.py",

@@ -87,9 +87,9 @@ def _parser() -> Parser:
     rehearse.set_defaults(run=_rehearse)
 
     products = commands.add_parser("products", help="forms of rounded products, compared on this machine's CPU")
-    products.add_argument("--layers", type=int, default=4, help="of the published language model (default 4)")
+    products.add_argument("--layers", type=int, default=1, help="of the published language model (default 1)")
     products.add_argument("--rounds", type=int, default=7)
-    products.add_argument("--provider", default="CPUExecutionProvider", help="of onnxruntime")
+    products.add_argument("--provider", action="append", help="of onnxruntime, or several")
     products.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
     products.add_argument("--out", type=Path, help="a JSON file to write the result to")
     products.set_defaults(run=_products)
@@ -151,7 +151,7 @@ def _say(line: str) -> None:
 def _products(options: argparse.Namespace) -> int:
     from .products import compare, record, table
 
-    found = compare(options.layers, options.rounds, options.folder, options.provider)
+    found = compare(options.layers, options.rounds, options.folder, options.provider or ["CPUExecutionProvider"])
     print(table(found))
     if options.out:
         record(found, options.out)

@@ -27,7 +27,7 @@ from mindomni_rt.model.attention import attention, segment_attention
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
 
-from .store import fold_transposes, name_axes, strip_notes
+from .store import fold_transposes, strip_notes
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -368,7 +368,6 @@ def trace(model: MindOmniModel, name: str, dtype: str, attention: str = "native"
             if key.removesuffix(".T") in weights:
                 value.const_value = None
         program.optimize()
-    name_axes(program.model, spec)
     strip_notes(program.model)
     return program.model
 

@@ -2,10 +2,11 @@
 
 The products of the published language model's layers in each form, run in turn: other work slows all of them alike.
 
-    python -m export products --layers 4 --out result.json
+    python -m export products --layers 1 --out result.json
 
-forms: float32; DequantizeLinear before MatMul in int4 and int8 ("dq"); MatMulNBits ("packed"); int8 with the input
-rounded by a fixed range ("static") or by its own ("dynamic"); and torch in bfloat16 where it is installed.
+forms: float32; DequantizeLinear before MatMul in int4 and int8 ("dq"); MatMulNBits ("packed"), also with its weights
+packed for the processor on disk ("saved"); int8 with the input rounded by a fixed range ("static") or by its own
+("dynamic"); and torch in bfloat16 where it is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,25 @@ from mindomni_rt.files import write_text
 
 from .weights import MICROSOFT
 
-FORMS = ("fp32", "int4 dq", "int4 packed", "int8wo dq", "int8wo packed", "int8 static", "int8 dynamic")
-ROWS = (1, 320)  # a token; a prompt, or the tokens of a small image
+FORMS = (
+    "fp32",
+    "int4 dq",
+    "int4 packed",
+    "int4 packed saved",
+    "int8wo dq",
+    "int8wo packed",
+    "int8 static",
+    "int8 dynamic",
+)
+_OWN = ("int4 packed saved", "int8 dynamic")
+ROWS = (1, 64)  # a token; a prompt
 _BLOCK, _STEP = 128, np.float32(0.002)
 
 
 def compare(
-    layers: int, rounds: int, folder: Path | None = None, provider: str = "CPUExecutionProvider"
+    layers: int, rounds: int, folder: Path | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
 ) -> dict[str, Any]:
-    """Seconds (median of `rounds`) and ratios to float32 of each form, and what loading it takes."""
+    """Seconds (median of `rounds`) and ratios to the first provider's float32 of each form, and what loading takes."""
     stack = published().language.stack
     hidden, inner = stack.hidden_size, stack.intermediate_size
     width = stack.num_kv_heads * stack.head_dim
@@ -47,17 +58,26 @@ def compare(
     runs: dict[str, Callable[[int], object]] = {}
     loads: dict[str, float] = {}
     lacks: dict[str, str] = {}
+    disk: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         for form in FORMS:
             path = Path(name) / f"{form.replace(' ', '-')}.onnx"
-            try:
-                _write(form, shapes, path)
+            _write(form.removesuffix(" saved"), shapes, path)
+            if form.endswith(" saved"):
+                path = _saved(path, providers[0])
+            disk[form] = sum(p.stat().st_size for p in Path(name).glob(f"{path.stem}.*"))
+            for provider in providers:
+                label = form if provider == providers[0] else f"{form}, {provider.removesuffix('ExecutionProvider')}"
+                if form in _OWN and provider != "CPUExecutionProvider":
+                    lacks[label] = "operators of the CPU provider: OpenVINO's, of onnxruntime 1.24.1, crashes on them"
+                    continue
                 began = time.perf_counter()
-                runs[form] = _session(path, shapes, provider)
-            except Exception as error:  # noqa: BLE001  onnxruntime's errors share no base; a lack is a result, too
-                lacks[form] = str(error).splitlines()[0][:200]
-                continue
-            loads[form] = time.perf_counter() - began
+                try:
+                    runs[label] = _session(path, shapes, provider)
+                except Exception as error:  # noqa: BLE001  onnxruntime's errors share no base; a lack is a result, too
+                    lacks[label] = str(error).splitlines()[0][:200]
+                    continue
+                loads[label] = time.perf_counter() - began
         torch_run = _torch(shapes)
         if torch_run is not None:
             runs["torch bf16"] = torch_run
@@ -70,10 +90,11 @@ def compare(
     return {
         "layers": layers,
         "rounds": rounds,
-        "provider": provider,
+        "providers": list(providers),
         "threads": _threads(),
         "machine": f"{platform.machine()}, {platform.processor() or _cpu()}",
         "refused": lacks,
+        "bytes": disk,
         "load_seconds": {form: round(seconds, 3) for form, seconds in loads.items()},
         "seconds": {form: {str(rows): round(t, 5) for rows, t in found.items()} for form, found in medians.items()},
         "times_fp32": {
@@ -98,12 +119,32 @@ def _times(run: Callable[[int], object], rows: int) -> list[float]:
     return [time.perf_counter() - began]
 
 
+def _saved(path: Path, provider: str) -> Path:
+    """The graph as onnxruntime rearranged it, its weights packed for this processor, written beside it."""
+    import onnxruntime
+
+    out = path.with_name(f"{path.stem}-saved.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(out), 4
+    for key, value in {
+        "session.save_external_prepacked_constant_initializers": "1",
+        "session.optimized_model_external_initializers_file_name": f"{out.stem}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    }.items():
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    return out
+
+
 def _session(path: Path, shapes: list[tuple[int, int]], provider: str) -> Callable[[int], object]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = _threads(), 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    if path.stem.endswith("-saved"):
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    more = {"num_of_threads": str(_threads())} if provider.startswith("OpenVINO") else {}
+    session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, more)])
     draw = np.random.default_rng(0)
     inputs = {
         rows: {f"x{k}": draw.standard_normal((rows, k)).astype(np.float32) for k in {k for k, _ in shapes}}
@@ -197,8 +238,8 @@ def record(found: dict[str, Any], path: Path) -> None:
 
 def table(found: dict[str, Any]) -> str:
     """A comparison as aligned text."""
-    lines = [f"{'form':14} {'load s':>7} " + " ".join(f"{f'{rows} rows, s':>12} {'x fp32':>7}" for rows in ROWS)]
+    lines = [f"{'form':24} {'load s':>7} " + " ".join(f"{f'{rows} rows, s':>12} {'x fp32':>7}" for rows in ROWS)]
     for form, times in found["seconds"].items():
         cells = " ".join(f"{times[str(r)]:12.4f} {found['times_fp32'][form][str(r)]:7.2f}" for r in ROWS)
-        lines.append(f"{form:14} {found['load_seconds'].get(form, 0.0):7.2f} {cells}")
+        lines.append(f"{form:24} {found['load_seconds'].get(form, 0.0):7.2f} {cells}")
     return "\n".join(lines)

@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mindomni_rt.bundle.contracts import graph_specs
+from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.files import replace_file
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from .cache import TRACING, key_of
 from .graphs import halve_attention, trace, wrapper_of
+from .layers import UnlikeLayersError, layers_of, lengthen, shortened
 from .pages import give_back
+from .store import name_axes
 
 logger = logging.getLogger(__name__)
 _NOWHERE = "weights"  # the data file that a trace names and that does not exist
@@ -48,9 +52,7 @@ class Traces:
             logger.info("%s: trace taken from %s", name, kept)
             return ir.load(kept), 0.0
         began = time.perf_counter()
-        with FakeTensorMode():
-            fake = _without_weights(self._model, DTYPES[self._dtype], self._vae)
-            made = trace(fake, name, self._dtype, self._attention)
+        made = self._trace(name)
         for value in made.graph.initializers.values():
             if value.const_value is None:
                 value.const_value = _nowhere(value)
@@ -58,6 +60,25 @@ class Traces:
             kept.parent.mkdir(parents=True, exist_ok=True)
             replace_file(kept, lambda temporary: ir.save(made, temporary, format="protobuf"))
         return made, time.perf_counter() - began
+
+    def _trace(self, name: str) -> ir.Model:
+        """A graph, traced with few layers and lengthened where its layers are alike."""
+        whole = self._model.config
+        spec, config = graph_specs(whole)[name], shortened(whole, name)
+        made = self._of(config, name)
+        if config is not whole:
+            try:
+                lengthen(made, spec, layers_of(whole, name))
+            except UnlikeLayersError as error:
+                logger.warning("%s; it is traced whole, which takes longer", error)
+                made = self._of(whole, name)
+        name_axes(made, spec)
+        return made
+
+    def _of(self, config: ModelConfig, name: str) -> ir.Model:
+        with FakeTensorMode():
+            fake = _without_weights(self._model, config, DTYPES[self._dtype], self._vae)
+            return trace(fake, name, self._dtype, self._attention)
 
     def _key(self, name: str) -> str:
         return key_of(
@@ -72,10 +93,10 @@ class Traces:
         )
 
 
-def _without_weights(model: MindOmniModel, dtype: torch.dtype, vae: str) -> MindOmniModel:
-    """The model with fake tensors for parameters. vae: "mixed" or the short name of a type."""
+def _without_weights(model: MindOmniModel, config: ModelConfig, dtype: torch.dtype, vae: str) -> MindOmniModel:
+    """A model with fake tensors for parameters. vae: "mixed" or the short name of a type."""
     with torch.device("meta"):
-        fake = MindOmniModel(model.config)
+        fake = MindOmniModel(config)
     kinds = {name: _VAE[vae] if name.startswith("vae.") else dtype for name, _ in fake.named_parameters()}
     state = {name: torch.empty(p.shape, dtype=kinds[name]) for name, p in fake.named_parameters()}
     fake.load_state_dict(state, strict=False, assign=True)
