@@ -18,7 +18,7 @@ from .pictures import Picture
 from .schemas import Body, ChatBody, ImagesBody
 from .settings import Settings
 
-R = TypeVar("R", Request, UnderstandRequest)
+R = TypeVar("R", bound=Request | UnderstandRequest)
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 # Fields of `Request` that another field of the body, or the server, decides.
 _NOT_HERE = ("image", "latents", "output", "preview_every", "num_images")

@@ -47,7 +47,7 @@ def parse_seed(text: str | None) -> int | None:
 
 def _others(text: str | None) -> dict[str, Any]:
     try:
-        found = parse_json(text) if (text or "").strip() else {}
+        found = parse_json(text) if text and text.strip() else {}
     except ValueError as error:
         raise BadRequestError(f"other fields: not JSON: {error}") from error
     if not isinstance(found, dict):
