@@ -245,7 +245,7 @@ def omnigen_step(model: Any, latents: Tensor, time: float, inputs: Mapping[str, 
     batch = len(inputs["input_ids"])
     with torch.inference_mode():
         return model(
-            hidden_states=latents.to(model.dtype).expand(batch, -1, -1, -1),
+            hidden_states=latents.to(model.patch_embedding.output_image_proj.weight.dtype).expand(batch, -1, -1, -1),
             timestep=torch.full((batch,), time, device=latents.device),
             return_dict=False,
             **inputs,

@@ -20,6 +20,7 @@ from mindomni_rt.errors import BadRequestError, MissingExtraError, UnsupportedDe
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 from mindomni_rt.model.random.scaled import scaled
 from mindomni_rt.model.random.weights import random_model
+from mindomni_rt.model.random.write import cut
 
 from ..clocks import clock_state
 from ..latency.command import check
@@ -28,7 +29,7 @@ from ..measure import PEERS, Meter, Record
 from ..results import write_result
 from ..stages import Preset
 from .onnx import onnx_group
-from .pairs import Group, run_group
+from .pairs import BOUNDS, Group, run_group
 from .report import plot, report
 from .torch import decoder_group, language_group
 
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(_SIZES), default="toy", help="sizes of the model and the requests")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs for onnxruntime")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=tuple(BOUNDS), help="default: float32 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--layers", type=int, help="blocks of random weights to keep of each stack; default: all")
+    parser.add_argument("--side", type=int, help="pixels a side of the painted image")
+    parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--runs", type=int, default=15, help="pairs of runs")
     parser.add_argument("--out", type=Path, help="a .json file; .md and .png are written beside it")
@@ -69,12 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result. A peer that is missing or fails is recorded and the others go on; an interrupt keeps those before it.
     With --out the result is stored after each group that found something."""
     device = cuda_or_cpu(options.device)
-    config = open_checkpoint(options.model).config if options.model else None
-    preset = Preset(
-        config=config or scaled("published" if options.preset == "full" else "tiny"),
-        dtype="float32" if device.type == "cpu" else "bfloat16",
-        **_SIZES[options.preset],
-    )
+    preset = preset_of(options, device.type)
     meter, record = Meter(device), Record()
 
     def model() -> MindOmniModel:  # one for each group: its backend may take the weights over
@@ -94,7 +94,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": str(device),
         "preset": options.preset,
         "model": {
-            "name": options.model.name if options.model else f"random weights, {options.preset}",
+            "name": options.model.name
+            if options.model
+            else f"random weights, {options.preset}" + (f", {options.layers} layers" if options.layers else ""),
             "config": preset.config.to_dict(),
             "dtype": preset.dtype,
         },
@@ -119,6 +121,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             write_result(options.out, data, report(data))
     data["clocks"]["after"] = clock_state(str(device))
     return data
+
+
+def preset_of(options: argparse.Namespace, device: str) -> Preset:
+    """Sizes of the model and the requests. Raises BadRequestError, BadCheckpointError."""
+    if options.model and options.layers:
+        raise BadRequestError("--layers cuts random weights; a checkpoint is taken whole: leave one of the two out")
+    for name in ("layers", "side", "steps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise BadRequestError(f"--{name} {value}: expected at least 1")
+    config = scaled("published" if options.preset == "full" else "tiny")
+    if options.model:
+        config = open_checkpoint(options.model).config
+    elif options.layers:
+        config = cut(config, options.layers)
+    sizes = dict(_SIZES[options.preset])
+    if options.side:
+        sizes["sides"] = (options.side,)
+    if options.steps:
+        sizes["steps"] = options.steps
+    preset = Preset(config=config, dtype=options.dtype or ("float32" if device == "cpu" else "bfloat16"), **sizes)
+    preset.work()  # its checks, before a model is made
+    return preset
 
 
 def cuda_or_cpu(asked: str) -> torch.device:

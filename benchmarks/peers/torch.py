@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mindomni_rt.backends.torch.backend import TorchBackend
+from mindomni_rt.backends.torch.widen import widen
+from mindomni_rt.memory.machine import read_machine
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.schedule import guide, timesteps
 
@@ -23,14 +25,22 @@ from .pairs import BOUNDS, Group, Match, Pair, Sample, after_first, timed
 
 
 def backend_of(model: MindOmniModel, device: torch.device) -> TorchBackend:
-    """Ours as `load` chooses it: the fast path on CUDA, the reference on the CPU. Takes the model's block weights on
-    CUDA, so a peer that shares them has to be made before."""
-    return TorchBackend(model) if device.type == "cpu" else make_backend(model, str(device))
+    """Ours as `load` chooses it: the fast path on CUDA, the reference on the CPU, with 16-bit weights widened where the
+    CPU has no products of them. Changes the model, so a peer that shares its weights has to be made before."""
+    if device.type != "cpu":
+        return make_backend(model, str(device))
+    dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
+    if read_machine(with_gpus=False).widens(dtype):
+        widen(model)
+    return TorchBackend(model)
 
 
 def _in_float32(theirs: Any, run: Callable[[Any], Tensor]) -> Tensor:
-    """What the peer computes in float32, by a copy that is let go."""
-    found = run(copy.deepcopy(theirs).float()).cpu()
+    """What the peer computes in float32: a copy that shares the 16-bit weights and widens them product by product."""
+    shared = {id(p): p for p in theirs.parameters()}
+    wide = copy.deepcopy(theirs, shared)
+    widen(wide)
+    found = run(wide).cpu()
     free_memory()
     return found
 
@@ -58,7 +68,7 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
         return peer.model(input_ids=ids).last_hidden_state
 
     with torch.inference_mode():
-        ours = theirs.model.language_model.norm(stages.hidden())
+        ours = model.language.norm(stages.hidden())
     text = language_generate(theirs, ids, preset.new, False)[0, ids.shape[1] :].tolist()
     equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, stages.write(), strict=True)))
     match = _match(
@@ -98,6 +108,7 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     conditions = sorted(random_conditions(preset.config, work, preset.torch_dtype, device), key=lambda c: -c.shape[1])
     theirs = omnigen_decoder(model.decoder, conditions)
     stages, times = Stages(backend_of(model, device), work), timesteps(preset.steps)
+    own = [c.to(stages.backend.torch_dtype) for c in conditions]
     inputs = omnigen_inputs([c.shape[1] for c in conditions], work.image_tokens, device)
     start = torch.from_numpy(noise(preset.config, work)).to(device)
 
@@ -112,7 +123,7 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     def their_velocity(peer: Any) -> Tensor:
         return mean_velocity(omnigen_step(peer, start, 0.0, inputs))
 
-    ready, same = stages.prefixes(conditions), preset.dtype == "float32"
+    ready, same = stages.prefixes(own), preset.dtype == "float32"
     ours = stages.first_velocity(ready).clone()
     match = _match(preset.dtype, their_velocity(theirs), ours, None if same else _in_float32(theirs, their_velocity))
     latents = relative_error(their_loop(), stages.paint(ready).clone())
@@ -120,7 +131,7 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     if same:
         match = Match(error=max(match.error, latents), bound=match.bound)
     step = timed(lambda: stages.paint(ready), preset.steps), timed(their_loop, preset.steps)
-    whole = timed(lambda: stages.paint(stages.prefixes(conditions))), timed(their_loop)
+    whole = timed(lambda: stages.paint(stages.prefixes(own))), timed(their_loop)
     pairs = Pair("guided step", *step), Pair("loop with its prefix", *whole)
     lengths = " + ".join(str(c.shape[1]) for c in conditions)
     note = (
