@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving_tools import BUNDLE, Served, serving
 
 import mindomni_rt
+from serving.serving_tools import BUNDLE, Served, serving
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_tools import PROMPT, Served, data_uri, png
+
+from serving.serving_tools import PROMPT, Served, data_uri, png
 
 NASTY = [
     None,

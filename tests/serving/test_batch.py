@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving_tools import BUNDLE, PROMPT, SMALL, png, same
 
 import mindomni_rt
 from mindomni_rt.cli import main
 from mindomni_rt.serving.painter import Painter
+from serving.serving_tools import BUNDLE, PROMPT, SMALL, png, same
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = [f"--default={name}={value}" for name, value in SMALL.items()]

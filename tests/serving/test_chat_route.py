@@ -7,9 +7,9 @@ from typing import Any
 
 import openai
 import pytest
-from serving_tools import PROMPT, SMALL, Served, data_uri, decoded, png, same
 
 import mindomni_rt
+from serving.serving_tools import PROMPT, SMALL, Served, data_uri, decoded, png, same
 
 PICTURE = data_uri(png())
 ASK = [{"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": {"url": PICTURE, "detail": "low"}}]

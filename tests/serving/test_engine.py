@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving_tools import BUNDLE, PROMPT, SMALL, same
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError, GenerationCancelled, OutOfMemoryError
@@ -17,6 +16,7 @@ from mindomni_rt.request import Request, UnderstandRequest
 from mindomni_rt.serving.engine import Engine
 from mindomni_rt.serving.errors import ApiError
 from mindomni_rt.serving.jobs import Job, equal_jobs
+from serving.serving_tools import BUNDLE, PROMPT, SMALL, same
 
 SLOW = Request(prompt="slow", think=False, **{**SMALL, "num_inference_steps": 1000})
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving_tools import png
 
 from mindomni_rt.serving import fetch as module
 from mindomni_rt.serving.errors import ApiError
 from mindomni_rt.serving.fetch import fetch, is_public
 from mindomni_rt.serving.settings import Settings
+from serving.serving_tools import png
 
 SETTINGS = Settings(fetch_hosts=("localhost", "example.com", "images.example.com:8443"), max_image_bytes=100_000)
 

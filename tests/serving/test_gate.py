@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving_tools import BUNDLE, PROMPT, Served, png, serving
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.serving.settings import Settings
+from serving.serving_tools import BUNDLE, PROMPT, Served, png, serving
 
 PATH = "/v1/images/generations"
 KEY = "a key of some length"

@@ -9,10 +9,10 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
-from serving_tools import PROMPT, SMALL, Served, decoded, png, same
 
 import mindomni_rt
 from mindomni_rt.request import Request
+from serving.serving_tools import PROMPT, SMALL, Served, decoded, png, same
 
 
 def generate(client: openai.OpenAI, **options: Any) -> Any:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from serving_tools import BUNDLE
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.load.command import complaints
 from mindomni_rt.benchmarks.schema import problems
+from serving.serving_tools import BUNDLE
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

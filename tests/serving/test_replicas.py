@@ -16,10 +16,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from serving_tools import BUNDLE, PROMPT, SMALL, decoded, same
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
+from serving.serving_tools import BUNDLE, PROMPT, SMALL, decoded, same
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
-from serving_tools import BUNDLE, PROMPT, SMALL, decoded, same
 
 import mindomni_rt
 from mindomni_rt.cli import main
+from serving.serving_tools import BUNDLE, PROMPT, SMALL, decoded, same
 
 ROOT = Path(__file__).parents[2]
 

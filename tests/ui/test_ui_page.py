@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import Served
 from PIL import Image
 
 import mindomni_rt
+from ui.conftest import Served
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright (dev extra)")
 RIDDLE = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
