@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint folder; default: random weights")
     parser.add_argument("--preset", choices=tuple(_SIZES), default="toy", help="sizes of the model and the requests")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU")
+    parser.add_argument("--side", type=int, help="pixels of a square image; default: the preset's")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the preset's")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs for onnxruntime")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--warmup", type=int, default=2)
@@ -72,6 +75,20 @@ def _store(out: Path, data: dict[str, Any]) -> None:
     write_atomic(out.with_suffix(".md"), report(data))
 
 
+def _sizes(options: argparse.Namespace) -> dict[str, Any]:
+    """Sizes of the requests. Raises BadRequestError."""
+    found = dict(_SIZES[options.preset])
+    if options.side is not None:
+        if options.side < 16 or options.side % 16:
+            raise BadRequestError(f"--side {options.side}: expected a multiple of 16")
+        found["sides"] = (options.side,)
+    if options.steps is not None:
+        if options.steps < 1:
+            raise BadRequestError(f"--steps {options.steps}: expected at least 1")
+        found["steps"] = options.steps
+    return found
+
+
 def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     """Fills `data`, the result, and returns its groups. A peer that is missing or fails is recorded and the others go
     on; so does an interrupt. With --out the result is stored after each group that found something."""
@@ -90,8 +107,8 @@ def measure(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]
     config = open_checkpoint(options.model).config if options.model else None
     preset = Preset(
         config=config or scaled("published" if options.preset == "full" else "tiny"),
-        dtype="float32" if device.type == "cpu" else "bfloat16",
-        **_SIZES[options.preset],
+        dtype=options.dtype or ("float32" if device.type == "cpu" else "bfloat16"),
+        **_sizes(options),
     )
     meter, found = Meter(device), dict[str, Any]()
     groups: dict[str, Callable[[], Group]] = {
