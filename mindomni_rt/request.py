@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends.base import FIRST_STEPS, OPTIONAL
-from .checkpoint.config import EDIT_FEATURES, MAX_SIDE, MAX_STEPS, PUBLISHED, Guidance, RecommendedConfig, Side, Steps
+from .checkpoint.config import EDIT_FEATURES, PUBLISHED, Guidance, RecommendedConfig, Side, Steps
+from .checkpoint.config import MAX_SIDE as MAX_SIDE
+from .checkpoint.config import MAX_STEPS as MAX_STEPS
 from .checks import Many, Number, OneOf, Whole, check_fields, shown
 from .errors import BadRequestError
 from .inputs.images import DEFAULT_IMAGE_TOKENS, open_image
