@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
 
 from ..machine import commit, describe_machine
 from ..results import check_out, read_json, write_atomic, write_json
+from .distance import cosine as cosine
+from .distance import psnr as psnr
 from .judge import riddles, share
 
 EXACT: dict[str, Any] = {"num_inference_steps": 50}
@@ -34,18 +35,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "step cache 0.1": {"num_inference_steps": 50, "step_cache": 0.1},
     "step cache 0.2": {"num_inference_steps": 50, "step_cache": 0.2},
 }
-
-
-def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Decibels, for pixels in [0, 1]; equal pictures give 100."""
-    error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
-    return min(100.0, -10 * np.log10(error)) if error > 0 else 100.0
-
-
-def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Of two arrays of one shape."""
-    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
 def measure(model: Path, n: int, guidance: float) -> dict[str, dict[str, float]]:
