@@ -137,7 +137,7 @@ def _build(
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is asked for to check; the VAE is asked for fast pixels
     _target(trt, config, sms)
     config.add_optimization_profile(_shapes(builder, network, spec, profile))
-    # TensorRT-RTX compiles for the sizes that it meets; TensorRT tunes kernels for those that it is told of.
+    # TensorRT-RTX compiles for the sizes that it meets; TensorRT tunes kernels for those of its profiles.
     if trt.__name__ == "tensorrt" and (one := decoding(spec, profile)):
         config.add_optimization_profile(_shapes(builder, network, spec, one, profile))
     if progress is not None:

@@ -206,7 +206,7 @@ def _checkpoint(folder: Path, machine: Machine) -> dict[str, Any]:
         else:
             kind = parse_precision(fit.precision, fit.dtype).decoder if fit.precision else fit.dtype
             speed = predict_gpu(checkpoint.config, kind, machine.gpu(device).name)
-        found[device] = {"fits": fit.summary(), "fit": asdict(fit), "speed": str(speed) if speed else None}
+        found[device] = {"fits": fit.summary(), "fit": fit.to_dict(), "speed": str(speed) if speed else None}
     return found
 
 
@@ -231,7 +231,7 @@ def _bundle(folder: Path, machine: Machine) -> dict[str, Any]:
             continue
         kinds = {graph.stage: graph.precision for graph in manifest.graphs.values()}
         speed = predict_cpu(manifest.model, _kind(kinds["language"]), min(fit.side, 512)) if device == "cpu" else None
-        found[device] = {"fits": fit.summary(), "fit": asdict(fit), "speed": str(speed) if speed else None}
+        found[device] = {"fits": fit.summary(), "fit": fit.to_dict(), "speed": str(speed) if speed else None}
     return found
 
 

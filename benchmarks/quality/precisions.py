@@ -111,7 +111,7 @@ class Bench:
     def _paint(self, precision: str, options: Mapping[str, Any]) -> tuple[list[Any], int]:
         """(results, whole passes of an image of one branch)."""
         with rounded(self._backend, of(precision)), counted(self._backend.decoder_stack) as total:
-            pipe = Pipeline(self._backend, self._model)  # one that remembers no negative prompt of another precision
+            pipe = Pipeline(self._backend, self._model)  # a new one: prefixes of negative prompts are kept
             found = [
                 pipe.generate(
                     riddle.instruction, height=96, width=96, guidance_scale=self._guidance, seed=seed,

@@ -70,6 +70,8 @@ MEANINGS: dict[str, tuple[Rounding, Rounding]] = {
 class RoundedLinear(Linear):
     """A linear layer of the fast path over rounded numbers."""
 
+    weight: Tensor
+
     def __init__(self, layer: Any, kind: str) -> None:
         super().__init__(layer.bias, "torch")
         weight, self._rounded = MEANINGS[kind]

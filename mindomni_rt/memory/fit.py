@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint
@@ -55,6 +56,10 @@ class Fit:
     why: str = ""
     lossy: bool = False
     needs: Callable[[Workload], int] | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "needs"}
 
     def check(self, work: Workload) -> None:
         """Raises OutOfMemoryError for a request that would not fit, before any of its work."""

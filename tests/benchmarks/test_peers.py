@@ -22,6 +22,7 @@ from mindomni_rt.benchmarks.peers.baselines import omnigen_decoder, omnigen_inpu
 from mindomni_rt.benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
 from mindomni_rt.benchmarks.stages import Preset, make_backend, noise, random_conditions
 from mindomni_rt.memory.footprint import Precision
+from mindomni_rt.memory.machine import Machine
 from mindomni_rt.model.random.scaled import scaled
 from mindomni_rt.model.random.weights import random_model
 
@@ -109,11 +110,16 @@ def test_sixteen_bits_are_judged_by_their_distance_from_float32_and_always_timed
     assert not far.record()["agrees"]  # within 1.2 times the peer's distance, but past the bound
 
 
-def test_bfloat16_groups_have_a_float32_reference() -> None:
+@pytest.mark.parametrize("fast_products", [False, True])
+def test_bfloat16_groups_have_a_float32_reference(fast_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(host=None, bfloat16=fast_products)
+    monkeypatch.setattr(peer_torch, "read_machine", lambda **_: machine)
     preset = dataclasses.replace(PRESET, dtype="bfloat16")
     for make in (peer_torch.language_group, peer_torch.decoder_group):
         match = make(preset, random_model(preset.config, torch.bfloat16, CPU), CPU).match
-        assert match.baseline is not None and 1e-4 < match.baseline < 0.1 and 1e-4 < match.error < 0.1
+        assert match.baseline is not None and 1e-4 < match.baseline < 0.1
+        # Without bfloat16 products, `load` computes in float32: much nearer to the reference than the peer.
+        assert 1e-4 < match.error < 0.1 if fast_products else match.error < match.baseline / 2
         assert not match.exact and match.tokens_equal is None
 
 

@@ -66,7 +66,7 @@ def test_cascade_answers_once(client: openai.OpenAI, pipe: mindomni_rt.Pipeline)
 def test_editing_and_sizes(client: openai.OpenAI, pipe: mindomni_rt.Pipeline) -> None:
     extra = {"num_inference_steps": 2, "think": False}
     made = chat(client, ASK, modalities=["image"], seed=1, extra_body=extra).choices[0].message
-    assert decoded(made.images[0]["image_url"]["url"].partition(",")[2]).size == (48, 32)
+    assert decoded(made.images[0]["image_url"]["url"].partition(",")[2]).size == (96, 96)
     extra["size"] = "32x64"
     made = chat(client, PROMPT, modalities=["image"], seed=1, extra_body=extra).choices[0].message
     assert decoded(made.images[0]["image_url"]["url"].partition(",")[2]).size == (32, 64)

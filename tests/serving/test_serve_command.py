@@ -40,6 +40,16 @@ def command(*options: str, **more: str) -> Iterator[tuple[str, subprocess.Popen[
         process.communicate()
 
 
+def await_text(url: str, text: str) -> None:
+    """A line of an answer."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if text in httpx.get(url).text.splitlines():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{url} never had {text!r}")
+
+
 def await_ready(url: str) -> None:
     end = time.monotonic() + 100
     while time.monotonic() < end:
@@ -63,9 +73,11 @@ def test_the_demo_is_served_with_its_own_settings_and_stops_in_order(pipe: mindo
             threading.Thread(target=ask, kwargs={"num_inference_steps": 200, "n": 3, "think": False}),
             threading.Thread(target=ask, kwargs={"seed": 7}),
         ]
-        for thread in threads:
+        for thread, seen in zip(
+            threads, ("mindomni_queue_seconds_count 1.0", "mindomni_queue_length 1.0"), strict=True
+        ):
             thread.start()
-            time.sleep(0.3)
+            await_text(f"{url}/metrics", seen)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
         with pytest.raises(httpx.HTTPError):
@@ -77,7 +89,7 @@ def test_the_demo_is_served_with_its_own_settings_and_stops_in_order(pipe: mindo
         assert [a.status_code for a in answers] == [200, 200], [a.text for a in answers]
         assert process.wait(30) == 0
         last = answers[-1].json()
-        alone = pipe.generate(PROMPT, seed=7, **{**SMALL, "height": 96, "width": 96, "num_inference_steps": 20})
+        alone = pipe.generate(PROMPT, seed=7, **{**SMALL, "height": 96, "width": 96, "num_inference_steps": 10})
         assert same(decoded(last["data"][0]["b64_json"]), alone.images[0])
         assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]
 

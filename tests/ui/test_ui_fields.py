@@ -90,7 +90,7 @@ def test_examples_fit_the_model(tmp_path: Path) -> None:
     assert examples_of(Model(path="EasonXiao-888/MindOmni")) is GENERAL
     assert examples_of(Model(path=str(tmp_path))) is GENERAL
     found = defaults_of(SMALL)
-    assert (found["width"], found["height"], found["num_inference_steps"], found["guidance_scale"]) == (96, 96, 20, 1.0)
+    assert (found["width"], found["height"], found["num_inference_steps"], found["guidance_scale"]) == (96, 96, 10, 1.0)
     assert defaults_of(Model(path=SMALL.path, defaults={"height": 48}))["height"] == 48
     assert defaults_of(Model(path=str(tmp_path)))["height"] == 1024
 

@@ -128,11 +128,12 @@ def flash() -> Attention:
         values = _joined(s.values, s.time_values, v, s.with_image)
         batch, _, queries, _ = q.shape
         places = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-        flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, keys, values)]
+        flat_q, flat_k, flat_v = (t.transpose(1, 2).flatten(0, 1) for t in (q, keys, values))
         out = varlen_attn(
-            *flat, places * queries, places * keys.shape[2], queries, keys.shape[2],
+            flat_q, flat_k, flat_v, places * queries, places * keys.shape[2], queries, keys.shape[2],
             seqused_k=_seen(s, batch, k.shape[2]),
         )  # fmt: skip
+        assert isinstance(out, Tensor)
         return out.unflatten(0, (batch, queries)).transpose(1, 2)
 
     return Attention(run, any_length=True)
