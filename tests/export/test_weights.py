@@ -42,7 +42,7 @@ def test_types_of_weights(bundles: Callable[[str], Path], precision: str) -> Non
         if name == "language" and rounded:
             head = [kind for n, kind in large.items() if "lm_head" in n]
             table = [kind for n, kind in large.items() if "embed_tokens" in n]
-            assert head == [TYPES["int8"] if precision == "int8" else TYPES["int8wo"]] and table == ["float16"]
+            assert head == [TYPES["int8wo"]] and table == ["float16"]
             assert entry.report["weights"] == {
                 "products": precision, "head": "int8wo", "table": "float16", "rest": "float32",
             }  # fmt: skip
