@@ -36,7 +36,7 @@ _INT8_MAX, _INT4_MAX, _FP8_MAX, _FP4_MAX = 127.0, 7.0, 448.0, 6.0
 _INT4_BLOCKS = (128, 64, 32, 16)  # TensorRT-RTX takes these; the largest that divides the matrix is the smallest plan
 _FP4_BLOCK = 16
 _IN_INT8 = 4  # MatMulNBits' accuracy_level: blocks of the input are rounded to int8 as they come
-_SLAB = 1 << 24  # numbers that are rounded at a time
+_SLAB = 1 << 19  # numbers that are rounded at a time: they stay in a core's cache
 _HEAD = re.compile(r"\.(lm_head|embed_tokens)\.weight(\.T)?$")  # one matrix where head and input table are tied
 _LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
 DEFAULT_PROMPTS = (
@@ -273,6 +273,13 @@ class WeightRounder:
             columns = slice(start, min(start + width, outer))
             yield columns, np.ascontiguousarray(self.values[:, columns])
 
+    def rows(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """The same transposed, (columns, K): no copy where the matrix is a Linear's weight seen from the other side."""
+        width = max(1, _SLAB // self.values.shape[0])
+        for start in range(0, self.values.shape[1], width):
+            columns = slice(start, min(start + width, self.values.shape[1]))
+            yield columns, np.ascontiguousarray(self.values[:, columns].T)
+
     def lose(self, found: NDArray[np.float32], values: NDArray[np.float32]) -> None:
         """Notes a slab's error; `found` is overwritten."""
         found -= values
@@ -427,16 +434,16 @@ def _to_packed(rounder: WeightRounder, bits: int, block: int) -> None:
     largest = np.float32(2 ** (bits - 1) - 1)
     q = np.empty((outer, inner // block, block * bits // 8), np.uint8)
     scales = np.empty((outer, inner // block), np.float32)
-    for columns, values in rounder.slabs():
-        groups = np.ascontiguousarray(values.T).reshape(-1, inner // block, block)
+    for columns, rows in rounder.rows():
+        groups = rows.reshape(-1, inner // block, block)
         most = np.maximum(np.maximum(groups.max(axis=2), -groups.min(axis=2)), 1e-8)
         scale = scales[columns] = _rounded(most / largest, rounder.type)
         found = groups / scale[..., None]
         np.clip(np.rint(found, out=found), -largest - 1, largest, out=found)
-        numbers = (found + (largest + 1)).astype(np.uint8)
+        numbers = np.add(found, largest + 1).astype(np.uint8)
         q[columns] = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
         found *= scale[..., None]
-        rounder.lose(found.reshape(-1, inner), groups.reshape(-1, inner))
+        rounder.lose(found.reshape(-1, inner), rows)
     rounder.keep(f"int{bits}", q, ir.DataType.UINT8)
     rounder.keep_scale("scale", scales)
 

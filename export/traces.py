@@ -139,7 +139,7 @@ class _Reader:
             give_back(self._last)
         self._last = source
         found = source.to(dtype)
-        return (found.T if turned else found).contiguous()
+        return found.T if turned else found.contiguous()
 
 
 def _lazy(weights: Mapping[str, Tensor], key: str, value: ir.Value, read: _Reader) -> ir.LazyTensor:

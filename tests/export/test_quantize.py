@@ -35,7 +35,7 @@ def test_stages_stay_within_their_bounds(bundles: Callable[[str], Path], precisi
 
 
 def test_int8_weights_are_rounded_to_nearest_by_channel(bundles: Callable[[str], Path]) -> None:
-    whole, rounded = tensors(bundles("fp32"), "denoiser"), tensors(bundles("int8wo"), "denoiser")
+    whole, rounded = tensors(bundles("fp32"), "denoiser"), tensors(bundles("int8"), "denoiser")
     names = [n for n in rounded if n.endswith(".int8")]
     assert len(names) == 3 * 4  # layers, times qkv, o, gate-up, down
     for name in names:
@@ -52,10 +52,11 @@ def test_int4_groups_hold_their_own_scale(bundles: Callable[[str], Path]) -> Non
     assert names
     for name in names:
         weight, scale = whole[name.removesuffix(".int4")], rounded[name.replace(".int4", ".scale")]
-        groups = weight.reshape(scale.shape[0], -1, weight.shape[1])
-        np.testing.assert_allclose(scale, np.abs(groups).max(axis=1) / 7, rtol=1e-6)
-        values = rounded[name].astype(np.float32).reshape(groups.shape)
-        assert (np.abs(values * scale[:, None] - groups) <= scale[:, None] * 0.5001).all()
+        groups = weight.T.reshape(*scale.shape, -1)  # an output channel a row, as MatMulNBits reads them
+        np.testing.assert_allclose(scale, np.abs(groups).max(axis=2) / 7, rtol=1e-6)
+        numbers = np.stack([rounded[name] & 15, rounded[name] >> 4], axis=-1)
+        values = numbers.reshape(groups.shape).astype(np.float32) - 8
+        assert (np.abs(values * scale[..., None] - groups) <= scale[..., None] * 0.5001).all()
 
 
 def test_what_is_small_or_sensitive_is_kept(bundles: Callable[[str], Path]) -> None:

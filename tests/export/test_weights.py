@@ -42,7 +42,7 @@ def test_types_of_weights(bundles: Callable[[str], Path], precision: str) -> Non
         if name == "language" and rounded:
             head = [kind for n, kind in large.items() if "lm_head" in n]
             table = [kind for n, kind in large.items() if "embed_tokens" in n]
-            assert head == [TYPES["int8"] if precision == "int8" else TYPES["int8wo"]] and table == ["float16"]
+            assert head == [TYPES["int8wo"]] and table == ["float16"]
             assert entry.report["weights"] == {
                 "products": precision, "head": "int8wo", "table": "float16", "rest": "float32",
             }  # fmt: skip
@@ -184,6 +184,31 @@ def test_packed_products_are_the_rounded_matrix(precision: str, bits: int, tmp_p
     session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
     found, wanted = session.run(None, {"x": x})[0], x @ rounded[:, 0].T
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.01  # the input in 8 bits
+
+
+def test_int4_for_tensorrt_is_rounded_in_groups_of_rows(tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    from mindomni_rt.export.quantize import quantize
+    from mindomni_rt.export.store import write_graph
+
+    weight = np.random.default_rng(0).standard_normal((256, 25)).astype(np.float32)
+    tensor = numpy_helper.from_array(weight, "language.layers.0.mlp.up_proj.weight")
+    node = helper.make_node("MatMul", ["x", tensor.name], ["y"])
+    first, last = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [3, 256]), ("y", [3, 25])))
+    made = helper.make_model(helper.make_graph([node], "g", [first], [last], [tensor]), ir_version=10)
+    changed = ir.from_proto(made)
+    with WeightStore(tmp_path / "weights.data") as store:
+        quantize(changed, "int4", {}, store)
+        write_graph(changed, tmp_path / "g.onnx", store)
+    graph = onnx.load(str(tmp_path / "g.onnx")).graph
+    (widen,) = [n for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert {a.name: a.i for a in widen.attribute} == {"axis": 0, "block_size": 128}
+    tensors = {t.name.rpartition(".")[2]: numpy_helper.to_array(t) for t in graph.initializer}
+    numbers, scales = tensors["int4"].astype(np.float32).reshape(2, 128, 25), tensors["scale"]
+    groups = weight.reshape(2, 128, 25)
+    np.testing.assert_allclose(scales, np.abs(groups).max(axis=1) / 7, rtol=1e-6)
+    assert (np.abs(numbers * scales[:, None] - groups) <= scales[:, None] * 0.5001).all()
 
 
 def test_a_connector_with_grouped_keys_is_traced(tmp_path: Path) -> None:
