@@ -28,7 +28,7 @@ from .traces import Traces, fill
 from .weights import bytes_by_type, check_weights, promise, read_weights
 
 if TYPE_CHECKING:
-    from .build import BuildRequest
+    from .request import BuildRequest
 
 logger = logging.getLogger(__name__)
 # Graphs that share a data file, because they share weights.
