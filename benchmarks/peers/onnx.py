@@ -110,10 +110,12 @@ def onnx_group(
     works = [Workload(prompt_tokens=min(n, most), new_tokens=new) for n in prompts]
     writers = [tuple(Stages(backend, work).write for backend in both) for work in works]
     same = all(ours() == theirs() for ours, theirs in writers)
-    pairs = [Pair("guided step", *(timed(paint, steps) for paint in loops))]
+    first, second = (timed(paint, steps) for paint in loops)
+    pairs = [Pair("guided step", first, second)]
     for sizes, sides in zip(works, writers, strict=True):
         name = f"decoded token after {sizes.prompt_tokens}"
-        pairs.append(Pair(name, *(decoding(write) for write in sides), rate="tokens/s"))
+        first, second = (decoding(write) for write in sides)
+        pairs.append(Pair(name, first, second, rate="tokens/s"))
     threads = os.environ.get("OMP_NUM_THREADS") or "one for each core"
     return Group(
         peer=f"onnxruntime {onnxruntime.__version__}",

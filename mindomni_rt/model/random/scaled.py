@@ -20,10 +20,15 @@ def scaled(size: str) -> ModelConfig:
         raise BadRequestError(f"size {size!r}: expected one of {', '.join(SIZES)}, published")
     divide, layers = SIZES[size]
     found = cut(config, layers, divide)
-    tokens = {"image_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7}
     widths = tuple(max(width // min(divide, 8), 16) for width in config.vae.block_out_channels)
     return replace(
         found,
-        language=replace(found.language, vocab_size=config.language.vocab_size // divide, **tokens),
+        language=replace(
+            found.language,
+            vocab_size=config.language.vocab_size // divide,
+            image_token_id=5,
+            vision_start_token_id=6,
+            vision_end_token_id=7,
+        ),
         vae=replace(config.vae, block_out_channels=widths, norm_num_groups=8),
     )
