@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from mindomni_rt.files import replace_file
@@ -47,4 +48,8 @@ def build_log(bundle: Path) -> Iterator[Path]:
             logger.removeHandler(handler)
             logger.setLevel(level)
         handler.close()
-        replace_file(path, running.replace)
+        replace_file(path, partial(_move, running))
+
+
+def _move(source: Path, target: Path) -> None:
+    source.replace(target)

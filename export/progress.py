@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self._say = say
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
         self._began = time.perf_counter()
         self._costs: dict[str, float] = {}
         self._done: list[tuple[float, float]] = []
@@ -57,7 +57,7 @@ class Progress:
         """Logs where the time went."""
         whole = time.perf_counter() - self._began
         rest = max(whole - sum(self._spent.values()), 0.0)
-        parts = [f"{kind} {seconds:.1f} s" for kind, seconds in self._spent.most_common()]
+        parts = [f"{kind} {seconds:.1f} s" for kind, seconds in sorted(self._spent.items(), key=lambda item: -item[1])]
         logger.info("time: %.1f s in all; %s", whole, ", ".join([*parts, f"other {rest:.1f} s"]))
 
 
