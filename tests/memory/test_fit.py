@@ -318,3 +318,14 @@ def test_load_says_what_it_chose_and_refuses_before_reading(
     monkeypatch.setattr("mindomni_rt.backends.torch.backend.load_torch", None)
     with pytest.raises(OutOfMemoryError, match="nothing was loaded"):
         mindomni_rt.load(folder, device="cpu")
+
+
+class _NoRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize("budget", [_NoRepr(), [8], True, b"8GB", "8 gallons"])
+def test_a_budget_that_is_no_size_is_named(budget: object) -> None:
+    with pytest.raises(BadRequestError, match="expected auto, a size such as"):
+        fit_checkpoint(checkpoint(), host(21), device="cpu", memory_budget=budget)  # type: ignore[arg-type]
