@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
               "os.startfile", "socket.connect", "socket.bind", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree", "os.truncate",
               "os.chmod", "os.link", "os.symlink", "ctypes.dlopen", "webbrowser.open", "urllib.Request")  # fmt: skip
-_SYSTEM = (("libnvidia-ml.so.1",),)  # the driver's library, by which GPUs are counted
+_SYSTEM = (("libnvidia-ml.so.1",), ("nvml.dll",))  # the driver, by which torch counts GPUs
 _IN_OPEN, _IN_ACCESS = 0x20, 0x1
 
 
