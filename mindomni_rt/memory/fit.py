@@ -19,6 +19,7 @@ from typing import Any
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint
+from ..checks import shown
 from ..errors import BadRequestError, OutOfMemoryError
 from .bundle_need import predicted_need
 from .footprint import Precision, stage_memory, weight_bytes
@@ -146,7 +147,7 @@ def budget_bytes(memory_budget: str | float | None, free: int | None) -> int | N
     try:
         asked = parse_bytes(memory_budget)
     except BadRequestError as error:
-        raise BadRequestError(f"memory_budget {memory_budget!r}: expected {BUDGETS}") from error
+        raise BadRequestError(f"memory_budget {shown(memory_budget)}: expected {BUDGETS}") from error
     return asked if free is None else min(asked, free)
 
 

@@ -6,12 +6,14 @@ one: streaming them in every denoising step would cost more than the step.
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from ..checkpoint.config import ModelConfig
+from ..checks import shown
 from ..errors import BadRequestError, OutOfMemoryError
 from ..stages import PART_OF, PARTS
 from .footprint import StageMemory, stage_memory
@@ -76,9 +78,10 @@ def gigabytes(count: float) -> str:
 
 def parse_bytes(text: str | float) -> int:
     """Bytes of "8GB", "7.5 GiB", "800MB" or a number of bytes. Raises BadRequestError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    plain = isinstance(text, str | numbers.Real) and not isinstance(text, bool)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text)) if plain else None
     if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
-        raise BadRequestError(f"memory {text!r}: expected a positive size such as 8GB, 7.5GiB or 800MB")
+        raise BadRequestError(f"memory {shown(text)}: expected a positive size such as 8GB, 7.5GiB or 800MB")
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 

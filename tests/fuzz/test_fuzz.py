@@ -29,7 +29,7 @@ from fuzz.runner import FAILURES, OUTCOMES, Runner
 from mindomni_rt.errors import BadRequestError
 
 ROOT = Path(__file__).parents[2]
-MUTANTS = 4_000
+MUTANTS = 10_000
 
 
 @pytest.fixture(scope="module")

@@ -354,3 +354,14 @@ def test_a_request_that_would_not_fit_is_refused_before_its_work() -> None:
         fit_checkpoint(checkpoint(), host(15.1), device="cpu").check(Workload(height=4096, width=4096))
     unknown = fit_checkpoint(checkpoint(), Machine(host=None), device="cpu")
     unknown.check(Workload(images=256))  # nothing is known, nothing refused
+
+
+class _NoRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize("budget", [_NoRepr(), [8], True, b"8GB", "8 gallons"])
+def test_a_budget_that_is_no_size_is_named(budget: object) -> None:
+    with pytest.raises(BadRequestError, match="expected auto, a size such as"):
+        fit_checkpoint(checkpoint(), host(21), device="cpu", memory_budget=budget)  # type: ignore[arg-type]
