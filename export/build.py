@@ -6,8 +6,7 @@ import gc
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.errors import MissingExtraError
 from mindomni_rt.model.mindomni import load_model
 
-from . import engines, quantize
+from . import engines
 from .graphs import available
 from .parts import Parts, attention_dtype, precision_of
 from .progress import Progress
-from .targets import Choice, Target
+from .request import BuildRequest as BuildRequest
+from .targets import Choice
 
 logger = logging.getLogger(__name__)
 # Weights that stand twice in a bundle of engines, and why.
@@ -35,29 +35,6 @@ _REPEATED = {
     "denoiser_first": f"the decoder's blocks, also in denoiser.plan; {_WHY}",
 }
 _FILES = (".json", ".txt", ".jinja", ".model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildRequest:
-    """What to build. prompts: for calibration, at `calibration_size` pixels. condition_only: also the engine of that
-    first step, which doubles the denoiser on disk (ONNX graphs share their weights, so there it is always built).
-    attention: "native" is the runtime's own; "triton" puts our kernel into engines of `tensorrt`, while onnxruntime and
-    TensorRT-RTX run what it means in standard operators. cache: as in `export.cache`; None keeps nothing.
-    progress: of each engine; say: receives a line after each graph."""
-
-    checkpoint: Path
-    out: Path
-    target: Target
-    choice: Choice
-    profile: str = "1024"
-    condition_only: bool = False
-    attention: str = "native"
-    prompts: Sequence[str] = quantize.DEFAULT_PROMPTS
-    calibration_size: int = 512
-    cache: Path | None = None
-    overwrite: bool = False
-    progress: engines.Progress | None = field(default=None, compare=False)
-    say: Callable[[str], None] | None = field(default=None, compare=False)
 
 
 def build(request: BuildRequest) -> Manifest:
