@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 
@@ -22,13 +22,11 @@ from . import quantize
 from .cache import WEIGHTS, Unfinished, identity, key_of
 from .graphs import halve_attention, wrapper_of
 from .progress import Progress
+from .request import BuildRequest
 from .store import WeightStore, write_graph
 from .targets import Choice
 from .traces import Traces, fill
 from .weights import bytes_by_type, check_weights, promise, read_weights
-
-if TYPE_CHECKING:
-    from .request import BuildRequest
 
 logger = logging.getLogger(__name__)
 # Graphs that share a data file, because they share weights.

@@ -201,7 +201,7 @@ def _product(
     if form.endswith("packed"):
         bits = 4 if form.startswith("int4") else 8
         numbers = draw.integers(0, 256, (n, k // _BLOCK, _BLOCK * bits // 8), np.uint8)
-        more = {"K": k, "N": n, "bits": bits, "block_size": _BLOCK, "accuracy_level": 4}
+        more: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": _BLOCK, "accuracy_level": 4}
         node = helper.make_node("MatMulNBits", [x, b, s], [y], domain=MICROSOFT, **more)
         return [node], [_tensor(b, numbers), _tensor(s, np.full((n, k // _BLOCK), _STEP))]
     multiply = helper.make_node("MatMul", [x, w], [y])

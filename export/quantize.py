@@ -467,8 +467,9 @@ def _pack(site: _Site, report: QuantReport, bits: int) -> None:
     )
 
 
-_PACKED = {"int4": partial(_pack, bits=4), "int8wo": partial(_pack, bits=8)}
-PASSES = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
+Pass = Callable[[_Site, QuantReport], None]
+_PACKED: dict[str, Pass] = {"int4": partial(_pack, bits=4), "int8wo": partial(_pack, bits=8)}
+PASSES: dict[str, Pass] = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
 
 
 def calibrate(

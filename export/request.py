@@ -1,4 +1,4 @@
-"""What a build is asked for."""
+"""What to build."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import engines, quantize
+from . import quantize
+from .engines import Progress
 from .targets import Choice, Target
 
 
@@ -29,5 +30,5 @@ class BuildRequest:
     calibration_size: int | None = None
     cache: Path | None = None
     overwrite: bool = False
-    progress: engines.Progress | None = field(default=None, compare=False)
+    progress: Progress | None = field(default=None, compare=False)
     say: Callable[[str], None] | None = field(default=None, compare=False)

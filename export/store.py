@@ -153,6 +153,6 @@ def _transposed(source: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     shape = ir.Shape(source.shape.numpy()[::-1])
 
     def make() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(source.numpy().T), dtype=source.dtype, name=name)
+        return ir.Tensor(source.numpy().T, dtype=source.dtype, name=name)  # seen from the other side, not turned
 
     return ir.LazyTensor(make, dtype=source.dtype, shape=shape, name=name, cache=False)
