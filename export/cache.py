@@ -26,7 +26,7 @@ from typing import Any
 
 import mindomni_rt
 from mindomni_rt.bundle.manifest import sha256
-from mindomni_rt.files import write_text
+from mindomni_rt.files import cache_folder, write_text
 
 logger = logging.getLogger(__name__)
 KINDS = ("graphs", "ranges", "engines", "unfinished")
@@ -48,8 +48,7 @@ _BLOCK, _BLOCKS = 65536, 64  # of a weights file that its identity is read from
 
 def default_cache() -> Path:
     """Where builds keep things: $XDG_CACHE_HOME/mindomni-rt."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mindomni-rt"
+    return cache_folder()
 
 
 def cache_sizes(folder: Path) -> dict[str, int]:

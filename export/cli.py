@@ -14,6 +14,7 @@ from pathlib import Path
 from mindomni_rt.bundle.contracts import PROFILES
 from mindomni_rt.bundle.manifest import check_name, open_bundle, read_manifest
 from mindomni_rt.commands import Parser, front_door
+from mindomni_rt.errors import BadRequestError
 
 from .describe import describe
 from .log import build_log
@@ -151,6 +152,11 @@ def _say(line: str) -> None:
 def _products(options: argparse.Namespace) -> int:
     from .products import compare, record, table
 
+    for name in ("layers", "rounds"):
+        if getattr(options, name) < 1:
+            raise BadRequestError(f"--{name} {getattr(options, name)}: expected at least 1")
+    if options.folder is not None and not options.folder.is_dir():
+        raise BadRequestError(f"--folder {options.folder}: no such folder")
     found = compare(options.layers, options.rounds, options.folder, options.provider or ["CPUExecutionProvider"])
     print(table(found))
     if options.out:

@@ -6,9 +6,20 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/mindomni-rt, or the same in ~/.cache; without a home in the folder for temporary files."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:  # no HOME and no such user
+        cache = Path(tempfile.gettempdir())
+    return cache / "mindomni-rt"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -39,6 +39,8 @@ MISSING: dict[str, tuple[Main, dict[str, list[str]]]] = {
             "inspect": [NOT],
             "plan": ["--device", "rtx4060", "--checkpoint", NOT],
             "rehearse": ["vae", "--target", "nowhere"],
+            "products": ["--folder", NOT],
+            "cache": [],
         },
     ),
     "benchmarks": (

@@ -19,7 +19,7 @@ def test_a_preset_sets_and_later_options_change() -> None:
     assert (found.precision, found.steps, found.solver, found.step_cache) == ("int8", 25, "multistep", 0.2)
     assert parse_interval(found.guidance_interval) == (0.0, 0.6)
     plain = parse(["generate", "x", "--model", "m"])
-    assert plain.preset is None and plain.precision is None and plain.steps == 50
+    assert plain.preset is None and plain.precision is None and plain.steps is None
 
 
 def test_the_preset_is_an_arm_that_kept_accuracy() -> None:

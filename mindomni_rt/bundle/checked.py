@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-from ..files import parse_json, read_bytes, write_text
+from ..files import cache_folder, parse_json, read_bytes, write_text
 
 _MOST_BYTES = 2**24
 _SETTLED = 2_000_000_000  # nanoseconds
@@ -24,10 +23,8 @@ class Checked:
     """The notes on one bundle's folder."""
 
     def __init__(self, folder: Path) -> None:
-        base = os.environ.get("XDG_CACHE_HOME")
-        cache = Path(base) if base else Path.home() / ".cache"
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-        self._note = cache / "mindomni-rt" / "checked" / f"{name}.json"
+        self._note = cache_folder() / "checked" / f"{name}.json"
         self._folder, self._found = folder, dict[str, Any]()
         with contextlib.suppress(OSError, ValueError):
             found = parse_json(read_bytes(self._note, _MOST_BYTES))

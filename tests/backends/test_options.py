@@ -14,7 +14,7 @@ from conftest import PARITY, relative
 
 import mindomni_rt
 from mindomni_rt import BadRequestError, GenerationCancelled, ImageEvent, Pipeline, StepEvent, TextEvent
-from mindomni_rt.backends.base import OPTIONAL
+from mindomni_rt.backends.base import ADAPTERS, OPTIONAL, PROMPT_BATCHES
 from mindomni_rt.backends.compiled.backend import CompiledBackend
 
 SMALL: dict[str, Any] = dict(height=32, width=48, num_inference_steps=5, max_new_tokens=12, seed=1, output="numpy")
@@ -93,7 +93,7 @@ def test_missing_capabilities_are_one_clear_error(reference: Pipeline, pipe: Pip
     values = {"step_cache": 0.1, "draft_tokens": 2, "first_step": "condition_only"}
     assert set(values) == set(OPTIONAL)
     for each in (reference, pipe):
-        assert each.backend.capabilities <= set(OPTIONAL)
+        assert each.backend.capabilities <= {*OPTIONAL, ADAPTERS, PROMPT_BATCHES}
         for name in set(OPTIONAL) - each.backend.capabilities:
             with pytest.raises(BadRequestError, match=rf"^{name}: backend '.*' on this device has no such option"):
                 each.stream("two cats", **SMALL, **{name: values[name]})

@@ -58,6 +58,7 @@ class Runner:
     def __init__(self, verbose: bool = False) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_memory_folder()))
         self._verbose = verbose
+        os.environ["XDG_CACHE_HOME"] = "/proc/none"  # nothing is kept from one mutant for the next
         self.sources = make_sources(self._root / "sources")
         self._outside = self._root / "outside"
         self._outside.mkdir()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-import os
 import re
 import threading
 import weakref
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from ...bundle.contracts import STAGES, graph_specs
 from ...bundle.manifest import Bundle, open_bundle, read_manifest, write_whole
 from ...errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
+from ...files import cache_folder
 from .backend import CompiledBackend
 from .graph_cache import Action, Captures, staged
 from .runner import NUMPY, DeviceArray
@@ -93,8 +93,7 @@ def open_gpu(index: int) -> Any:
 
 def runtime_cache_file(gpu_name: str, version: str) -> Path:
     """Where TensorRT-RTX's compiled kernels are kept between runs, one file for a GPU model and a release."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "mindomni-rt" / "kernels"
+    folder = cache_folder() / "kernels"
     return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu_name).strip('-').lower()}-{version}.bin"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from mindomni_rt.kernels import launch
 from mindomni_rt.kernels.triton_compat import HAS_TRITON, triton
 
-from ...files import write_text
+from ...files import cache_folder, write_text
 
 logger = logging.getLogger(__name__)
 Times = dict[str, float]
@@ -25,8 +24,7 @@ Times = dict[str, float]
 
 def folder() -> Path:
     """Where they are: `$XDG_CACHE_HOME/mindomni-rt/timings`, or the same under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mindomni-rt" / "timings"
+    return cache_folder() / "timings"
 
 
 @lru_cache(maxsize=1)
