@@ -24,6 +24,8 @@ STANDS_IN = {"EasonXiao-888/MindOmni": str(BUNDLE)}
 # Command: the function that its program would call with the parsed options, and why it does not run here.
 PARSED = {
     "mindomni export build": ("mindomni_rt.export.cli:_build", "TensorRT-RTX and 25 GB; tests/export builds engines"),
+    "mindomni ui": ("mindomni_rt.serving.ui.command:run", "serves until it is stopped; tests/ui drives its page"),
+    "mindomni serve": ("mindomni_rt.serving.server:run", "serves until it is stopped; tests/serving starts it"),
     "mindomni bench gpu": ("mindomni_rt.benchmarks.gpu.suite:run", "a GPU; test_gpu_suite.py runs it at toy size"),
     "mindomni bench peers": ("mindomni_rt.benchmarks.peers.command:run", "25 GB; test_peers.py runs it at toy size"),
 }
