@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
 from collections.abc import Sequence
-from typing import Any
 
-from mindomni_rt.commands import Parser, front_door
-from mindomni_rt.errors import MissingExtraError
+from mindomni_rt.commands import run_package
 
 _COMMANDS = {
-    "latency": (".latency.command", "one request, stage by stage, on this machine"),
-    "compare": (".compare", "two results of one kind, latency or counts; exit code 1 where the second is worse"),
-    "check": (".results", "whether a result file is complete; exit code 1 where it is not"),
-    "peers": (".peers.command", "transformers, diffusers and onnxruntime beside ours, on the same weights"),
-    "counts": (".counts.command", "operations, operators, bytes and graph nodes of a fixed request: no clock"),
-    "quality": (".quality.command", "images in the formats of official evaluators"),
-    "lossy": (".quality.lossy", "what each lossy option costs"),
-    "roofline": (".roofline", "floors and predictions by device and precision"),
-    "load": (".load.command", "a server under many clients, each answer checked"),
-    "plan": (".plan", "what stays loaded within a memory budget"),
-    "gpu": (".gpu.suite", "correctness, speed, memory and baselines on one GPU, within some minutes"),
+    "latency": ("mindomni_rt.benchmarks.latency.command", "one request, stage by stage, on this machine"),
+    "compare": (
+        "mindomni_rt.benchmarks.compare",
+        "two results of one kind, latency or counts; exit code 1 where the second is worse",
+    ),
+    "check": ("mindomni_rt.benchmarks.results", "whether a result file is complete; exit code 1 where it is not"),
+    "peers": (
+        "mindomni_rt.benchmarks.peers.command",
+        "transformers, diffusers and onnxruntime beside ours, on the same weights",
+    ),
+    "counts": (
+        "mindomni_rt.benchmarks.counts.command",
+        "operations, operators, bytes and graph nodes of a fixed request: no clock",
+    ),
+    "quality": ("mindomni_rt.benchmarks.quality.command", "images in the formats of official evaluators"),
+    "lossy": ("mindomni_rt.benchmarks.quality.lossy", "what each lossy option costs"),
+    "roofline": ("mindomni_rt.benchmarks.roofline", "floors and predictions by device and precision"),
+    "load": ("mindomni_rt.benchmarks.load.command", "a server under many clients, each answer checked"),
+    "plan": ("mindomni_rt.benchmarks.plan", "what stays loaded within a memory budget"),
+    "gpu": (
+        "mindomni_rt.benchmarks.gpu.suite",
+        "correctness, speed, memory and baselines on one GPU",
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a regression, 2 for a mistake in what was asked, 130 when interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return front_door(lambda: _run(given))
-    except SystemExit as end:  # of argparse: 0 after --help, 2 for a mistake
-        return int(end.code or 0)
-
-
-def _run(given: Sequence[str]) -> int:
-    parser = Parser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, text) in _COMMANDS.items():
-        if given[:1] != [name]:
-            commands.add_parser(name, help=text)
-            continue
-        found = _module(module)
-        form: Any = argparse.RawDescriptionHelpFormatter
-        found.add_arguments(commands.add_parser(name, help=text, description=found.__doc__, formatter_class=form))
-    options = parser.parse_args(given)
-    return int(_module(_COMMANDS[options.command][0]).run(options))
-
-
-def _module(name: str) -> Any:
-    """A command's module, imported only when it is asked for."""
-    try:
-        return importlib.import_module(name, __package__)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing == "mindomni_rt":
-            raise
-        raise MissingExtraError(missing, "bench") from error
+    return run_package(arguments, "python -m benchmarks", __doc__, _COMMANDS, extra="bench")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -35,8 +35,12 @@ def as_requests(prompts: Sequence[Any], options: Mapping[str, Any]) -> list[Requ
     return requests
 
 
-def groups(requests: Sequence[CompleteRequest], together: bool) -> Iterator[list[tuple[int, CompleteRequest]]]:
-    """Requests with their places, in order: neighbours of equal settings together if the backend can."""
+def groups(
+    requests: Sequence[CompleteRequest],
+    together: bool,
+    fits: Callable[[Sequence[CompleteRequest]], bool] = lambda _: True,
+) -> Iterator[list[tuple[int, CompleteRequest]]]:
+    """Requests with their places, in order: neighbours of equal settings together if the backend can and they fit."""
     numbered = list(enumerate(requests))
     if not together:
         yield from ([one] for one in numbered)
@@ -44,7 +48,8 @@ def groups(requests: Sequence[CompleteRequest], together: bool) -> Iterator[list
     for _, equal in groupby(numbered, lambda one: [getattr(one[1], name) for name in _SHARED]):
         group: list[tuple[int, CompleteRequest]] = []
         for one in equal:
-            if group and sum(_pixels(r) for _, r in [*group, one]) > MOST_PIXELS:
+            larger = [request for _, request in [*group, one]]
+            if group and (sum(map(_pixels, larger)) > MOST_PIXELS or not fits(larger)):
                 yield group
                 group = []
             group.append(one)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .errors import MindOmniError
+from .errors import MindOmniError, MissingExtraError
 
 USER_ERROR, INTERRUPTED = 2, 130
+Module = tuple[str, str]
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,3 +48,47 @@ def front_door(run: Callable[[], int], name: str = "error") -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         sys.stderr.write(f"{name}: {where}{error.strerror or error}\n")
         return USER_ERROR
+
+
+def run_package(
+    arguments: Sequence[str] | None,
+    prog: str,
+    description: str | None,
+    commands: Mapping[str, Module],
+    extra: str | None = None,
+) -> int:
+    """The command line of a package whose commands are modules with `add_arguments(parser)` and `run(options)`.
+
+    commands: name -> (module, what it does); a module is imported only when its command is asked for. extra: of pip,
+    what installs packages that a module lacks; None leaves that error to the caller. Returns the exit code, that of
+    --help and of argparse's mistakes too.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> int:
+        parser = Parser(prog=prog, description=description)
+        choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for name, (module, text) in commands.items():
+            if given[:1] != [name]:
+                choices.add_parser(name, help=text)
+                continue
+            found = _imported(module, extra)
+            form: Any = argparse.RawDescriptionHelpFormatter
+            found.add_arguments(choices.add_parser(name, help=text, description=found.__doc__, formatter_class=form))
+        options = parser.parse_args(given)
+        return int(_imported(commands[options.command][0], extra).run(options))
+
+    try:
+        return front_door(run)
+    except SystemExit as end:  # of argparse: 0 after --help, 2 for a mistake
+        return int(end.code or 0)
+
+
+def _imported(module: str, extra: str | None) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if extra is None or missing == "mindomni_rt":
+            raise
+        raise MissingExtraError(missing, extra) from error

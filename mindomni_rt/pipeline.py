@@ -121,6 +121,15 @@ def _at(place: int, events: Generator[Event, None, Thought]) -> Generator[Event,
         events.close()
 
 
+def _work(group: Sequence[CompleteRequest]) -> Workload:
+    """The sizes of requests of equal settings that are painted together."""
+    first = group[0]
+    return Workload(
+        height=first.height, width=first.width, steps=first.num_inference_steps,
+        images=sum(request.num_images for request in group), guidance=first.guidance_scale != 1,
+    )  # fmt: skip
+
+
 def _with_named_errors(events: Generator[Event, None, None]) -> Generator[Event, None, None]:
     advice = "Choose a smaller size or fewer images, close other programs, or load a bundle in int4"
     with named_memory_errors("answering this request", advice):
@@ -278,15 +287,10 @@ class Pipeline:
                 f"{', '.join(lacking)}: backend {self.backend.name!r} on this device has no such option; "
                 f"{OPTIONAL[lacking[0]]}"
             )
-        for one in requests:
-            self._check_room(one)
-        return self._turn.during(_with_named_errors(self._generate(requests, cancel)), cancel)
-
-    def _check_room(self, request: CompleteRequest) -> None:
-        """Raises OutOfMemoryError for a request whose predicted peak is above the memory that was free at loading."""
         if self._fit is not None:
-            work = Workload(height=request.height, width=request.width, images=request.num_images)
-            self._fit.check(replace(work, guidance=request.guidance_scale != 1, steps=request.num_inference_steps))
+            for one in requests:
+                self._fit.check(_work([one]))
+        return self._turn.during(_with_named_errors(self._generate(requests, cancel)), cancel)
 
     def load_adapter(self, folder: str | Path, *, scale: float = 1.0, name: str | None = None) -> str:
         """Adds a LoRA adapter: a folder as peft and our training write it. Returns its name.
@@ -355,7 +359,8 @@ class Pipeline:
     def _generate(
         self, requests: Sequence[CompleteRequest], cancel: threading.Event | None
     ) -> Generator[Event, None, None]:
-        for group in groups(requests, PROMPT_BATCHES in self.backend.capabilities):
+        fit, together = self._fit, PROMPT_BATCHES in self.backend.capabilities
+        for group in groups(requests, together, lambda some: fit is None or fit.fits(_work(some))):
             yield from self._paint_group(group, cancel)
 
     def _paint_group(

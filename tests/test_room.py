@@ -15,7 +15,7 @@ from mindomni_rt.memory.layers import Workload
 SMALL: dict[str, Any] = dict(width=48, num_inference_steps=2, think=False, seed=1, output="numpy")
 
 
-def test_what_does_not_fit_is_refused_before_any_work() -> None:
+def test_what_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def needed(work: Workload) -> int:
         return work.height * work.width * work.images
 
@@ -26,6 +26,17 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
     with pytest.raises(OutOfMemoryError, match="2 images of 48x48"):
         pipe.stream(["a cat", "two cats"], height=48, num_images=2, **SMALL)
     assert pipe.generate("two cats", height=48, **SMALL).images.shape == (1, 48, 48, 3)
+    # Each fits alone and both together do not: one after the other, with the pictures that each has alone.
+    loops: list[int] = []
+    paint = pipe.paint
+
+    def counted(request: Any, latents: Any, *rest: Any, **more: Any) -> Any:
+        loops.append(len(latents))
+        return paint(request, latents, *rest, **more)
+
+    monkeypatch.setattr(pipe, "paint", counted)
+    both = pipe.generate(["two cats", "two cats"], height=48, **SMALL)
+    assert loops == [1, 1] and (both[0].images == pipe.generate("two cats", height=48, **SMALL).images).all()
 
 
 def test_memory_that_runs_out_during_a_request_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

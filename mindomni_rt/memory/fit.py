@@ -62,14 +62,17 @@ class Fit:
         """Plain data."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "needs"}
 
+    def fits(self, work: Workload) -> bool:
+        """Whether a request fits; True where nothing is known."""
+        return self.needs is None or self.free is None or self.needs(work) <= self.free
+
     def check(self, work: Workload) -> None:
         """Raises OutOfMemoryError for a request that would not fit, before any of its work."""
-        if self.needs is None or self.free is None:
+        if self.fits(work):
             return
+        assert self.needs is not None and self.free is not None
         needed = self.needs(work)
-        if needed <= self.free:
-            return
-        fits = [side for side in SIDES if self.needs(replace(work, height=side, width=side, images=1)) <= self.free]
+        fits = [side for side in SIDES if self.fits(replace(work, height=side, width=side, images=1))]
         advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "close other programs and load again"
         what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
         raise OutOfMemoryError(
