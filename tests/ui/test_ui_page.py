@@ -53,7 +53,7 @@ def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         if path is None and not Path(playwright.chromium.executable_path).is_file():
             pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield found
         found.close()
 
