@@ -25,6 +25,7 @@ from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.files import replace_file
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel
+from mindomni_rt.stages import PARTS
 
 from .cache import TRACING, key_of
 from .graphs import halve_attention, trace, wrapper_of
@@ -83,10 +84,11 @@ class Traces:
             return trace(fake, name, self._dtype, self._attention)
 
     def _key(self, name: str) -> str:
+        config = self._model.config.to_dict()
         return key_of(
             {
                 "graph": name,
-                "model": self._model.config.to_dict(),
+                "model": {part: config[part] for part in PARTS},  # settings of requests change no graph
                 "dtype": self._dtype,
                 "vae": self._vae if name.startswith("vae") else "",
                 "attention": self._attention if name == "denoiser" else "",
