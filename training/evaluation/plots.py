@@ -52,8 +52,8 @@ WORDS = {
     "edits/image": "edits: image", "edits/text": "edits: answer", "teacher/image": "decoder's own text path",
 }  # fmt: skip
 _ARMS = {
-    "1": "stage 1 alone", "base / 10": "a tenth", "10 x base": "ten times", "velocity error": "velocity error, weight 10",
-    "format": "format alone", "consistency": "consistency alone", "both": "both rewards",
+    "1": "stage 1 alone", "base / 10": "a tenth", "10 x base": "ten times", "format": "format alone",
+    "consistency": "consistency alone", "both": "both rewards", "velocity error": "velocity error, weight 10",
 }  # fmt: skip
 _WIDTH = 9.5  # inches: the width of a page at the resolution below
 _DPI = 110
