@@ -92,6 +92,14 @@ def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     return min(100.0, -10 * np.log10(error)) if error > 0 else 100.0
 
 
+def likeness(found: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
+    """Means over the images of results and of the exact ones: PSNR, and cosine of the latents."""
+    both = list(zip(found, exact, strict=True))
+    images = [psnr(*pair) for a, b in both for pair in zip(a.images, b.images, strict=True)]
+    latents = [cosine(*pair) for a, b in both for pair in zip(a.latents, b.latents, strict=True)]
+    return {"psnr": round(float(np.mean(images)), 2), "latent_cosine": round(float(np.mean(latents)), 5)}
+
+
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Of two arrays of one shape."""
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
