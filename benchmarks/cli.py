@@ -18,7 +18,7 @@ _COMMANDS = {
         "transformers, diffusers and onnxruntime beside ours, on the same weights",
     ),
     "counts": (
-        "mindomni_rt.benchmarks.counts.command",
+        "mindomni_rt.benchmarks.counts",
         "operations, operators, bytes and graph nodes of a fixed request: no clock",
     ),
     "quality": ("mindomni_rt.benchmarks.quality.command", "images in the formats of official evaluators"),

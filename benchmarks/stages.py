@@ -9,26 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest, Prefix
+from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.inputs.images import ImagePatches
 from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.precision import Precision
+from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.decode import generate_tokens
 from mindomni_rt.sampling.denoise import DenoiseState, denoise
 from mindomni_rt.sampling.schedule import guide, timesteps
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from mindomni_rt.backends.fast.backend import TorchCudaBackend
-    from mindomni_rt.memory.footprint import Precision
-    from mindomni_rt.model.mindomni import MindOmniModel
 
 Frame = Callable[[str], AbstractContextManager[Any]]
 """What is entered around a stage, by its name: vision, language.prefill, language.decode, language.negative,
@@ -36,10 +33,10 @@ connector, prefix, denoiser, vae. Connector and prefix run once for each branch 
 GUIDANCE = 3.0
 
 
-def noise(config: ModelConfig, work: Workload, seed: int = 2) -> NDArray[np.float32]:
+def noise(config: ModelConfig, work: Workload) -> NDArray[np.float32]:
     """Latents (images, C, h, w) to begin with."""
     shape = (work.images, config.decoder.latent_channels, work.height // 8, work.width // 8)
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return np.random.default_rng(2).standard_normal(shape, np.float32)
 
 
 def mean_velocity(velocities: Tensor) -> Tensor:
@@ -170,8 +167,6 @@ class Preset:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        import torch
-
         return getattr(torch, self.dtype)
 
     def work(self, side: int | None = None) -> Workload:
@@ -185,11 +180,14 @@ class Preset:
 
 def random_conditions(config: ModelConfig, work: Workload, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Conditions (1, L, C) of both branches."""
-    import torch
-
     generator = torch.Generator(device).manual_seed(1)
     width = config.decoder.stack.hidden_size
     return [torch.randn(1, n, width, device=device, generator=generator).to(dtype) for n in work.branches]
+
+
+def dtype_of(model: MindOmniModel) -> str:
+    """The type of its weights, such as "float32"."""
+    return str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
 def make_backend(
@@ -199,10 +197,6 @@ def make_backend(
     resident: tuple[str, ...] | None = None,
     impl: str = "auto",
 ) -> TorchCudaBackend:
-    """The fast path over a model, whose block weights it takes."""
-    from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
-    from mindomni_rt.memory.footprint import Precision
-
-    if precision is None:
-        precision = Precision.uniform(str(model.language.embed_tokens.weight.dtype).removeprefix("torch."))
+    """The fast path over a model, whose block weights it takes; unquantized unless a precision is given."""
+    precision = precision or Precision.uniform(dtype_of(model))
     return TorchCudaBackend(model, device, options=FastOptions(precision=precision, resident=resident, impl=impl))
