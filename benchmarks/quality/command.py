@@ -14,10 +14,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 import mindomni_rt
 from mindomni_rt.checkpoint.layout import resolve
 from mindomni_rt.describe import read_recommended
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError
 from mindomni_rt.options import parse_size
 
 from ..schema import FORMAT
@@ -26,7 +28,7 @@ from .paint import make, request_of
 from .report import write_report
 from .run import RunFolder, fingerprint, shard_of
 from .shapes import SHAPES
-from .suite import Item, Job, Settings, Suite
+from .suite import Item, Job, Settings, Suite, hashed
 
 if TYPE_CHECKING:
     from mindomni_rt.pipeline import Pipeline
@@ -65,14 +67,14 @@ def run(options: argparse.Namespace) -> int:
     index, count = shard_of(options.shard)
     if options.n is not None and options.n < 1:
         raise BadRequestError(f"--n {options.n}: expected at least 1")
-    prompts = suite.read(options.prompts)
+    files, items = suite.read(options.prompts)
     if suite is SHAPES and options.think is False:
-        prompts = replace(prompts, items=tuple(i for i in prompts.items if not i.think))
-    request_of(prompts.items[0], settings)  # its checks, before a model is loaded
-    chosen = prompts.items[: options.n]
+        items = [item for item in items if not item.think]
+    request_of(items[0], settings)  # its checks, before a model is loaded
+    chosen = items[: options.n]
     model = resolve(options.model)
     settings = settings.of_model(read_recommended(model))
-    job = Job(suite=suite, settings=settings, folder=RunFolder(options.out), prompts=prompts, chosen=chosen)
+    job = Job(suite=suite, settings=settings, folder=RunFolder(options.out), chosen=chosen, total=len(items))
     name = model.resolve().name if Path(options.model).is_dir() else Path(options.model).name
     claim: dict[str, Any] = {
         "kind": "quality",
@@ -80,13 +82,14 @@ def run(options: argparse.Namespace) -> int:
         "suite": suite.name,
         "model": {"name": name, "fingerprint": fingerprint(model)},
         "settings": asdict(settings),
-        "prompts": {"files": [p.name for p in prompts.files], "sha256": prompts.sha256},
+        "prompts": {"files": [p.name for p in files], "sha256": hashed(files)},
     }
     known, mine, done = job.folder.check(claim), chosen[index - 1 :: count], job.done()
     todo = [item for item in mine if item not in done]
     code = 0
     if todo or not known:
-        pipe = _load(options)
+        names = ("backend", "device", "dtype", "memory_budget")
+        pipe = mindomni_rt.load(options.model, **{name: getattr(options, name) for name in names})
         device = pipe.backend.device.partition(":")[0]  # shards may have a GPU each
         claim["runs_on"] = {"backend": pipe.backend.name, "device": device, "dtype": pipe.backend.dtype}
         job.folder.claim(claim)
@@ -125,24 +128,10 @@ def _asked(options: argparse.Namespace) -> tuple[Suite, Settings]:
     return suite, settings
 
 
-def _load(options: argparse.Namespace) -> Pipeline:
-    return mindomni_rt.load(
-        options.model,
-        backend=options.backend,
-        device=options.device,
-        dtype=options.dtype,
-        memory_budget=options.memory_budget,
-    )
-
-
 def _make(pipe: Pipeline, job: Job, todo: Sequence[Item], total: int) -> None:
     """Makes and stores the missing items. Raises StorageError, and BadRequestError naming an item's place."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise MissingExtraError("tqdm", "bench") from error
-    bar = tqdm(total=total, initial=total - len(todo), desc=job.suite.name, unit="item", disable=None, file=sys.stderr)
-    with bar:
+    made = total - len(todo)
+    with tqdm(total=total, initial=made, desc=job.suite.name, unit="item", disable=None, file=sys.stderr) as bar:
         for item in todo:
             try:
                 files = make(pipe, job.suite, item, job.settings)

@@ -14,7 +14,7 @@ dpg_bench/compute_dpg_bench.py: every file of the folder, keyed by its name up t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,30 +23,16 @@ from mindomni_rt.errors import BadRequestError
 from mindomni_rt.files import parse_json
 
 from .paint import grid, one_grid, png
-from .suite import (
-    Item,
-    Prompts,
-    Settings,
-    Suite,
-    Writer,
-    checked_items,
-    checked_name,
-    checked_prompt,
-    hashed,
-    located,
-    text_of,
-)
+from .suite import Item, Settings, Suite, Writer, checked_name, checked_prompt, text_of
 
 # Its files, and what its Calculate.py calls each.
 _WISE = {"cultural_common_sense": "culture", "spatio-temporal_reasoning": "space-time", "natural_science": "science"}
 
 
-def _read_geneval(path: Path | None) -> Prompts:
-    path = _inside(located(path, GENEVAL), "evaluation_metadata.jsonl", GENEVAL)
+def _geneval_items(path: Path) -> Iterator[Item]:
     lines = text_of(path).split("\n")  # not splitlines: a JSON text may hold U+2028 as it is
     while lines and not lines[-1].strip():
         lines.pop()
-    items = []
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         row = _parsed(line, wrong := f"{where}: expected one JSON object with prompt, tag and include")
@@ -54,8 +40,7 @@ def _read_geneval(path: Path | None) -> Prompts:
             raise BadRequestError(wrong)
         checked_prompt(row.get("tag"), where, "tag")
         prompt = checked_prompt(row.get("prompt"), where)
-        items.append(Item(name=f"{number - 1:05}", prompt=prompt, where=where, row=line.strip()))
-    return Prompts(files=(path,), items=checked_items(items, path, GENEVAL), sha256=hashed([path]))
+        yield Item(name=f"{number - 1:05}", prompt=prompt, where=where, row=line.strip())
 
 
 def _geneval_files(item: Item, settings: Settings) -> dict[str, Writer]:
@@ -68,42 +53,34 @@ def _geneval_files(item: Item, settings: Settings) -> dict[str, Writer]:
     return {**samples, f"{folder}/grid.png": grid, f"{folder}/metadata.jsonl": lambda _: line}
 
 
-def _read_dpg(path: Path | None) -> Prompts:
-    path = located(path, DPG)
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix == ".txt" and p.is_file() and not p.name.startswith("."))
-    elif path.suffix != ".txt":
+def _dpg_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix == ".txt" and p.is_file() and not p.name.startswith("."))
+
+
+def _dpg_items(path: Path) -> Iterator[Item]:
+    if path.suffix != ".txt":
         raise BadRequestError(f"{path}: expected a folder of .txt files; {DPG.wanted}")
-    items = []
-    for file in files:
-        name = checked_name(file.stem, str(file))
-        if "." in name:  # the evaluator would look for what stands before the first dot
-            raise BadRequestError(f"{file}: id {name!r} holds a dot, at which the evaluator cuts names; rename it")
-        items.append(Item(name=name, prompt=checked_prompt(text_of(file).strip(), str(file)), where=str(file)))
-    return Prompts(files=tuple(files), items=checked_items(items, path, DPG), sha256=hashed(files))
+    name = checked_name(path.stem, str(path))
+    if "." in name:  # the evaluator would look for what stands before the first dot
+        raise BadRequestError(f"{path}: id {name!r} holds a dot, at which the evaluator cuts names; rename it")
+    yield Item(name=name, prompt=checked_prompt(text_of(path).strip(), str(path)), where=str(path))
 
 
-def _read_wise(path: Path | None) -> Prompts:
-    path = located(path, WISE)
-    files = [path]
-    if path.is_dir():
-        sets = [[path / f"{name}{end}.json" for name in _WISE] for end in ("", "_verified")]
-        files = next((s for s in sets if all(p.is_file() for p in s)), [])
-        if not files:
-            raise BadRequestError(f"{path} lacks one of {', '.join(f'{n}.json' for n in _WISE)}: {WISE.wanted}")
-    items = []
-    for file in files:
-        rows = _parsed(text_of(file), f"{file} is not JSON")
-        if not isinstance(rows, list):
-            raise BadRequestError(f"{file}: expected a list of objects with prompt_id and Prompt")
-        for number, row in enumerate(rows, 1):
-            where = f"{file}, entry {number}"
-            if not isinstance(row, dict):
-                raise BadRequestError(f"{where}: expected an object with prompt_id and Prompt")
-            name = checked_name(row.get("prompt_id"), where)
-            items.append(Item(name=name, prompt=checked_prompt(row.get("Prompt"), where, "Prompt"), where=where))
-    return Prompts(files=tuple(files), items=checked_items(items, path, WISE), sha256=hashed(files))
+def _wise_files(folder: Path) -> list[Path]:
+    sets = [[folder / f"{name}{end}.json" for name in _WISE] for end in ("", "_verified")]
+    return next((s for s in sets if all(p.is_file() for p in s)), sets[0])
+
+
+def _wise_items(path: Path) -> Iterator[Item]:
+    rows = _parsed(text_of(path), f"{path} is not JSON")
+    if not isinstance(rows, list):
+        raise BadRequestError(f"{path}: expected a list of objects with prompt_id and Prompt")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, entry {number}"
+        if not isinstance(row, dict):
+            raise BadRequestError(f"{where}: expected an object with prompt_id and Prompt")
+        name = checked_name(row.get("prompt_id"), where)
+        yield Item(name=name, prompt=checked_prompt(row.get("Prompt"), where, "Prompt"), where=where)
 
 
 def _parsed(text: str, wrong: str) -> Any:
@@ -112,14 +89,6 @@ def _parsed(text: str, wrong: str) -> Any:
         return parse_json(text)
     except ValueError as error:
         raise BadRequestError(f"{wrong}: {error}") from error
-
-
-def _inside(path: Path, name: str, suite: Suite) -> Path:
-    """The file itself, or the one of that name in a folder."""
-    found = path / name if path.is_dir() else path
-    if not found.is_file():
-        raise BadRequestError(f"no {name} in {path}: {suite.wanted}")
-    return found
 
 
 def _geneval_commands(run: Mapping[str, Any]) -> list[str]:
@@ -156,7 +125,8 @@ GENEVAL = Suite(
     published={"overall": "0.83"},
     defaults=_DEFAULTS,
     most_samples=10_000,
-    read=_read_geneval,
+    find=lambda folder: [folder / "evaluation_metadata.jsonl"],
+    items=_geneval_items,
     files=_geneval_files,
     commands=_geneval_commands,
 )
@@ -169,7 +139,8 @@ DPG = Suite(
     published={"overall": "82.5"},
     defaults=_DEFAULTS,
     most_samples=4,
-    read=_read_dpg,
+    find=_dpg_files,
+    items=_dpg_items,
     files=one_grid,
     commands=_dpg_commands,
 )
@@ -181,7 +152,8 @@ WISE = Suite(
     evaluated="gpt_eval.py reads images/PROMPT_ID.png, Calculate.py what that wrote",
     published={"with thinking": "0.71", "without thinking": "0.43"},
     defaults=replace(_DEFAULTS, samples=1),
-    read=_read_wise,
+    find=_wise_files,
+    items=_wise_items,
     files=one_grid,
     commands=_wise_commands,
 )

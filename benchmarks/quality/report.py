@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..machine import commit
 from ..results import read_json, table, write_result
-from .suite import Item, Job
+from .suite import Job
 
 SOURCE = "published for MindOmni (README of the released project), not measured here"
 
 
 def write_report(job: Job) -> str:
     """Writes both files and returns the text. Counts every shard's items. Raises StorageError."""
+    suite, run = job.suite, read_json(job.folder.settings)
     while True:
         done = job.done()
         if len(done) == len(job.chosen):
             job.folder.sweep()
-        data = _data(job, done)
+        data = {
+            **run,
+            "kind": "quality report",
+            "title": suite.title,
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "done": len(done),
+            "chosen": len(job.chosen),
+            "total": job.total,
+            "partial": len(done) < job.total,
+            "thinking": {True: "on", False: "off", None: "both, compared"}[job.settings.think],
+            "scores": suite.scores(job.folder, done),
+            "published": dict(suite.published),
+            "published_source": SOURCE if suite.published else "",
+            "evaluated": suite.evaluated,
+            "commands": suite.commands(run),
+        }
         text = report(data)
         write_result(job.folder.folder / "report.json", data, text)
         # Another shard may have ended meanwhile: the last to write must not have the older count.
         if len(done) == len(job.done()):
             return text
-
-
-def _data(job: Job, done: Sequence[Item]) -> dict[str, Any]:
-    suite, run, total = job.suite, read_json(job.folder.settings), len(job.prompts.items)
-    return {
-        **run,
-        "kind": "quality report",
-        "title": suite.title,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "done": len(done),
-        "chosen": len(job.chosen),
-        "total": total,
-        "partial": len(done) < total,
-        "thinking": {True: "on", False: "off", None: "both, compared"}[job.settings.think],
-        "scores": suite.scores(job.folder, done),
-        "published": dict(suite.published),
-        "published_source": SOURCE if suite.published else "",
-        "evaluated": suite.evaluated,
-        "commands": suite.commands(run),
-    }
 
 
 def report(data: Mapping[str, Any]) -> str:
