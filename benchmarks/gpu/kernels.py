@@ -183,8 +183,9 @@ def _attention(sizes: Sizes, pv: str | None = None) -> Case:
     few, rows = slice(0, min(2, heads)), slice(0, min(256, n))
 
     def exact() -> Tensor:
-        wide = [(a[:, few].double(), b[:, few].double()) for a, b in ((keys, values), (tk, tv), (k, v))]
-        return segment_attention_torch(q[:, few, rows].double(), *wide, on_device)
+        wide = ((a[:, few].double(), b[:, few].double()) for a, b in ((keys, values), (tk, tv), (k, v)))
+        condition, time, image = wide
+        return segment_attention_torch(q[:, few, rows].double(), condition, time, image, on_device)
 
     if pv is None:
         tried = {"ours": ours(), **{name: run for name, run in candidates(device, d).items() if name != "segment"}}
