@@ -57,7 +57,7 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
 
     Hidden states of the prompt are compared behind the peer's final norm, which ours leaves out; texts token by token.
     """
-    theirs = transformers_language(model.language)
+    theirs = transformers_language(model.language, preset.config)
     stages = Stages(backend_of(model, device), preset.work())
     ids = torch.from_numpy(stages.text(preset.prompt)).to(device)[None]
     same = preset.dtype == "float32"
