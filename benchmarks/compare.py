@@ -71,7 +71,8 @@ def latency_changes(a: Result, b: Result) -> tuple[list[Change], list[str]]:
         first, second = asdict(a.workload), asdict(b.workload)
         differ = ", ".join(f"{k} {first[k]} and {second[k]}" for k in first if first[k] != second[k])
         raise BadRequestError(f"{a.path} and {b.path} measured different requests: {differ}")
-    shared = [m for m in a.metrics if m in b.metrics and min(a.samples(m)) > 0]
+    metrics = dict.fromkeys(name for run in a.data["runs"] for name in run)
+    shared = [m for m in metrics if b.samples(m) and min(a.samples(m)) > 0]
     if not shared:
         raise BadRequestError(f"{a.path} and {b.path} have no metric in common")
     notes = [f"different machines, {a.machine} and {b.machine}"] if a.machine != b.machine else []
@@ -95,8 +96,7 @@ def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Chan
         if part == "graphs" and not (a[part] and b[part] and a["bundle"] == b["bundle"]):
             notes.append("graphs are not compared: one result has none, or those of another bundle")
             continue
-        lacking = sorted(set(a[part]) - set(b[part]))
-        if lacking:
+        if lacking := sorted(set(a[part]) - set(b[part])):
             raise BadRequestError(f"the second result lacks {part} {', '.join(lacking)}; expected all of the first")
         notes += [f"{name} is new among the {part}" for name in sorted(set(b[part]) - set(a[part]))]
         for name, counts in a[part].items():

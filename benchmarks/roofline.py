@@ -66,7 +66,7 @@ def measured_bound(result: Result, sheet: Sheet) -> tuple[Bound, str] | None:
 
     None where neither is known. The cost model uses the result's own configuration and request.
     """
-    scheme = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}.get(result.dtype)
+    scheme = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}.get(result.data["model"]["dtype"])
     if scheme is None:
         return None
     ceilings = result.data.get("ceilings") or {}

@@ -52,10 +52,6 @@ class Stages:
     backend: Any
     work: Workload
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.backend.config
-
     @cached_property
     def times(self) -> NDArray[np.float64]:
         """Of the whole loop, steps + 1."""
@@ -63,7 +59,7 @@ class Stages:
 
     def text(self, count: int) -> NDArray[np.int64]:
         """Random token ids (count,), no image token among them."""
-        language = self.config.language
+        language = self.backend.config.language
         ids = np.random.default_rng(3).integers(10, language.vocab_size - 10, count)
         return np.where(ids == language.image_token_id, 9, ids)
 
@@ -71,7 +67,7 @@ class Stages:
         """The run that reads `count` tokens and writes `new`, greedily; the image's embeddings come first."""
         ids = self.text(count)
         if embeds is not None:
-            ids[: embeds.shape[0]] = self.config.language.image_token_id
+            ids[: embeds.shape[0]] = self.backend.config.language.image_token_id
         places = np.tile(np.arange(count), (3, 1))
         request = LanguageRequest(
             token_ids=ids, positions=places, next_position=count, image_embeds=embeds, max_new_tokens=new
@@ -99,7 +95,7 @@ class Stages:
     def steps(self, prefixes: Sequence[Prefix], scale: float = GUIDANCE, **lossy: Any) -> Iterator[DenoiseState]:
         """The state after each denoising step."""
         request = DenoiseRequest(
-            latents=noise(self.config, self.work),
+            latents=noise(self.backend.config, self.work),
             times=self.times,
             guided=prefixes[0],
             unguided=prefixes[1] if len(prefixes) > 1 else None,
@@ -120,7 +116,7 @@ class Stages:
     def look(self, frame: Frame) -> Any:
         """Stage vision alone: embeddings of the reference image."""
         rows, columns = self.work.patches
-        pixels = np.zeros((rows * columns, self.config.vision.patch_dim), np.float32)
+        pixels = np.zeros((rows * columns, self.backend.config.vision.patch_dim), np.float32)
         with frame("vision"):
             return self.backend.vision(ImagePatches(pixels, (1, rows, columns)))
 

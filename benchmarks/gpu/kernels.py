@@ -77,12 +77,17 @@ class Case:
 class Sizes:
     """Shapes and types that the kernels are measured at: those of a preset's first request."""
 
-    preset: Preset
+    work: Workload
+    decoder: StackConfig
+    language: StackConfig
+    dtype: torch.dtype
+    tolerance: float
     device: torch.device
 
-    @cached_property
-    def work(self) -> Workload:
-        return self.preset.work()
+    @classmethod
+    def of(cls, preset: Preset, device: torch.device) -> Sizes:
+        config, tolerance = preset.config, TOLERANCE[preset.dtype]
+        return cls(preset.work(), config.decoder.stack, config.language.stack, preset.torch_dtype, tolerance, device)
 
     @cached_property
     def _generator(self) -> torch.Generator:
@@ -91,22 +96,6 @@ class Sizes:
     def draw(self, *shape: int) -> Tensor:
         """Normal numbers."""
         return torch.randn(*shape, device=self.device, generator=self._generator).to(self.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.preset.torch_dtype
-
-    @property
-    def tolerance(self) -> float:
-        return TOLERANCE[self.preset.dtype]
-
-    @property
-    def decoder(self) -> StackConfig:
-        return self.preset.config.decoder.stack
-
-    @property
-    def language(self) -> StackConfig:
-        return self.preset.config.language.stack
 
     @property
     def gate_up(self) -> tuple[Tensor, Tensor]:
@@ -225,14 +214,18 @@ def _decode_attention(sizes: Sizes) -> Case:
     )
 
 
-def _plain(sizes: Sizes, run: Callable[..., Output], *given: Tensor, **more: Any) -> Case:
-    """A kernel beside its reference implementation, which is the baseline; in float64 that says what is right."""
+def _plain(sizes: Sizes, run: Callable[..., Output], *given: Tensor, moved: float = 1.0, **more: Any) -> Case:
+    """A kernel beside its reference implementation, which is the baseline; in float64 that says what is right.
+
+    moved: bytes that it reads and writes, as a multiple of the first tensor's.
+    """
     some = more.get("some", lambda output: output)
     return Case(
         exact=lambda: some(run(*(t.double() for t in given), impl="torch")),
         bound=sizes.tolerance,
         variants={"ours": lambda: run(*given), "plain": lambda: run(*given, impl="torch"), **more.pop("others", {})},
         baseline="plain",
+        bytes=moved * given[0].nbytes,
         **more,
     )
 
@@ -244,12 +237,7 @@ def _add_norm(sizes: Sizes) -> Case:
     def run(x: Tensor, residual: Tensor, weight: Tensor, **how: Any) -> Output:
         return add_norm(x, weight, 1e-5, residual, **how)
 
-    return _plain(sizes, run, x, residual, weight, bytes=4.0 * x.nbytes)
-
-
-def _swiglu(sizes: Sizes) -> Case:
-    both = sizes.draw(2 * sizes.work.image_tokens, 2 * sizes.decoder.intermediate_size)
-    return _plain(sizes, swiglu, both, bytes=1.5 * both.nbytes)
+    return _plain(sizes, run, x, residual, weight, moved=4)
 
 
 def _rope(sizes: Sizes) -> Case:
@@ -259,7 +247,7 @@ def _rope(sizes: Sizes) -> Case:
     work = qkv.clone()
     return _plain(
         sizes, partial(rope, heads=heads, kv_heads=heads), work, angle.cos(), angle.sin(),
-        some=lambda output: output[:2], fresh=lambda: work.copy_(qkv), bytes=4 / 3 * qkv.nbytes,
+        some=lambda output: output[:2], fresh=lambda: work.copy_(qkv), moved=4 / 3,
     )  # fmt: skip
 
 
@@ -267,15 +255,14 @@ def _norm_gemv(sizes: Sizes) -> Case:
     x, weight = sizes.gate_up
     r, norm = sizes.draw(*x.shape), sizes.draw(x.shape[1])
 
-    def run(x: Tensor, weight: Tensor, norm: Tensor, r: Tensor, **how: Any) -> Output:
+    def run(weight: Tensor, x: Tensor, norm: Tensor, r: Tensor, **how: Any) -> Output:
         return norm_gemv(x, weight, norm, 1e-6, r, gate=True, **how)
 
     def apart() -> Output:
         return (swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),)  # type: ignore[arg-type]
 
     return _plain(
-        sizes, run, x, weight, norm, r,
-        some=lambda output: output[0], others={"apart": apart}, bytes=float(weight.nbytes),
+        sizes, run, weight, x, norm, r, some=lambda output: output[0], others={"apart": apart}
     )  # fmt: skip
 
 
@@ -336,7 +323,7 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
     "int8_attention_16bit": partial(_attention, pv="16bit"),
     "decode_attention": _decode_attention,
     "add_norm": _add_norm,
-    "swiglu": _swiglu,
+    "swiglu": lambda s: _plain(s, swiglu, s.draw(2 * s.work.image_tokens, 2 * s.decoder.intermediate_size), moved=1.5),
     "rope": _rope,
     "linear8_int8": partial(_linear8, "int8"),
     "linear8_fp8": partial(_linear8, "fp8"),

@@ -87,7 +87,7 @@ class Suite:
     def __init__(self, preset: Preset, device: torch.device, minutes: float, store: Callable[[], None]) -> None:
         self.preset, self.device, self.cuda = preset, device, device.type == "cuda"
         self.meter = Meter(device, runs=10 if self.cuda else 2, deadline=time.perf_counter() + 60 * minutes)
-        self.record = Record(store=store)
+        self.record, self.sizes = Record(store=store), Sizes.of(preset, device)
         self._exact: dict[int, torch.Tensor] = {}
         self._backend: Any = None
 
@@ -288,7 +288,7 @@ class Suite:
         """All of them, as far as the time goes; the list is stored as it grows."""
         done: list[dict[str, Any]] = []
         self.record.data["kernels"] = {"cases": done}
-        limits, sizes = self.record.data.get("ceilings") or {}, Sizes(self.preset, self.device)
+        limits, sizes = self.record.data.get("ceilings") or {}, self.sizes
         with torch.inference_mode():
             for name, make in CASES.items():
                 done.append(run_case(name, partial(make, sizes), self.meter, limits))
@@ -296,9 +296,6 @@ class Suite:
                 if self.meter.left() < 2:
                     break
         return {"cases": done}
-
-    def sweep(self) -> dict[str, Any]:
-        return sweep(Sizes(self.preset, self.device), self.meter, None if self.cuda else 1)
 
 
 def _each(prefix: str, names: Any, run: Callable[[Any], Any]) -> Runs:
@@ -322,7 +319,7 @@ PARTS = {  # in order of value
     "baselines": Part(25, 90, lambda s: _each("", ("transformers", "diffusers"), s.baseline)),
     "kernels": Part(20, 90, lambda s: {"kernels": s.kernels}),
     "budgets": Part(30, 60, lambda s: {f"budget {gigabytes(b)}": partial(s.budget, b) for b in s.budgets()}),
-    "sweep": Part(20, 600, lambda s: {"sweep": s.sweep}),
+    "sweep": Part(20, 600, lambda s: {"sweep": partial(sweep, s.sizes, s.meter, None if s.cuda else 1)}),
 }
 
 

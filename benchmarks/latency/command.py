@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.events import GenerationResult
 from mindomni_rt.figures import COLOURS, new_figure, save
 from mindomni_rt.inputs.images import prepare_image
 from mindomni_rt.inputs.prompts import generate_messages
@@ -25,19 +26,15 @@ from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.host import host_peak
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.options import parse_size
+from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import CompleteRequest, Request
 from mindomni_rt.stages import STAGES
 
-from ..clocks import NONE, clock_state
-from ..machine import describe_machine, device_peak, free_memory, header
+from ..machine import NONE, clock_state, describe_machine, device_peak, free_memory, header
 from ..results import check_out, table, write_result
 from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
-
-if TYPE_CHECKING:
-    from mindomni_rt.events import GenerationResult
-    from mindomni_rt.pipeline import Pipeline
 
 _RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_new_tokens")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
@@ -171,6 +168,8 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 def report(data: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     runs, request, model = data["runs"], data["request"], data["model"]
+    states = {when: ", ".join(f"{k} {v}" for k, v in state.items()) for when, state in data.get("clocks", {}).items()}
+    clocks = [f"{when} the runs: {state}" for when, state in states.items()] if any(states.values()) else []
     lines = [
         f"# Latency of {model['name']}",
         "",
@@ -180,7 +179,8 @@ def report(data: Mapping[str, Any]) -> str:
         f"{data['warmup']} warm-up, n = {len(runs)}.",
         "",
         "; ".join(f"{k} {v}" for k, v in data["machine"].items()),
-        *_clock_lines(data.get("clocks", {})),
+        "",
+        f"Clocks {'; '.join(clocks)}." if clocks else "Clocks and throttling before and after the runs: not available.",
         "",
     ]
     steps = request["num_inference_steps"]
@@ -192,14 +192,6 @@ def report(data: Mapping[str, Any]) -> str:
     return "\n".join(
         [*lines, table(["stage", "p50 s", "p90 s", "p99 s"], times), "", table(["figure", "value"], _rates(data))]
     )
-
-
-def _clock_lines(clocks: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """State before and after the runs; none where nothing could be read."""
-    if not any(clocks.values()):
-        return ["", "Clocks and throttling before and after the runs: not available."]
-    told = (f"{when} the runs: {', '.join(f'{k} {v}' for k, v in state.items())}" for when, state in clocks.items())
-    return ["", f"Clocks {'; '.join(told)}."]
 
 
 def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:

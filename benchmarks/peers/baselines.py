@@ -71,7 +71,8 @@ def transformers_language(language: LanguageModel, config: ModelConfig) -> Any:
     """transformers' Qwen2.5-VL with our language model's own tensors (shared, not copied). Raises ImportError."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    whole = Qwen2_5_VLConfig(**config_files(config)["mllm/config.json"])
+    published = config_files(config)["mllm/config.json"]
+    whole = Qwen2_5_VLConfig(**{**published, "bos_token_id": None, "eos_token_id": None})
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(whole)
     state = {

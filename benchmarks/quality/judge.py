@@ -61,19 +61,11 @@ def read(pixels: NDArray[np.float32]) -> tuple[int, str, str] | None:
         return None
     names = [(c, s) for c in COLOURS for s in SHAPES]
     templates = np.stack([np.ones((_CELL, _CELL, 3), np.float32), *(_template(COLOURS[c], s) for c, s in names)])
-    found = []
-    for row in range(3):
-        for column in range(3):
-            cell = pixels[row * _CELL : (row + 1) * _CELL, column * _CELL : (column + 1) * _CELL]
-            errors = np.abs(templates - cell).mean(axis=(1, 2, 3))
-            best = int(errors.argmin())
-            if not errors[best] < _FAR:
-                return None
-            if best:
-                found.append(names[best - 1])
-    if len(set(found)) != 1:
-        return None
-    return len(found), *found[0]
+    cells = pixels.reshape(3, _CELL, 3, _CELL, 3).swapaxes(1, 2).reshape(9, 1, _CELL, _CELL, 3)
+    errors = np.abs(templates - cells).mean(axis=(2, 3, 4))  # (9, templates)
+    found = [names[best - 1] for best in errors.argmin(1) if best]
+    clear = bool((errors.min(1) < _FAR).all()) and len(set(found)) == 1
+    return (len(found), *found[0]) if clear else None
 
 
 def right(riddle: Riddle, pixels: NDArray[np.float32]) -> bool:

@@ -1,6 +1,6 @@
 """What a suite of `quality` is: items read from a user's prompt file, what is written for each, who reads that.
 
-The suites themselves are data in `images` and `shapes`.
+The suites themselves are data in `suites`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,9 @@ class Settings:
 
     def of_model(self, recommended: RecommendedConfig) -> Settings:
         """The same with the model's own settings in place of None."""
-        return replace(
-            self,
-            size=recommended.width if self.size is None else self.size,
-            steps=recommended.num_inference_steps if self.steps is None else self.steps,
-            guidance=recommended.guidance_scale if self.guidance is None else self.guidance,
-        )
+        own = {"size": recommended.width, "steps": recommended.num_inference_steps}
+        own |= {"guidance": recommended.guidance_scale}
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""GenEval, DPG-Bench and WISE: images in the folders that their own evaluators read.
+"""GenEval, DPG-Bench and WISE: images in the folders that their own evaluators read; and the small world's riddles.
 
 | suite | prompts | written under `images/` | read by |
 | --- | --- | --- | --- |
@@ -10,22 +10,32 @@ Sources: djghosh13/geneval (README.md, evaluation/evaluate_images.py: folders na
 with one object and `samples/` with files named by digits; the grid is optional), TencentQQGYLab/ELLA (README.md,
 dpg_bench/compute_dpg_bench.py: every file of the folder, keyed by its name up to the first dot, cut into squares of
 --resolution; dist_eval.sh cuts four unless PIC_NUM says otherwise), PKU-YuanGroup/WISE (README.md, gpt_eval.py).
+
+`shapes` is built in and scored at once, exactly: both arms, with and without thinking, paint a riddle from
+the same noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.files import parse_json
+from mindomni_rt.scores import Score
 
+from .judge import RIDDLES, riddles, right
 from .paint import grid, one_grid, png
+from .run import RunFolder
 from .suite import Item, Settings, Suite, Writer, checked_name, checked_prompt, text_of
 
-# Its files, and what its Calculate.py calls each.
+_ARMS = {"think": True, "direct": False}
+# WISE's files, and what its Calculate.py calls each.
 _WISE = {"cultural_common_sense": "culture", "spatio-temporal_reasoning": "space-time", "natural_science": "science"}
 
 
@@ -91,18 +101,6 @@ def _parsed(text: str, wrong: str) -> Any:
         raise BadRequestError(f"{wrong}: {error}") from error
 
 
-def _geneval_commands(run: Mapping[str, Any]) -> list[str]:
-    return [
-        'python evaluation/evaluate_images.py "$RUN/images" --outfile "$RUN/geneval.jsonl" --model-path DETECTOR',
-        '(cd evaluation && python summary_scores.py "$RUN/geneval.jsonl")',
-    ]
-
-
-def _dpg_commands(run: Mapping[str, Any]) -> list[str]:
-    settings = run["settings"]
-    return [f'PROCESSES=1 PIC_NUM={settings["samples"]} bash dpg_bench/dist_eval.sh "$RUN/images" {settings["size"]}']
-
-
 def _wise_commands(run: Mapping[str, Any]) -> list[str]:
     names = [Path(name).stem for name in run["prompts"]["files"]]
     lines = [
@@ -113,6 +111,31 @@ def _wise_commands(run: Mapping[str, Any]) -> list[str]:
     scores = " ".join(f'"$RUN/wise/{name}/scores.jsonl"' for name in names)
     category = _WISE.get(names[0].removesuffix("_verified"), "all") if len(names) == 1 else "all"
     return [*lines, f"python Calculate.py {scores} --category {category}"]
+
+
+def _shapes_items(path: Path) -> Iterator[Item]:
+    for index, riddle in enumerate(riddles(path)):
+        for arm, think in _ARMS.items():
+            yield Item(
+                name=f"{arm}-{index:05}",
+                prompt=riddle.instruction,
+                where=f"riddle {index}",
+                key=f"{index:05}",
+                think=think,
+                file=f"images/{arm}/{index:05}.png",
+                row=riddle,
+            )
+
+
+def _shapes_scores(folder: RunFolder, done: Sequence[Item]) -> dict[str, Any]:
+    """The exact share of right pictures by arm, read from the files."""
+    marks: dict[str, list[bool]] = {}
+    for item in sorted(done, key=lambda item: not item.think):
+        with Image.open(folder.folder / item.picture) as image:
+            pixels = np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
+        title = "exact, with thinking" if item.think else "exact, without thinking"
+        marks.setdefault(title, []).append(right(item.row, pixels))
+    return {title: Score(right=sum(found), n=len(found)).to_dict() for title, found in marks.items()}
 
 
 _DEFAULTS = Settings(think=True, samples=4)
@@ -128,7 +151,10 @@ GENEVAL = Suite(
     find=lambda folder: [folder / "evaluation_metadata.jsonl"],
     items=_geneval_items,
     files=_geneval_files,
-    commands=_geneval_commands,
+    commands=lambda run: [
+        'python evaluation/evaluate_images.py "$RUN/images" --outfile "$RUN/geneval.jsonl" --model-path DETECTOR',
+        '(cd evaluation && python summary_scores.py "$RUN/geneval.jsonl")',
+    ],
 )
 DPG = Suite(
     name="dpg",
@@ -142,7 +168,9 @@ DPG = Suite(
     find=_dpg_files,
     items=_dpg_items,
     files=one_grid,
-    commands=_dpg_commands,
+    commands=lambda run: [
+        'PROCESSES=1 PIC_NUM={samples} bash dpg_bench/dist_eval.sh "$RUN/images" {size}'.format_map(run["settings"])
+    ],
 )
 WISE = Suite(
     name="wise",
@@ -157,4 +185,17 @@ WISE = Suite(
     files=one_grid,
     commands=_wise_commands,
 )
-SUITES = (GENEVAL, DPG, WISE)
+SHAPES = Suite(
+    name="shapes",
+    title="shapes",
+    prompts="nothing: benchmarks/quality/shapes.jsonl is built in",
+    project="this one",
+    evaluated="benchmarks/quality/judge.py, at once; for assets/shapes-world or its bundle",
+    published={},
+    defaults=Settings(samples=1, max_new_tokens=48),  # the arms think or not, whatever the setting says
+    items=_shapes_items,
+    builtin=RIDDLES,
+    files=one_grid,
+    scores=_shapes_scores,
+)
+SUITES = {suite.name: suite for suite in (GENEVAL, DPG, WISE, SHAPES)}
