@@ -71,7 +71,8 @@ def latency_changes(a: Result, b: Result) -> tuple[list[Change], list[str]]:
         first, second = asdict(a.workload), asdict(b.workload)
         differ = ", ".join(f"{k} {_word(v)} and {_word(second[k])}" for k, v in first.items() if v != second[k])
         raise BadRequestError(f"{a.path} and {b.path} measured different requests: {differ}")
-    shared = [m for m in a.metrics if m in b.metrics and min(a.samples(m)) > 0]
+    metrics = dict.fromkeys(name for run in a.data["runs"] for name in run)
+    shared = [m for m in metrics if b.samples(m) and min(a.samples(m)) > 0]
     if not shared:
         raise BadRequestError(f"{a.path} and {b.path} have no metric in common")
     notes = [f"different machines, {a.machine} and {b.machine}"] if a.machine != b.machine else []
@@ -85,20 +86,14 @@ def _word(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def _shapes(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without what no count follows from."""
-    return {k: v for k, v in result["model"]["config"].items() if k != "recommended"}
-
-
 def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
     """Every count of a beside that of b, and what was not compared and why.
 
     Raises BadRequestError where they counted different requests or b lacks a stage.
     """
-    for key, one, other in (
-        ("configurations", _shapes(a), _shapes(b)),
-        ("requests", a["request"], b["request"]),
-    ):
+    # No count follows from what is recommended.
+    shapes = [{k: v for k, v in r["model"]["config"].items() if k != "recommended"} for r in (a, b)]
+    for key, one, other in (("configurations", *shapes), ("requests", a["request"], b["request"])):
         if one != other:
             raise BadRequestError(f"the two counted different {key}; expected the same model and request")
     same_torch, notes, found = a["torch"] == b["torch"], list[str](), list[Change]()
@@ -108,22 +103,17 @@ def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Chan
         if part == "graphs" and not (a[part] and b[part] and a["bundle"] == b["bundle"]):
             notes.append("graphs are not compared: one result has none, or those of another bundle")
             continue
-        lacking = sorted(set(a[part]) - set(b[part]))
-        if lacking:
+        if lacking := sorted(set(a[part]) - set(b[part])):
             raise BadRequestError(f"the second result lacks {part} {', '.join(lacking)}; expected all of the first")
         notes += [f"{name} is new among the {part}" for name in sorted(set(b[part]) - set(a[part]))]
         for name, counts in a[part].items():
-            found += [
-                _counted(f"{part.removesuffix('s')} {name} {metric}", value, int(b[part][name].get(metric, 0)))
-                for metric, value in counts.items()
-                if metric != "units" and (same_torch or metric in EVERYWHERE)
-            ]
+            for metric, before in counts.items():
+                if metric != "units" and (same_torch or metric in EVERYWHERE):
+                    after = int(b[part][name].get(metric, 0))
+                    ratio = after / before if before else float("inf") if after else 1.0
+                    title, ends = f"{part.removesuffix('s')} {name} {metric}", {"low": ratio, "high": ratio}
+                    found.append(Change(metric=title, a=before, b=after, ratio=ratio, **ends, words=("MORE", "less")))
     return found, notes
-
-
-def _counted(metric: str, a: int, b: int) -> Change:
-    ratio = b / a if a else float("inf") if b else 1.0
-    return Change(metric=metric, a=a, b=b, ratio=ratio, low=ratio, high=ratio, words=("MORE", "less"))
 
 
 def _hints(a: Mapping[str, Any], b: Mapping[str, Any], first: Path) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -34,7 +34,6 @@ class Meter:
     device: torch.device
     runs: int = 10
     deadline: float = float("inf")
-    spent: dict[str, float] = field(default_factory=dict)
     _flush: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -57,25 +56,6 @@ class Meter:
         result = run()
         self.wait()
         return time.perf_counter() - began, result
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A probe for `stages.Stages.run`: adds a block's seconds to `spent`, "language.decode" to "language"."""
-        self.wait()
-        began = time.perf_counter()
-        yield
-        self.wait()
-        name = name.partition(".")[0]
-        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
-
-    def laps(self, items: Iterable[Any]) -> Iterator[tuple[float, Any]]:
-        """(seconds, item) of each item, the device's work included."""
-        iterator, end = iter(items), object()
-        while True:
-            seconds, item = self.once(lambda: next(iterator, end))
-            if item is end:
-                return
-            yield seconds, item
 
     def kernel(self, run: Run) -> float:
         """Seconds of one launch by the device's clock (the host's on a CPU)."""
@@ -101,8 +81,7 @@ class Meter:
         return device_peak(self.device) or {"peak_bytes": 0, "reserved_bytes": 0}
 
     def restart(self) -> None:
-        """Forgets the peak and the seconds spent."""
-        self.spent = {}
+        """Forgets the peak."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -99,10 +99,6 @@ class Result:
         return Workload(**values)
 
     @property
-    def dtype(self) -> str:
-        return str(self.data["model"]["dtype"])
-
-    @property
     def machine(self) -> str:
         machine = self.data["machine"]
         return str(machine.get("gpu") or machine.get("cpu") or "unknown")
@@ -114,10 +110,6 @@ class Result:
     def median(self, metric: str) -> float:
         values = self.samples(metric)
         return median(values) if values else 0.0
-
-    @property
-    def metrics(self) -> list[str]:
-        return list(dict.fromkeys(key for run in self.data["runs"] for key in run))
 
 
 def read_result(path: Path) -> Result:

@@ -21,7 +21,8 @@ from mindomni_rt.options import parse_size
 from .results import Result, all_results, table
 
 DEFAULT_SCHEMES = ("bf16", "w8a8", "w4a4+attn8")
-Measured = tuple[str, str, float]
+Measured = tuple[Result, Bound, str]
+"""A result, the floor of what it ran, and what that floor rests on."""
 _STORED = {  # weights of language model, output embedding and decoder
     "fp32": ("float32", "float32", "float32"),
     "bf16": ("bfloat16", "bfloat16", "bfloat16"),
@@ -47,13 +48,16 @@ def run(options: argparse.Namespace) -> int:
     choices = [(device, scheme) for device in with_figures(options.device, sheet) for scheme in DEFAULT_SCHEMES]
     found = [b for d, s in choices if (b := bound(config, work, d, s, sheet.efficiency)) is not None]
     memory = {(d.name, s): memory_note(config, work, d, s) for d, s in choices}
-    sys.stdout.write(f"published sizes, {describe(work)}\n\n{bound_table(found, memory)}\n")
+    request = f"published sizes, {width}x{height}, {options.steps} steps"
+    conditions = " + ".join(f"{n} condition tokens" for n in work.branches)
+    written = f"{work.prompt_tokens} prompt and {work.new_tokens} thinking tokens"
+    sys.stdout.write(f"{request}, {conditions}, {written}\n\n{bound_table(found, memory)}\n")
     rows = [(r, *m) for r in all_results() if (m := measured_bound(r, sheet)) is not None]
     if rows:
         sys.stdout.write(f"\n{measured_table(rows)}\n")
     if options.plot:
-        title = f"published sizes, {width}x{height}, {options.steps} steps, {options.new_tokens} new tokens"
-        plot(found, measured_totals(config, work, rows), options.plot, title)
+        same = [row for row in rows if row[0].config == config and row[0].workload == work]
+        plot(found, same, options.plot, f"{request}, {options.new_tokens} new tokens")
     return 0
 
 
@@ -62,7 +66,7 @@ def measured_bound(result: Result, sheet: Sheet) -> tuple[Bound, str] | None:
 
     None where neither is known. The cost model uses the result's own configuration and request.
     """
-    scheme = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}.get(result.dtype)
+    scheme = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}.get(result.data["model"]["dtype"])
     if scheme is None:
         return None
     ceilings = result.data.get("ceilings") or {}
@@ -107,13 +111,7 @@ def memory_note(config: ModelConfig, work: Workload, device: Device, scheme: str
     return f"{gigabytes(found.peak)}, {'all loaded' if not found.moved else 'swaps ' + gigabytes(found.moved)}"
 
 
-def measured_totals(config: ModelConfig, work: Workload, rows: Sequence[tuple[Result, Bound, str]]) -> list[Measured]:
-    """(device, precision, seconds) of the results that measured exactly this request of this model."""
-    same = [(r, b) for r, b, _ in rows if r.config == config and r.workload == work]
-    return [(b.device, b.scheme, r.median("total")) for r, b in same]
-
-
-def measured_table(rows: Sequence[tuple[Result, Bound, str]]) -> str:
+def measured_table(rows: Sequence[Measured]) -> str:
     """Measured medians beside the floor of the same request, with the ratio for each stage and in all."""
     cells = [
         [result.path.name, result.machine, stage, f"{seconds:.4g}", f"{floor:.4g}", f"{seconds / floor:.2f}", basis]
@@ -132,24 +130,26 @@ def _seconds_text(value: float) -> str:
 def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, title: str) -> None:
     """A dot plot, seconds an image on a log axis: floor (open), prediction (filled), measured (star). PNG at path.
 
-    measured: (device name, precision, seconds) of runs of the same request.
+    measured: runs of the same request.
     """
     devices = list(dict.fromkeys(b.device for b in bounds))
     schemes = list(dict.fromkeys(b.scheme for b in bounds))
+
+    def row(b: Bound) -> float:
+        return len(devices) - 1 - devices.index(b.device) + 0.22 * (len(schemes) / 2 - 0.5 - schemes.index(b.scheme))
+
     figure, axes = new_figure(9.0, 1.6 + 0.62 * len(devices))
     for b in bounds:
-        at = len(devices) - 1 - devices.index(b.device) + 0.22 * (len(schemes) / 2 - 0.5 - schemes.index(b.scheme))
-        colour = COLOURS[schemes.index(b.scheme) % len(COLOURS)]
+        at, colour = row(b), COLOURS[schemes.index(b.scheme) % len(COLOURS)]
         axes.plot([b.floor_total, b.prediction_total], [at, at], color=colour, lw=1.2, alpha=0.5, zorder=1)
         axes.plot(b.floor_total, at, "o", mfc="white", mec=colour, ms=7, zorder=2)
         axes.plot(b.prediction_total, at, "o", color=colour, ms=7, zorder=2)
         axes.annotate(
             _seconds_text(b.prediction_total), (b.prediction_total, at), (6, -3), textcoords="offset points", fontsize=7
         )
-    for device, scheme, seconds in measured:
-        if device in devices and scheme in schemes:
-            at = len(devices) - 1 - devices.index(device) + 0.22 * (len(schemes) / 2 - 0.5 - schemes.index(scheme))
-            axes.plot(seconds, at, "*", color="black", ms=12, zorder=3)
+    for result, b, _ in measured:
+        if b.device in devices and b.scheme in schemes:
+            axes.plot(result.median("total"), row(b), "*", color="black", ms=12, zorder=3)
     log_axis(axes)
     axes.set_yticks(range(len(devices)), devices[::-1])
     axes.set_xlabel("seconds for one request (log)")
@@ -163,12 +163,3 @@ def plot(bounds: Sequence[Bound], measured: Sequence[Measured], path: Path, titl
     axes.plot([], [], "*", color="black", ms=10, label="measured" if measured else "measured (none yet)")
     figure.legend(loc="outside lower center", ncols=3 + len(schemes), fontsize=8, frameon=False)
     save(figure, path)
-
-
-def describe(work: Workload) -> str:
-    """One line that says which request the figures are for."""
-    branches = " + ".join(f"{n} condition tokens" for n in work.branches)
-    return (
-        f"{work.width}x{work.height}, {work.steps} steps, {branches}, "
-        f"{work.prompt_tokens} prompt and {work.new_tokens} thinking tokens"
-    )

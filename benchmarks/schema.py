@@ -14,15 +14,13 @@ Shape = Any
 
 _COMMON: dict[Any, Shape] = {"format": int, "date": str, "commit": OPTIONAL_TEXT}
 _MODEL = {"config": dict, "dtype": str}
-_MACHINE = {str: (str, int, float, dict, type(None))}
+_RUN = {**_COMMON, "machine": {str: (str, int, float, dict, type(None))}, "versions": {str: str}}
 KINDS: Mapping[str, Shape] = {
     "latency": {
-        **_COMMON,
+        **_RUN,
         "model": {**_MODEL, "name": str, "backend": str, "device": str},
-        "machine": _MACHINE,
         "workload": {"steps": int, "height": int, "width": int},
         "request": dict,
-        "versions": {str: str},
         "warmup": int,
         "tokens": [int],
         "runs": [{str: NUMBER}],
@@ -37,18 +35,14 @@ KINDS: Mapping[str, Shape] = {
         "operators": {str: {str: int}},
     },
     "peers": {
-        **_COMMON,
+        **_RUN,
         "model": _MODEL,
-        "machine": _MACHINE,
-        "versions": {str: str},
         "device": str,
         "groups": {str: {"peer": str, "pairs?": {str: dict}}},
     },
     "load": {
-        **_COMMON,
+        **_RUN,
         "model": {"name": str},
-        "machine": _MACHINE,
-        "versions": {str: str},
         "requests": int,
         "clients": int,
         "seconds": NUMBER,

@@ -9,26 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest, Prefix
+from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.inputs.images import ImagePatches
 from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.precision import Precision
+from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.decode import generate_tokens
 from mindomni_rt.sampling.denoise import DenoiseState, denoise
 from mindomni_rt.sampling.schedule import guide, timesteps
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from mindomni_rt.backends.fast.backend import TorchCudaBackend
-    from mindomni_rt.memory.footprint import Precision
-    from mindomni_rt.model.mindomni import MindOmniModel
 
 Frame = Callable[[str], AbstractContextManager[Any]]
 """What is entered around a stage, by its name: vision, language.prefill, language.decode, language.negative,
@@ -36,10 +33,10 @@ connector, prefix, denoiser, vae. Connector and prefix run once for each branch 
 GUIDANCE = 3.0
 
 
-def noise(config: ModelConfig, work: Workload, seed: int = 2) -> NDArray[np.float32]:
+def noise(config: ModelConfig, work: Workload) -> NDArray[np.float32]:
     """Latents (images, C, h, w) to begin with."""
     shape = (work.images, config.decoder.latent_channels, work.height // 8, work.width // 8)
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return np.random.default_rng(2).standard_normal(shape, np.float32)
 
 
 def mean_velocity(velocities: Tensor) -> Tensor:
@@ -55,10 +52,6 @@ class Stages:
     backend: Any
     work: Workload
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.backend.config
-
     @cached_property
     def times(self) -> NDArray[np.float64]:
         """Of the whole loop, steps + 1."""
@@ -66,7 +59,7 @@ class Stages:
 
     def text(self, count: int) -> NDArray[np.int64]:
         """Random token ids (count,), no image token among them."""
-        language = self.config.language
+        language = self.backend.config.language
         ids = np.random.default_rng(3).integers(10, language.vocab_size - 10, count)
         return np.where(ids == language.image_token_id, 9, ids)
 
@@ -74,7 +67,7 @@ class Stages:
         """The run that reads `count` tokens and writes `new`, greedily; the image's embeddings come first."""
         ids = self.text(count)
         if embeds is not None:
-            ids[: embeds.shape[0]] = self.config.language.image_token_id
+            ids[: embeds.shape[0]] = self.backend.config.language.image_token_id
         places = np.tile(np.arange(count), (3, 1))
         request = LanguageRequest(
             token_ids=ids, positions=places, next_position=count, image_embeds=embeds, max_new_tokens=new
@@ -102,7 +95,7 @@ class Stages:
     def steps(self, prefixes: Sequence[Prefix], scale: float = GUIDANCE, **lossy: Any) -> Iterator[DenoiseState]:
         """The state after each denoising step."""
         request = DenoiseRequest(
-            latents=noise(self.config, self.work),
+            latents=noise(self.backend.config, self.work),
             times=self.times,
             guided=prefixes[0],
             unguided=prefixes[1] if len(prefixes) > 1 else None,
@@ -123,7 +116,7 @@ class Stages:
     def look(self, frame: Frame) -> Any:
         """Stage vision alone: embeddings of the reference image."""
         rows, columns = self.work.patches
-        pixels = np.zeros((rows * columns, self.config.vision.patch_dim), np.float32)
+        pixels = np.zeros((rows * columns, self.backend.config.vision.patch_dim), np.float32)
         with frame("vision"):
             return self.backend.vision(ImagePatches(pixels, (1, rows, columns)))
 
@@ -170,8 +163,6 @@ class Preset:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        import torch
-
         return getattr(torch, self.dtype)
 
     def work(self, side: int | None = None) -> Workload:
@@ -185,11 +176,14 @@ class Preset:
 
 def random_conditions(config: ModelConfig, work: Workload, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Conditions (1, L, C) of both branches."""
-    import torch
-
     generator = torch.Generator(device).manual_seed(1)
     width = config.decoder.stack.hidden_size
     return [torch.randn(1, n, width, device=device, generator=generator).to(dtype) for n in work.branches]
+
+
+def dtype_of(model: MindOmniModel) -> str:
+    """The type of its weights, such as "float32"."""
+    return str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
 def make_backend(
@@ -199,10 +193,6 @@ def make_backend(
     resident: tuple[str, ...] | None = None,
     impl: str = "auto",
 ) -> TorchCudaBackend:
-    """The fast path over a model, whose block weights it takes."""
-    from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
-    from mindomni_rt.memory.footprint import Precision
-
-    if precision is None:
-        precision = Precision.uniform(str(model.language.embed_tokens.weight.dtype).removeprefix("torch."))
+    """The fast path over a model, whose block weights it takes; unquantized unless a precision is given."""
+    precision = precision or Precision.uniform(dtype_of(model))
     return TorchCudaBackend(model, device, options=FastOptions(precision=precision, resident=resident, impl=impl))

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mindomni_rt.backends.fast.attention import Segments, candidates
-from mindomni_rt.checkpoint.config import ModelConfig, StackConfig
+from mindomni_rt.backends.fast.attention import Segments, candidates, eight_bit, masked, ours
+from mindomni_rt.checkpoint.config import StackConfig
 from mindomni_rt.kernels.decode_attention import decode_attention
 from mindomni_rt.kernels.gemv import gemv
 from mindomni_rt.kernels.int4_linear import int4_linear, quantize_int4
-from mindomni_rt.kernels.int8_attention import int8_attention
 from mindomni_rt.kernels.launch import SHARED_LIMIT, Launch
 from mindomni_rt.kernels.linear8 import linear8, linear8_library, quantize_weight
 from mindomni_rt.kernels.norm_gemv import norm_gemv
@@ -32,9 +31,12 @@ from mindomni_rt.kernels.rope import rope
 from mindomni_rt.kernels.segment_attention import segment_attention, segment_attention_torch
 from mindomni_rt.kernels.swiglu import swiglu
 from mindomni_rt.kernels.triton_compat import REFUSALS
+from mindomni_rt.memory.layers import Workload
 
 from ..measure import Meter, Run, described, judged, relative_error
+from ..stages import Preset
 
+TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}
 Output = Any
 """A tensor, or a tuple of them."""
 
@@ -59,7 +61,7 @@ class Case:
     bytes: float = 0.0
     peak: str = "matmul"
     note: str = ""
-    launched: Callable[[Launch], Tensor] | None = None
+    launched: Callable[[Launch], Output] = lambda launch: None
     launches: Sequence[Launch] = ()
 
     def error(self, variant: str) -> float:
@@ -73,15 +75,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes and types that the kernels are measured at. lengths: of both branches' conditions."""
+    """Shapes and types that the kernels are measured at: those of a preset's first request."""
 
-    config: ModelConfig
-    tokens: int
-    lengths: tuple[int, ...]
-    cache: int
+    work: Workload
+    decoder: StackConfig
+    language: StackConfig
     dtype: torch.dtype
     tolerance: float
     device: torch.device
+
+    @classmethod
+    def of(cls, preset: Preset, device: torch.device) -> Sizes:
+        config, tolerance = preset.config, TOLERANCE[preset.dtype]
+        return cls(preset.work(), config.decoder.stack, config.language.stack, preset.torch_dtype, tolerance, device)
 
     @cached_property
     def _generator(self) -> torch.Generator:
@@ -92,14 +98,10 @@ class Sizes:
         return torch.randn(*shape, device=self.device, generator=self._generator).to(self.dtype)
 
     @property
-    def decoder(self) -> StackConfig:
-        return self.config.decoder.stack
-
-    @property
     def gate_up(self) -> tuple[Tensor, Tensor]:
         """One row and the weight of the language model's gate_up."""
-        stack = self.config.language.stack
-        return self.draw(1, stack.hidden_size), self.draw(2 * stack.intermediate_size, stack.hidden_size)
+        hidden, inner = self.language.hidden_size, self.language.intermediate_size
+        return self.draw(1, hidden), self.draw(2 * inner, hidden)
 
 
 def run_case(name: str, make: Callable[[], Case], meter: Meter, ceilings: Mapping[str, float | None]) -> dict[str, Any]:
@@ -119,12 +121,11 @@ def run_case(name: str, make: Callable[[], Case], meter: Meter, ceilings: Mappin
         except Exception as failure:  # noqa: BLE001
             times[variant] = f"does not run: {described(failure)[:120]}"
     ours = times.get("ours")
-    if isinstance(ours, float):
-        for kind, work, peak, unit in (("matmul", case.flops, case.peak, 1e12), ("copy", case.bytes, "copy", 1e9)):
-            if work:
-                rate, ceiling = work / ours / unit, ceilings.get(peak)
-                found[{"matmul": "tflops", "copy": "gbps"}[kind]] = rate
-                found[f"of_{kind}"] = rate / ceiling if ceiling else None
+    if isinstance(ours, float) and (case.flops or case.bytes):
+        rate = case.flops / ours / 1e12 or case.bytes / ours / 1e9
+        ceiling = ceilings.get(case.peak if case.flops else "copy")
+        unit, share = ("tflops", "of_matmul") if case.flops else ("gbps", "of_copy")
+        found |= {unit: rate, share: rate / ceiling if ceiling else None}
     return {**found, "seconds": times}
 
 
@@ -137,9 +138,8 @@ def sweep(sizes: Sizes, meter: Meter, most: int | None = None) -> dict[str, Any]
         except Exception as failure:  # noqa: BLE001  # as in run_case
             found[name] = {"failed": described(failure)}
             continue
-        times: list[tuple[float, dict[str, int]]] = []
-        refused = 0
-        if case.launched is None:
+        times, refused = list[tuple[float, dict[str, int]]](), 0
+        if not case.launches:
             continue
         for launch in case.launches[:most]:
             if meter.left() < 5:
@@ -162,52 +162,42 @@ def _space(
 
 def _attention(sizes: Sizes, pv: str | None = None) -> Case:
     """pv None: `segment_attention`; else `int8_attention` with its second product in that type."""
-    stack, n, device = sizes.decoder, sizes.tokens, sizes.device
-    heads, d, longest = stack.num_heads, stack.head_dim, max(sizes.lengths)
+    stack, n, device = sizes.decoder, sizes.work.image_tokens, sizes.device
+    heads, d, lengths = stack.num_heads, stack.head_dim, sizes.work.branches
     q, k, v = (sizes.draw(2, heads, n, d) for _ in range(3))
-    keys, values = (sizes.draw(2, heads, longest, d) for _ in range(2))
+    keys, values = (sizes.draw(2, heads, max(lengths), d) for _ in range(2))
     tk, tv = (sizes.draw(2, heads, d) for _ in range(2))
-    lengths = torch.tensor(sizes.lengths, dtype=torch.int32, device=device)
-    segments = Segments(keys, values, tk, tv, lengths, sizes.lengths)
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=device)
+    segments = Segments(keys, values, tk, tv, on_device, lengths)
     few, rows = slice(0, min(2, heads)), slice(0, min(256, n))
 
     def exact() -> Tensor:
-        wide = [t[:, few].double() for t in (keys, values, tk, tv, k, v)]
-        return segment_attention_torch(
-            q[:, few, rows].double(), (wide[0], wide[1]), (wide[2], wide[3]), (wide[4], wide[5]), lengths
-        )
+        wide = ((a[:, few].double(), b[:, few].double()) for a, b in ((keys, values), (tk, tv), (k, v)))
+        condition, time, image = wide
+        return segment_attention_torch(q[:, few, rows].double(), condition, time, image, on_device)
 
-    def segment(launch: Launch | None = None) -> Tensor:
-        return segment_attention(q, (keys, values), (tk, tv), (k, v), lengths, launch=launch)
-
-    tried = {name: partial(run, q, k, v, segments) for name, run in candidates(device, d).items() if name != "segment"}
-    common: dict[str, Any] = dict(
-        exact=exact,
-        some=lambda output: output[:, few, rows],
-        flops=4.0 * heads * n * d * sum(n + 1 + length for length in sizes.lengths),
-    )
     if pv is None:
-        launches = _space((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-        return Case(
-            bound=sizes.tolerance, variants={"ours": segment, **tried}, baseline="sdpa",
-            launched=segment, launches=launches, **common,
-        )  # fmt: skip
+        tried = {"ours": ours(), **{name: run for name, run in candidates(device, d).items() if name != "segment"}}
+    else:
+        tried = {"ours": eight_bit(pv=pv), "segment_attention": ours(), "sdpa": masked()}
     return Case(
-        bound=0.06 if pv == "fp8" else 0.03,
-        variants={
-            "ours": lambda: int8_attention(q, (keys, values), (tk, tv), (k, v), lengths, pv),
-            "segment_attention": segment,
-            "sdpa": tried["sdpa"],
-        },
-        note="packing included",
-        **common,
+        exact=exact,
+        bound={None: sizes.tolerance, "fp8": 0.06, "16bit": 0.03}[pv],
+        variants={name: partial(run, q, k, v, segments) for name, run in tried.items()},
+        baseline="" if pv else "sdpa",
+        some=lambda output: output[:, few, rows],
+        flops=4.0 * heads * n * d * sum(n + 1 + length for length in lengths),
+        note="packing included" if pv else "",
+        launched=lambda launch: segment_attention(q, (keys, values), (tk, tv), (k, v), on_device, launch=launch),
+        launches=() if pv else _space((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
     )
 
 
 def _decode_attention(sizes: Sizes) -> Case:
-    stack, used = sizes.config.language.stack, sizes.cache - 7
+    stack, cache = sizes.language, 512 if sizes.device.type == "cuda" else 64
+    used = cache - 7
     q = sizes.draw(1, stack.num_heads, 1, stack.head_dim)
-    keys, values = (sizes.draw(1, stack.num_kv_heads, sizes.cache, stack.head_dim) for _ in range(2))
+    keys, values = (sizes.draw(1, stack.num_kv_heads, cache, stack.head_dim) for _ in range(2))
     length = torch.tensor([used], dtype=torch.int32, device=sizes.device)
 
     def sdpa(wide: torch.dtype = sizes.dtype) -> Tensor:
@@ -224,41 +214,40 @@ def _decode_attention(sizes: Sizes) -> Case:
     )
 
 
-def _plain(sizes: Sizes, run: Callable[..., Output], *given: Tensor, **more: Any) -> Case:
-    """A kernel beside its reference implementation, which is the baseline; in float64 that says what is right."""
+def _plain(sizes: Sizes, run: Callable[..., Output], *given: Tensor, moved: float = 1.0, **more: Any) -> Case:
+    """A kernel beside its reference implementation, which is the baseline; in float64 that says what is right.
+
+    moved: bytes that it reads and writes, as a multiple of the first tensor's.
+    """
     some = more.get("some", lambda output: output)
     return Case(
         exact=lambda: some(run(*(t.double() for t in given), impl="torch")),
         bound=sizes.tolerance,
         variants={"ours": lambda: run(*given), "plain": lambda: run(*given, impl="torch"), **more.pop("others", {})},
         baseline="plain",
+        bytes=moved * given[0].nbytes,
         **more,
     )
 
 
 def _add_norm(sizes: Sizes) -> Case:
-    rows, hidden = 2 * sizes.tokens, sizes.decoder.hidden_size
+    rows, hidden = 2 * sizes.work.image_tokens, sizes.decoder.hidden_size
     x, residual, weight = sizes.draw(rows, hidden), sizes.draw(rows, hidden), sizes.draw(hidden)
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, **how: Any) -> Output:
         return add_norm(x, weight, 1e-5, residual, **how)
 
-    return _plain(sizes, run, x, residual, weight, bytes=4.0 * x.nbytes)
-
-
-def _swiglu(sizes: Sizes) -> Case:
-    both = sizes.draw(2 * sizes.tokens, 2 * sizes.decoder.intermediate_size)
-    return _plain(sizes, swiglu, both, bytes=1.5 * both.nbytes)
+    return _plain(sizes, run, x, residual, weight, moved=4)
 
 
 def _rope(sizes: Sizes) -> Case:
     heads, d = sizes.decoder.num_heads, sizes.decoder.head_dim
-    angle = torch.rand(2, sizes.tokens, d // 2, device=sizes.device)
-    qkv = sizes.draw(2, sizes.tokens, 3 * heads * d)
+    angle = torch.rand(2, sizes.work.image_tokens, d // 2, device=sizes.device)
+    qkv = sizes.draw(2, sizes.work.image_tokens, 3 * heads * d)
     work = qkv.clone()
     return _plain(
         sizes, partial(rope, heads=heads, kv_heads=heads), work, angle.cos(), angle.sin(),
-        some=lambda output: output[:2], fresh=lambda: work.copy_(qkv), bytes=4 / 3 * qkv.nbytes,
+        some=lambda output: output[:2], fresh=lambda: work.copy_(qkv), moved=4 / 3,
     )  # fmt: skip
 
 
@@ -266,20 +255,19 @@ def _norm_gemv(sizes: Sizes) -> Case:
     x, weight = sizes.gate_up
     r, norm = sizes.draw(*x.shape), sizes.draw(x.shape[1])
 
-    def run(x: Tensor, weight: Tensor, norm: Tensor, r: Tensor, **how: Any) -> Output:
+    def run(weight: Tensor, x: Tensor, norm: Tensor, r: Tensor, **how: Any) -> Output:
         return norm_gemv(x, weight, norm, 1e-6, r, gate=True, **how)
 
     def apart() -> Output:
         return (swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),)  # type: ignore[arg-type]
 
     return _plain(
-        sizes, run, x, weight, norm, r,
-        some=lambda output: output[0], others={"apart": apart}, bytes=float(weight.nbytes),
+        sizes, run, weight, x, norm, r, some=lambda output: output[0], others={"apart": apart}
     )  # fmt: skip
 
 
 def _linear8(kind: str, sizes: Sizes) -> Case:
-    stack, rows = sizes.decoder, sizes.tokens
+    stack, rows = sizes.decoder, sizes.work.image_tokens
     n, k = 2 * stack.intermediate_size, stack.hidden_size
     x, weight = sizes.draw(rows, k), sizes.draw(n, k)
     some = slice(0, min(rows, 512))
@@ -305,8 +293,8 @@ def _linear8(kind: str, sizes: Sizes) -> Case:
         flops=2.0 * rows * n * k,
         peak=kind,
         note="gate_up of the decoder, one branch",
-        launched=ours if kind == "int8" else None,
-        launches=_space((64, 128), (64, 128, 256), (4, 8), (2, 3, 4)),
+        launched=ours,
+        launches=_space((64, 128), (64, 128, 256), (4, 8), (2, 3, 4)) if kind == "int8" else (),
     )
 
 
@@ -324,7 +312,7 @@ def _product(
         baseline="" if pack else "F.linear",
         bytes=float(sum(t.nbytes for t in held)),
         note="gate_up of the language model",
-        launched=(lambda launch: run(x, packed, launch=launch)) if "launches" in more else None,
+        launched=lambda launch: run(x, packed, launch=launch),
         **more,
     )
 
@@ -335,7 +323,7 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
     "int8_attention_16bit": partial(_attention, pv="16bit"),
     "decode_attention": _decode_attention,
     "add_norm": _add_norm,
-    "swiglu": _swiglu,
+    "swiglu": lambda s: _plain(s, swiglu, s.draw(2 * s.work.image_tokens, 2 * s.decoder.intermediate_size), moved=1.5),
     "rope": _rope,
     "linear8_int8": partial(_linear8, "int8"),
     "linear8_fp8": partial(_linear8, "fp8"),

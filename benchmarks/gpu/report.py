@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -10,7 +11,9 @@ from ..results import table
 
 Sections = Mapping[str, Any]
 _UNITS = {"matmul": "TFLOP/s", "fp8": "TFLOP/s", "int8": "TOP/s", "copy": "GB/s"}
-_WEIGHTS = {"int8": "language=int8wo,head=int8wo", "int4": "language=int4,head=int8wo"}
+_KERNELS = ("kernel", "error (bound; baseline)", "right", "ours ms", "of its ceiling", "others ms", "note")
+_BUDGETS = ("budget", "peak allocated", "reserved", "under it", "whole request", "kept as", "stays loaded")
+_INT8, _INT4 = "language=int8wo,head=int8wo", "language=int4,head=int8wo"
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -58,16 +61,14 @@ def _text(value: Any, unit: str = "", scale: float = 1) -> str:
     return f"{scale * value:.3g}{unit}" if isinstance(value, (int, float)) else f"{value}"
 
 
-def _ms(seconds: Any) -> str:
-    return _text(seconds, " ms", 1e3)
+_ms = partial(_text, unit=" ms", scale=1e3)
 
 
 def _gb(count: Any) -> str:
     return f"{count / 1e9:.2f} GB" if count else "–"
 
 
-def _yes(right: Any) -> str:
-    return "yes" if right else "NO"
+_YES = {True: "yes", False: "NO"}
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
@@ -83,7 +84,7 @@ def _correctness(sections: Sections) -> Rows:
     for name, found in sections.items():
         if isinstance(found, Mapping) and {"right", "agrees"} & set(found):
             figures = (_text(found.get(key)) for key in ("error", "baseline_error", "bound"))
-            yield name, *figures, _yes(found.get("right", found.get("agrees")))
+            yield name, *figures, _YES[bool(found.get("right", found.get("agrees")))]
 
 
 def _stages(sections: Sections) -> Rows:
@@ -94,7 +95,8 @@ def _stages(sections: Sections) -> Rows:
         *((f"guided step {s}²", f"ours {s}", "step_s", pick(sections, f"eager {s}", "step_s")) for s in sides),
         *((f"guided step {first}², {kind}", f"decoder={kind}", "step_s", eager) for kind in ("fp8", "int8")),
         ("token", "decoding", "token_s", theirs),
-        *((f"token, {kind} weights", section, "token_s", theirs) for kind, section in _WEIGHTS.items()),
+        ("token, int8 weights", _INT8, "token_s", theirs),
+        ("token, int4 weights", _INT4, "token_s", theirs),
         ("whole request", "request", "total_s", eager_request(sections)),
     ):
         if ours := pick(sections, section, key):
@@ -115,27 +117,21 @@ def _request(sections: Sections) -> Rows:
             yield f"{kind} memory", _gb(found[f"{kind}_bytes"])
 
 
-_KERNELS = ("kernel", "error (bound; baseline)", "right", "ours ms", "of its ceiling", "others ms", "note")
-
-
 def _kernels(sections: Sections) -> Rows:
     for case in pick(sections, "kernels", "cases") or ():
         times = {k: _text(v, scale=1e3) for k, v in case.get("seconds", {}).items()}
-        share = case.get("of_matmul") or case.get("of_copy")
+        ours, share = times.pop("ours", "–"), case.get("of_matmul") or case.get("of_copy")
         error, bound, baseline = (_text(case.get(key)) for key in ("error", "bound", "baseline_error"))
         told = case.get("failed") or f"{error} ({bound}; {baseline})"
-        others = ", ".join(f"{k} {v}" for k, v in times.items() if k != "ours")
-        figures = times.get("ours", "–"), f"{share:.0%}" if share else "–", others or "–", case.get("note", "")
-        yield case["name"], told, _yes(case["right"]), *figures
-
-
-_BUDGETS = ("budget", "peak allocated", "reserved", "under it", "whole request", "kept as", "stays loaded")
+        others = ", ".join(f"{k} {v}" for k, v in times.items()) or "–"
+        figures = ours, f"{share:.0%}" if share else "–", others, case.get("note", "")
+        yield case["name"], told, _YES[case["right"]], *figures
 
 
 def _budgets(sections: Sections) -> Rows:
     for name, found in sections.items():
         if name.startswith("budget ") and "total_s" in found:
-            peaks = _gb(found["peak_bytes"]), _gb(found["reserved_bytes"]), _yes(found["under"])
+            peaks = _gb(found["peak_bytes"]), _gb(found["reserved_bytes"]), _YES[found["under"]]
             kept = found["precision"], ", ".join(found["resident"]) or "nothing"
             yield name.removeprefix("budget "), *peaks, _text(found["total_s"], " s"), *kept
 
@@ -163,22 +159,15 @@ def eager_request(sections: Sections) -> float | None:
     return float(rest + stages["denoiser"] * step / ours + stages["language"] * theirs / mine)
 
 
-def _faster(sections: Sections) -> float | None:
-    return _ratio(eager_request(sections), pick(sections, "request", "total_s"))
-
-
-def _int4_token(sections: Sections) -> float | None:
-    return _ratio(pick(sections, "decoding", "token_s"), pick(sections, _WEIGHTS["int4"], "token_s"))
-
-
 # Of an H200 at full size (bf16 ceilings there about 790 TFLOP/s and 4.3 TB/s); other machines have none.
+_TOKEN, _TOTAL = ("decoding", "token_s"), ("request", "total_s")
 TARGETS: tuple[tuple[str, float, str, Callable[[Sections], float | None]], ...] = (
     ("guided 1024² step, bf16", 0.118, "s", lambda s: pick(s, "ours 1024", "step_s")),
     ("guided 1024² step, fp8 products", 0.075, "s", lambda s: pick(s, "decoder=fp8", "step_s")),
-    ("token, bf16", 0.0037, "s", lambda s: pick(s, "decoding", "token_s")),
-    ("int4 against bf16 decoding", 2.5, "times", _int4_token),
-    ("whole 1024² image, 300 thinking tokens, bf16", 8.0, "s", lambda s: pick(s, "request", "total_s")),
-    ("whole request against eager baselines", 4.0, "times", _faster),
+    ("token, bf16", 0.0037, "s", lambda s: pick(s, *_TOKEN)),
+    ("int4 against bf16 decoding", 2.5, "times", lambda s: _ratio(pick(s, *_TOKEN), pick(s, _INT4, "token_s"))),
+    ("whole 1024² image, 300 thinking tokens, bf16", 8.0, "s", lambda s: pick(s, *_TOTAL)),
+    ("whole request against eager baselines", 4.0, "times", lambda s: _ratio(eager_request(s), pick(s, *_TOTAL))),
 )
 
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 
 from mindomni_rt.backends.fast.load import DEDICATED, choose
 from mindomni_rt.backends.torch.backend import TorchBackend
+from mindomni_rt.clock import Clock
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.footprint import weight_bytes
 from mindomni_rt.memory.layers import parameters
@@ -51,7 +51,6 @@ from .kernels import CASES, Sizes, run_case, sweep
 from .report import markdown
 
 logger = logging.getLogger(__name__)
-TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}
 EIGHT_BIT = 0.15
 """Bound of the decoder's velocities with 8-bit products, whose rounding of weights and rows is part of the method."""
 LOSSY: dict[str, dict[str, Any]] = {
@@ -88,7 +87,7 @@ class Suite:
     def __init__(self, preset: Preset, device: torch.device, minutes: float, store: Callable[[], None]) -> None:
         self.preset, self.device, self.cuda = preset, device, device.type == "cuda"
         self.meter = Meter(device, runs=10 if self.cuda else 2, deadline=time.perf_counter() + 60 * minutes)
-        self.record = Record(store=store)
+        self.record, self.sizes = Record(store=store), Sizes.of(preset, device)
         self._exact: dict[int, torch.Tensor] = {}
         self._backend: Any = None
 
@@ -190,7 +189,8 @@ class Suite:
         seconds, prefixes = meter.once(lambda: stages.prefixes(conditions))
         meter.restart()
         stages.first_velocity(prefixes)  # tunes and captures
-        laps = [lap for lap, _ in islice(meter.laps(stages.steps(prefixes)), count + 1)]
+        steps = stages.steps(prefixes)
+        laps = [meter.once(partial(next, steps))[0] for _ in range(min(count + 1, self.preset.steps))]
         times = laps[1:] or laps  # the first fills the buffers
         return {"prefixes_s": seconds, "step_s": median(times), "step_runs_s": times, **meter.peak()}
 
@@ -210,13 +210,16 @@ class Suite:
     def request(self, backend: Any = None, **lossy: Any) -> dict[str, Any]:
         """Prompt to pixels by stage, the second of two runs; the peak is that of both."""
         stages, meter = self.stages(backend=backend), self.meter
-        side, pixels = self.preset.sides[0], None
+        side = self.preset.sides[0]
         meter.restart()
         for _ in range(2):
-            meter.spent = {}
-            latents, pixels = stages.run(meter.stage, **lossy)
-        assert pixels is not None and np.isfinite(pixels).all() and pixels.shape == (1, side, side, 3)
-        spent = dict(meter.spent)
+            clock, spent = Clock(stages.backend), dict[str, float]()
+            latents, pixels = stages.run(clock, **lossy)
+        assert np.isfinite(pixels).all() and pixels.shape == (1, side, side, 3)
+        *frames, _ = clock.report().items()
+        for name, seconds in frames:
+            stage = name.partition(".")[0]
+            spent[stage] = spent.get(stage, 0.0) + seconds
         return {"stages_s": spent, "total_s": sum(spent.values()), **meter.peak(), "latents": latents.float()}
 
     def requests(self) -> dict[str, Any]:
@@ -281,16 +284,11 @@ class Suite:
         make = {"transformers": language_group, "diffusers": decoder_group}[name]
         return run_group(make(preset, self.model(), self.device), self.meter, 3 if self.cuda else 1, 1)
 
-    def sizes(self) -> Sizes:
-        preset, work = self.preset, self.preset.work()
-        return Sizes(preset.config, work.image_tokens, work.branches, 512 if self.cuda else 64,
-                     preset.torch_dtype, TOLERANCE[preset.dtype], self.device)  # fmt: skip
-
     def kernels(self) -> dict[str, Any]:
         """All of them, as far as the time goes; the list is stored as it grows."""
         done: list[dict[str, Any]] = []
         self.record.data["kernels"] = {"cases": done}
-        limits, sizes = self.record.data.get("ceilings") or {}, self.sizes()
+        limits, sizes = self.record.data.get("ceilings") or {}, self.sizes
         with torch.inference_mode():
             for name, make in CASES.items():
                 done.append(run_case(name, partial(make, sizes), self.meter, limits))
@@ -298,9 +296,6 @@ class Suite:
                 if self.meter.left() < 2:
                     break
         return {"cases": done}
-
-    def sweep(self) -> dict[str, Any]:
-        return sweep(self.sizes(), self.meter, None if self.cuda else 1)
 
 
 def _each(prefix: str, names: Any, run: Callable[[Any], Any]) -> Runs:
@@ -324,7 +319,7 @@ PARTS = {  # in order of value
     "baselines": Part(25, 90, lambda s: _each("", ("transformers", "diffusers"), s.baseline)),
     "kernels": Part(20, 90, lambda s: {"kernels": s.kernels}),
     "budgets": Part(30, 60, lambda s: {f"budget {gigabytes(b)}": partial(s.budget, b) for b in s.budgets()}),
-    "sweep": Part(20, 600, lambda s: {"sweep": s.sweep}),
+    "sweep": Part(20, 600, lambda s: {"sweep": partial(sweep, s.sizes, s.meter, None if s.cuda else 1)}),
 }
 
 
@@ -355,7 +350,11 @@ def run(options: argparse.Namespace) -> int:
     kept = device.type == "cuda" and options.preset == "full"
     folder = options.out or ((FOLDER if FOLDER.is_dir() else Path()) if kept else None)
     head = header("gpu")
-    machine = {**_machine(device), "versions": head.pop("versions")}
+    machine = {**describe_machine(str(device)), "gpu": None, "versions": head.pop("versions")}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        sm, memory = 10 * found.major + found.minor, found.total_memory
+        machine |= {"gpu": found.name, "sm": sm, "memory_bytes": memory, "cuda": torch.version.cuda}
     data: dict[str, Any] = {
         **head,
         "date": now.isoformat(timespec="seconds"),
@@ -389,13 +388,3 @@ def missed(section: Any) -> bool:
         return False
     wrong = "failed" in section or section.get("right") is False or section.get("agrees") is False
     return wrong or section.get("under") is False or any(missed(case) for case in section.get("cases", ()))
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What ran, and how it is set."""
-    found: dict[str, Any] = {**describe_machine(str(device)), "gpu": None}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        sm = 10 * properties.major + properties.minor
-        found |= {"gpu": properties.name, "sm": sm, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found

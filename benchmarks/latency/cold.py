@@ -62,15 +62,12 @@ def _start(request: str) -> dict[str, Any]:
             return {k: round(v, 3) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
     except (OSError, ValueError, IndexError) as error:
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
-    return {"failed": _reason(done.stderr, done.returncode)}
-
-
-def _reason(text: str, code: int) -> str:
-    """The last line that names an error, else the last line, else how the process ended."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # The last line that names an error, else the last line, else how the process ended.
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    code = done.returncode
     ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    return (named or lines or [ended])[-1][:300]
+    return {"failed": (named or lines or [ended])[-1][:300]}
 
 
 def describe_cold(start: Mapping[str, Any]) -> str:

@@ -12,32 +12,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import mindomni_rt
 from mindomni_rt.checks import UNSET
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.events import GenerationResult
 from mindomni_rt.figures import COLOURS, new_figure, save
-from mindomni_rt.inputs.images import prepare_image, vae_pixels
-from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, generate_messages
+from mindomni_rt.inputs.images import prepare_image
+from mindomni_rt.inputs.prompts import generate_messages
 from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.host import host_peak
-from mindomni_rt.memory.layers import PIXELS_PER_TOKEN, Workload
+from mindomni_rt.memory.layers import Workload
 from mindomni_rt.options import parse_size
+from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import CompleteRequest, Request
 from mindomni_rt.stages import STAGES
 
-from ..clocks import NONE, clock_state
-from ..machine import describe_machine, device_peak, free_memory, header
+from ..machine import NONE, clock_state, describe_machine, device_peak, free_memory, header
 from ..results import check_out, table, write_result
 from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
-
-if TYPE_CHECKING:
-    from mindomni_rt.pipeline import Pipeline
 
 _RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_new_tokens")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
@@ -105,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with energy.over(index >= options.warmup):
                 result = pipe.generate(options.prompt, seed=index, **request)
             if index >= options.warmup:
-                runs.append(_figures(result.timings))
+                runs.append(dict(result.timings))
                 tokens.append(len(result.token_ids))
             print(f"run {index + 1} of {options.warmup + options.runs}", end="\r", file=sys.stderr)
     except KeyboardInterrupt:
@@ -114,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"interrupted; {len(runs)} runs are kept", file=sys.stderr)
     after = clock_state(pipe.backend.device)
     peak = host_peak()
-    work = _workload(pipe, asked, options.image, tokens)
+    work = _workload(pipe, asked, result, tokens)
     weights = weight_bytes(pipe.config, Precision.uniform(pipe.backend.dtype))
     streamed = min(weights["language"], weights["decoder"])
     data = {
@@ -146,19 +144,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _workload(pipe: Pipeline, asked: CompleteRequest, picture: Path | None, tokens: Sequence[int]) -> Workload:
-    """The sizes of the request as it ran. With VAE features the prompt is longer by their tokens."""
-    patches, counts, latents = (0, 0), list[int](), 0
-    if picture:
-        image = prepare_image(picture, pipe.config)
-        patches, counts = (image.grid[1], image.grid[2]), [image.tokens]
-        if pipe.config.edit_features == "vit+vae":
-            height, width = vae_pixels(picture).shape[-2:]
-            latents = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
-    prompt = pipe.chat.encode(generate_messages(asked.prompt, True, bool(counts), latents), counts)
-    negative = pipe.chat.encode(generate_messages(DEFAULT_NEGATIVE, think=False))
+def _workload(pipe: Pipeline, asked: CompleteRequest, result: GenerationResult, tokens: Sequence[int]) -> Workload:
+    """The sizes of the request as it ran."""
+    patches = prepare_image(asked.image, pipe.config).grid[1:] if asked.image else (0, 0)
+    negative = pipe.chat.encode(generate_messages(asked.negative_prompt, think=False))
     return Workload(
-        prompt_tokens=len(prompt),
+        prompt_tokens=result.rounds[-1].prompt_tokens,
         new_tokens=round(float(np.mean(tokens))),
         negative_tokens=len(negative),
         patches=patches,
@@ -167,11 +158,6 @@ def _workload(pipe: Pipeline, asked: CompleteRequest, picture: Path | None, toke
         steps=asked.num_inference_steps,
         guidance=asked.guidance_scale != 1,
     )
-
-
-def _figures(timings: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of one run by stage, "first_token" and "total" with them."""
-    return {k: float(v) for k, v in timings.items() if k in (*STAGES, "first_token", "total")}
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -183,6 +169,8 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 def report(data: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     runs, request, model = data["runs"], data["request"], data["model"]
+    states = {when: ", ".join(f"{k} {v}" for k, v in state.items()) for when, state in data.get("clocks", {}).items()}
+    clocks = [f"{when} the runs: {state}" for when, state in states.items()] if any(states.values()) else []
     lines = [
         f"# Latency of {model['name']}",
         "",
@@ -192,7 +180,8 @@ def report(data: Mapping[str, Any]) -> str:
         f"{data['warmup']} warm-up, n = {len(runs)}.",
         "",
         "; ".join(f"{k} {v}" for k, v in data["machine"].items()),
-        *_clock_lines(data.get("clocks", {})),
+        "",
+        f"Clocks {'; '.join(clocks)}." if clocks else "Clocks and throttling before and after the runs: not available.",
         "",
     ]
     steps = request["num_inference_steps"]
@@ -206,35 +195,25 @@ def report(data: Mapping[str, Any]) -> str:
     )
 
 
-def _clock_lines(clocks: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """State before and after the runs; none where nothing could be read."""
-    if not any(clocks.values()):
-        return ["", "Clocks and throttling before and after the runs: not available."]
-    told = (f"{when} the runs: {', '.join(f'{k} {v}' for k, v in state.items())}" for when, state in clocks.items())
-    return ["", f"Clocks {'; '.join(told)}."]
-
-
 def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     runs = data["runs"]
-    decode = [
-        (count - 1) / (r["language"] - (r["first_token"] - r.get("vision", 0.0)))
-        for r, count in zip(runs, data["tokens"], strict=True)
-        if count > 1 and r.get("language", 0) > r.get("first_token", 0) - r.get("vision", 0.0)
-    ]
+    behind = [r.get("language", 0.0) + r.get("vision", 0.0) - r.get("first_token", 0.0) for r in runs]
+    decode = [(n - 1) / s for s, n in zip(behind, data["tokens"], strict=True) if n > 1 and s > 0]
     out = []
     if decode:  # a rate's slow end is its 10th and 1st percentile
         p50, p10, p1 = np.percentile(decode, (50, 10, 1))
         out.append(("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}"))
     host, device = data["peak_host_bytes"], data.get("peak_device")
-    out.append(("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE))
     kinds = {"allocated": "peak_bytes", "reserved": "reserved_bytes"}
     told = ", ".join(f"{device[key] / 1e9:.2f} GB {kind}" for kind, key in kinds.items()) if device else NONE
-    out.append(("peak device memory", told))
-    out.append(("energy an image", describe_energy(data["energy"])))
-    for index, cold in enumerate(data["cold_start"]):
-        name = ("first", "second")[index]
-        out.append((f"cold start, {name} run", describe_cold(cold)))
-    return out
+    starts = zip(("first", "second"), data["cold_start"], strict=False)
+    return [
+        *out,
+        ("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE),
+        ("peak device memory", told),
+        ("energy an image", describe_energy(data["energy"])),
+        *((f"cold start, {name} run", describe_cold(start)) for name, start in starts),
+    ]
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..clocks import NONE, physical
+from ..machine import NONE, physical
 
 _HWMON = Path("/sys/class/hwmon")
 _WHOLE = ("VDD_IN", "VIN", "POM_5V_IN")

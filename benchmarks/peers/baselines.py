@@ -8,13 +8,15 @@ under a dense additive mask. `language_generate` is transformers' Qwen2.5-VL; `o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mindomni_rt.checkpoint.config import DecoderConfig
+from mindomni_rt.checkpoint.config import DecoderConfig, ModelConfig
+from mindomni_rt.checkpoint.dump import config_files
 from mindomni_rt.inputs.positions import image_positions, time_features
 from mindomni_rt.model.attention import attention
 from mindomni_rt.model.decoder import DiffusionDecoder
@@ -44,17 +46,15 @@ class EagerDecoder:
     def _through(self, x: Tensor, start: int) -> Tensor:
         """Rows from `start` on through all layers, under the mask; the first call fills the cache."""
         end = start + x.shape[1]
-        for index, layer in enumerate(self.decoder.llm.layers):
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
-                if start:
-                    k, v = (torch.cat(both, 2) for both in zip(self._cache[index], (k, v), strict=True))
-                else:
-                    self._cache.append((k, v))
-                return attention(q, k, v, mask=self._mask[:, :, start:end, :end])
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if start:
+                k, v = (torch.cat(both, 2) for both in zip(self._cache[layer], (k, v), strict=True))
+            else:
+                self._cache.append((k, v))
+            return attention(q, k, v, mask=self._mask[:, :, start:end, :end])
 
-            x = layer(x, self._cos[:, start:end], self._sin[:, start:end], attend)
-        return x
+        return self.decoder.llm.layers(x, self._cos[:, start:end], self._sin[:, start:end], attend)
 
     def step(self, latents: Tensor, time: float) -> Tensor:
         """Velocities (P, 4, h, w) of latents (1, 4, h, w) at a time."""
@@ -67,34 +67,16 @@ class EagerDecoder:
         return decoder.velocity(x[:, 1:], decoder.modulation(features).unsqueeze(1), *latents.shape[-2:])
 
 
-def transformers_language(language: LanguageModel) -> Any:
+def transformers_language(language: LanguageModel, config: ModelConfig) -> Any:
     """transformers' Qwen2.5-VL with our language model's own tensors (shared, not copied). Raises ImportError."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    config, stack = language.config, language.config.stack
-    text = dict(
-        hidden_size=stack.hidden_size,
-        num_hidden_layers=stack.num_layers,
-        num_attention_heads=stack.num_heads,
-        num_key_value_heads=stack.num_kv_heads,
-        intermediate_size=stack.intermediate_size,
-        rms_norm_eps=stack.rms_norm_eps,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_positions,
-        bos_token_id=None,
-        eos_token_id=None,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": stack.rope.theta,
-            "mrope_section": list(stack.rope.mrope_section),
-        },
-    )
-    vision = dict(depth=1, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=stack.hidden_size)
-    whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=config.image_token_id)
+    published = config_files(config)["mllm/config.json"]
+    whole = Qwen2_5_VLConfig(**{**published, "bos_token_id": None, "eos_token_id": None})
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(whole)
     state = {
-        ("lm_head.weight" if name == "lm_head.weight" else f"model.language_model.{name}"): tensor
+        name if name == "lm_head.weight" else f"model.language_model.{name}": tensor
         for name, tensor in language.state_dict().items()
     }
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
@@ -137,7 +119,7 @@ def language_generate(
         )
 
 
-def omnigen_transformer(config: DecoderConfig, vocabulary: int = 64) -> Any:
+def omnigen_transformer(config: DecoderConfig, vocabulary: int) -> Any:
     """diffusers' OmniGen transformer of the decoder's size, on torch's default device. Raises ImportError."""
     from diffusers import OmniGenTransformer2DModel
 
@@ -214,27 +196,22 @@ def omnigen_decoder(decoder: DiffusionDecoder, conditions: Sequence[Tensor]) -> 
 
 
 def omnigen_inputs(lengths: Sequence[int], tokens: int, device: torch.device) -> dict[str, Any]:
-    """Ids, mask and positions of branches of these lengths as its pipeline makes them: one batch, padded on the left.
+    """Ids, mask and positions of branches of these lengths by its pipeline's own code: one batch, padded on the left.
 
     The longest must be first: the transformer applies the rotary positions of row 0 to the whole batch. For a shorter
     row, which starts later, that shifts all tokens alike, and RoPE depends on differences alone.
     """
-    longest = max(lengths)
-    assert lengths[0] == longest, lengths
-    total, ids, masks, first = longest + 1 + tokens, [], [], 1
-    for length in lengths:
-        pad = longest - length
-        ids.append(torch.cat([torch.zeros(pad, dtype=torch.long), torch.arange(first, first + length)]))
-        mask = torch.ones(total, total, dtype=torch.long).tril()
-        mask[longest + 1 :] = 1
-        mask[:, :pad] = 0
-        masks.append(mask)
-        first += length
-    places = [torch.cat([torch.zeros(longest - n), torch.arange(n + 1 + tokens)]).long() for n in lengths]
+    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
+
+    assert lengths[0] == max(lengths), lengths
+    ends = list(accumulate(lengths, initial=1))
+    collator, counts = OmniGenCollator(pad_token_id=0), [tokens] * len(lengths)
+    ids, real, _ = collator.pad_input_ids([list(range(*span)) for span in pairwise(ends)], {})
+    mask, _ = collator.create_mask(real, counts)
     return {
-        "input_ids": torch.stack(ids).to(device),
-        "attention_mask": torch.stack(masks).to(device),
-        "position_ids": torch.stack(places).to(device),
+        "input_ids": ids.to(device),
+        "attention_mask": mask.long().to(device),
+        "position_ids": collator.create_position(real, counts).to(device),
         "input_img_latents": [],
         "input_image_sizes": {},
     }

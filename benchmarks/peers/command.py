@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ from mindomni_rt.model.random.scaled import scaled
 from mindomni_rt.model.random.weights import random_model
 from mindomni_rt.model.random.write import cut
 
-from ..clocks import clock_state
 from ..latency.command import check
-from ..machine import describe_machine, free_memory, header
+from ..machine import clock_state, describe_machine, free_memory, header
 from ..measure import PEERS, Meter, Record
 from ..results import write_result
 from ..stages import Preset
@@ -87,6 +87,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "decoder": lambda: decoder_group(preset, model(), device),
         "graphs": partial(onnx_group, options.bundle, device.type),
     }
+    layers = [f"{options.layers} layers"] if options.layers else []
     data = {
         **header("peers"),
         "machine": describe_machine(str(device)),
@@ -94,22 +95,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": str(device),
         "preset": options.preset,
         "model": {
-            "name": options.model.name
-            if options.model
-            else f"random weights, {options.preset}" + (f", {options.layers} layers" if options.layers else ""),
+            "name": options.model.name if options.model else ", ".join(["random weights", options.preset, *layers]),
             "config": preset.config.to_dict(),
             "dtype": preset.dtype,
         },
         "groups": record.data,
     }
 
-    def run_one(make: Callable[[], Group]) -> dict[str, Any]:
-        return run_group(make(), meter, options.runs, options.warmup)
-
     for peer, (name, make) in zip(PEERS, groups.items(), strict=True):
         record.data[name] = {"peer": peer}
         try:
-            record.section(meter, name, 0, partial(run_one, make))
+            record.section(meter, name, 0, lambda make=make: run_group(make(), meter, options.runs, options.warmup))
         except KeyboardInterrupt:
             del record.data[name]
             if not record.data:
@@ -135,12 +131,10 @@ def preset_of(options: argparse.Namespace, device: str) -> Preset:
         config = open_checkpoint(options.model).config
     elif options.layers:
         config = cut(config, options.layers)
-    sizes = dict(_SIZES[options.preset])
-    if options.side:
-        sizes["sides"] = (options.side,)
-    if options.steps:
-        sizes["steps"] = options.steps
-    preset = Preset(config=config, dtype=options.dtype or ("float32" if device == "cpu" else "bfloat16"), **sizes)
+    dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+    preset = Preset(config=config, dtype=dtype, **_SIZES[options.preset])
+    sides, steps = (options.side,) if options.side else preset.sides, options.steps or preset.steps
+    preset = replace(preset, sides=sides, steps=steps)
     preset.work()  # its checks, before a model is made
     return preset
 

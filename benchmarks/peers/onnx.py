@@ -15,7 +15,7 @@ from mindomni_rt.backends.compiled.backend import CompiledBackend
 from mindomni_rt.backends.compiled.onnx import OnnxRunner, load_onnx
 from mindomni_rt.backends.compiled.runner import NUMPY, DeviceArray
 from mindomni_rt.bundle.manifest import Bundle, open_bundle
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.layers import Workload
 
 from ..stages import Stages
@@ -76,14 +76,12 @@ def onnx_group(
     lengths: tuple[int, int] = (40, 12),
     steps: int = 4,
 ) -> Group:
-    """The denoising loop and decoding of a bundle. Raises MissingExtraError, BadBundleError, BadRequestError.
+    """The denoising loop and decoding of a bundle. Raises ImportError, BadBundleError, BadRequestError.
 
     prompts, lengths: token counts. Both sides run the same graphs, so their outputs are compared with each other.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "bench") from error
+    import onnxruntime
+
     bundle = open_bundle(folder)
     dtype, config = bundle.manifest.dtype, bundle.manifest.model
     if dtype == "bfloat16":

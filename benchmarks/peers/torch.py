@@ -19,7 +19,7 @@ from mindomni_rt.sampling.schedule import guide, timesteps
 
 from ..machine import free_memory
 from ..measure import relative_error
-from ..stages import GUIDANCE, Preset, Stages, make_backend, mean_velocity, noise, random_conditions
+from ..stages import GUIDANCE, Preset, Stages, dtype_of, make_backend, mean_velocity, noise, random_conditions
 from .baselines import language_generate, omnigen_decoder, omnigen_inputs, omnigen_step, transformers_language
 from .pairs import BOUNDS, Group, Match, Pair, Sample, after_first, timed
 
@@ -29,8 +29,7 @@ def backend_of(model: MindOmniModel, device: torch.device) -> TorchBackend:
     CPU has no products of them. Changes the model, so a peer that shares its weights has to be made before."""
     if device.type != "cpu":
         return make_backend(model, str(device))
-    dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
-    if read_machine(with_gpus=False).widens(dtype):
+    if read_machine(with_gpus=False).widens(dtype_of(model)):
         widen(model)
     return TorchBackend(model)
 
@@ -58,7 +57,7 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
 
     Hidden states of the prompt are compared behind the peer's final norm, which ours leaves out; texts token by token.
     """
-    theirs = transformers_language(model.language)
+    theirs = transformers_language(model.language, preset.config)
     stages = Stages(backend_of(model, device), preset.work())
     ids = torch.from_numpy(stages.text(preset.prompt)).to(device)[None]
     same = preset.dtype == "float32"

@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm.auto import tqdm
 
 import mindomni_rt
 from mindomni_rt.checkpoint.layout import resolve
 from mindomni_rt.describe import read_recommended
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError
 from mindomni_rt.options import parse_size
+from mindomni_rt.pipeline import Pipeline
 
+from ..machine import commit
+from ..results import read_json, table, write_result
 from ..schema import FORMAT
-from .images import SUITES as IMAGES
 from .paint import make, request_of
-from .report import write_report
 from .run import RunFolder, fingerprint, shard_of
-from .shapes import SHAPES
-from .suite import Item, Job, Settings, Suite
+from .suite import Item, Job, Settings, Suite, hashed
+from .suites import SHAPES, SUITES
 
-if TYPE_CHECKING:
-    from mindomni_rt.pipeline import Pipeline
-
-SUITES = {s.name: s for s in (*IMAGES, SHAPES)}
+SOURCE = "published for MindOmni (README of the released project), not measured here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +66,14 @@ def run(options: argparse.Namespace) -> int:
     index, count = shard_of(options.shard)
     if options.n is not None and options.n < 1:
         raise BadRequestError(f"--n {options.n}: expected at least 1")
-    prompts = suite.read(options.prompts)
+    files, items = suite.read(options.prompts)
     if suite is SHAPES and options.think is False:
-        prompts = replace(prompts, items=tuple(i for i in prompts.items if not i.think))
-    request_of(prompts.items[0], settings)  # its checks, before a model is loaded
-    chosen = prompts.items[: options.n]
+        items = [item for item in items if not item.think]
+    request_of(items[0], settings)  # its checks, before a model is loaded
+    chosen = items[: options.n]
     model = resolve(options.model)
     settings = settings.of_model(read_recommended(model))
-    job = Job(suite=suite, settings=settings, folder=RunFolder(options.out), prompts=prompts, chosen=chosen)
+    job = Job(suite=suite, settings=settings, folder=RunFolder(options.out), chosen=chosen, total=len(items))
     name = model.resolve().name if Path(options.model).is_dir() else Path(options.model).name
     claim: dict[str, Any] = {
         "kind": "quality",
@@ -80,13 +81,14 @@ def run(options: argparse.Namespace) -> int:
         "suite": suite.name,
         "model": {"name": name, "fingerprint": fingerprint(model)},
         "settings": asdict(settings),
-        "prompts": {"files": [p.name for p in prompts.files], "sha256": prompts.sha256},
+        "prompts": {"files": [p.name for p in files], "sha256": hashed(files)},
     }
     known, mine, done = job.folder.check(claim), chosen[index - 1 :: count], job.done()
     todo = [item for item in mine if item not in done]
     code = 0
     if todo or not known:
-        pipe = _load(options)
+        names = ("backend", "device", "dtype", "memory_budget")
+        pipe = mindomni_rt.load(options.model, **{name: getattr(options, name) for name in names})
         device = pipe.backend.device.partition(":")[0]  # shards may have a GPU each
         claim["runs_on"] = {"backend": pipe.backend.name, "device": device, "dtype": pipe.backend.dtype}
         job.folder.claim(claim)
@@ -125,24 +127,10 @@ def _asked(options: argparse.Namespace) -> tuple[Suite, Settings]:
     return suite, settings
 
 
-def _load(options: argparse.Namespace) -> Pipeline:
-    return mindomni_rt.load(
-        options.model,
-        backend=options.backend,
-        device=options.device,
-        dtype=options.dtype,
-        memory_budget=options.memory_budget,
-    )
-
-
 def _make(pipe: Pipeline, job: Job, todo: Sequence[Item], total: int) -> None:
     """Makes and stores the missing items. Raises StorageError, and BadRequestError naming an item's place."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise MissingExtraError("tqdm", "bench") from error
-    bar = tqdm(total=total, initial=total - len(todo), desc=job.suite.name, unit="item", disable=None, file=sys.stderr)
-    with bar:
+    made = total - len(todo)
+    with tqdm(total=total, initial=made, desc=job.suite.name, unit="item", disable=None, file=sys.stderr) as bar:
         for item in todo:
             try:
                 files = make(pipe, job.suite, item, job.settings)
@@ -150,6 +138,64 @@ def _make(pipe: Pipeline, job: Job, todo: Sequence[Item], total: int) -> None:
                 raise BadRequestError(f"{item.where}: {error}") from error
             job.folder.store(files)
             bar.update()
+
+
+def write_report(job: Job) -> str:
+    """Writes both files and returns the text. Counts every shard's items. Raises StorageError."""
+    suite, run = job.suite, read_json(job.folder.settings)
+    while True:
+        done = job.done()
+        if len(done) == len(job.chosen):
+            job.folder.sweep()
+        data = {
+            **run,
+            "kind": "quality report",
+            "title": suite.title,
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "done": len(done),
+            "chosen": len(job.chosen),
+            "total": job.total,
+            "partial": len(done) < job.total,
+            "thinking": {True: "on", False: "off", None: "both, compared"}[job.settings.think],
+            "scores": suite.scores(job.folder, done),
+            "published": dict(suite.published),
+            "published_source": SOURCE if suite.published else "",
+            "evaluated": suite.evaluated,
+            "commands": suite.commands(run),
+        }
+        text = report(data)
+        write_result(job.folder.folder / "report.json", data, text)
+        # Another shard may have ended meanwhile: the last to write must not have the older count.
+        if len(done) == len(job.done()):
+            return text
+
+
+def report(data: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    model, runs_on = data["model"], data["runs_on"]
+    state = "partial: " if data["partial"] else ""
+    some = f", the first {data['chosen']} asked for" if data["chosen"] < data["total"] else ""
+    lines = [
+        f"# {data['title']} of {model['name']}",
+        "",
+        f"{data['date']}, commit {data['commit']}, {runs_on['backend']} on {runs_on['device']} in {runs_on['dtype']}. "
+        f"{state}{data['done']} of {data['total']} items{some}. Thinking: {data['thinking']}.",
+        "",
+        "; ".join(f"{k} {v}" for k, v in data["settings"].items() if v is not None and k != "think"),
+    ]
+    if data["scores"]:
+        rows = []
+        for name, score in data["scores"].items():
+            low, high = (100 * x for x in score["interval"])
+            rows.append([name, f"{100 * score['share']:.1f} %", f"{low:.1f} to {high:.1f} %", score["n"]])
+        lines += ["", table(["score", "share", "95 % interval", "n"], rows)]
+    if data["published"]:
+        lines += ["", table([SOURCE, data["title"]], data["published"].items())]
+    if data["commands"]:
+        lines += ["", f"Next, in the evaluator's own project, with RUN this folder ({data['evaluated']}):", "", "```"]
+        lines += [*data["commands"], "```"]
+    return "\n".join(lines)
 
 
 def listing() -> str:

@@ -61,19 +61,11 @@ def read(pixels: NDArray[np.float32]) -> tuple[int, str, str] | None:
         return None
     names = [(c, s) for c in COLOURS for s in SHAPES]
     templates = np.stack([np.ones((_CELL, _CELL, 3), np.float32), *(_template(COLOURS[c], s) for c, s in names)])
-    found = []
-    for row in range(3):
-        for column in range(3):
-            cell = pixels[row * _CELL : (row + 1) * _CELL, column * _CELL : (column + 1) * _CELL]
-            errors = np.abs(templates - cell).mean(axis=(1, 2, 3))
-            best = int(errors.argmin())
-            if not errors[best] < _FAR:
-                return None
-            if best:
-                found.append(names[best - 1])
-    if len(set(found)) != 1:
-        return None
-    return len(found), *found[0]
+    cells = pixels.reshape(3, _CELL, 3, _CELL, 3).swapaxes(1, 2).reshape(9, 1, _CELL, _CELL, 3)
+    errors = np.abs(templates - cells).mean(axis=(2, 3, 4))  # (9, templates)
+    found = [names[best - 1] for best in errors.argmin(1) if best]
+    clear = bool((errors.min(1) < _FAR).all()) and len(set(found)) == 1
+    return (len(found), *found[0]) if clear else None
 
 
 def right(riddle: Riddle, pixels: NDArray[np.float32]) -> bool:
@@ -90,6 +82,14 @@ def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     """Decibels, for pixels in [0, 1]; equal pictures give 100."""
     error = float(np.mean((found.astype(np.float64) - wanted) ** 2))
     return min(100.0, -10 * np.log10(error)) if error > 0 else 100.0
+
+
+def likeness(found: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
+    """Means over the images of results and of the exact ones: PSNR, and cosine of the latents."""
+    both = list(zip(found, exact, strict=True))
+    images = [psnr(*pair) for a, b in both for pair in zip(a.images, b.images, strict=True)]
+    latents = [cosine(*pair) for a, b in both for pair in zip(a.latents, b.latents, strict=True)]
+    return {"psnr": round(float(np.mean(images)), 2), "latent_cosine": round(float(np.mean(latents)), 5)}
 
 
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:

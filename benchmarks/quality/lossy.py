@@ -12,14 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
 
+from .. import results
 from ..machine import commit, describe_machine
-from ..results import check_out, read_json, write_atomic, write_json
-from .judge import cosine, psnr, riddles, share
+from .judge import likeness, riddles, share
 
 EXACT: dict[str, Any] = {"num_inference_steps": 50}
 ARMS: dict[str, dict[str, Any]] = {
@@ -41,40 +39,29 @@ def measure(model: Path, n: int, guidance: float) -> dict[str, dict[str, float]]
     if n < 1:
         raise BadRequestError(f"n = {n}: expected at least 1")
     pipe = mindomni_rt.load(model, device="auto", fast=True)
-    results: dict[str, list[Any]] = {name: [] for name in ("exact", *ARMS)}
+    common: dict[str, Any] = {"guidance_scale": guidance, "max_new_tokens": 48, "output": "numpy"}
+    painted: dict[str, list[Any]] = {name: [] for name in ("exact", *ARMS)}
     for seed, riddle in enumerate(asked):
         for name, options in (("exact", EXACT), *ARMS.items()):
-            results[name].append(
-                pipe.generate(
-                    riddle.instruction,
-                    guidance_scale=guidance,
-                    seed=seed,
-                    max_new_tokens=48,
-                    output="numpy",
-                    **options,
-                )
-            )
-    exact = results["exact"]
-    seconds = sum(r.timings["denoiser"] for r in exact)
-    out = {}
-    for name, found in results.items():
-        pairs = list(zip(found, exact, strict=True))
-        out[name] = {
-            "psnr": round(float(np.mean([psnr(a.images[0], b.images[0]) for a, b in pairs])), 2),
-            "latent_cosine": round(float(np.mean([cosine(a.latents, b.latents) for a, b in pairs])), 5),
+            painted[name].append(pipe.generate(riddle.instruction, seed=seed, **common, **options))
+    seconds = {name: sum(r.timings["denoiser"] for r in found) for name, found in painted.items()}
+    return {
+        name: {
+            **likeness(found, painted["exact"]),
             "right": round(share(asked, [r.images[0] for r in found]), 4),
-            "time": round(sum(r.timings["denoiser"] for r in found) / seconds, 3),
+            "time": round(seconds[name] / seconds["exact"], 3),
         }
-    return out
+        for name, found in painted.items()
+    }
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Figures as Markdown."""
-    lines = ["| option | PSNR dB | latent cosine | right | time of the loop |", "| --- | --- | --- | --- | --- |"]
-    for name, row in found.items():
-        cells = f"{row['psnr']:.1f} | {row['latent_cosine']:.4f} | {100 * row['right']:.0f} % | {row['time']:.2f}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
+    rows = [
+        [name, f"{row['psnr']:.1f}", f"{row['latent_cosine']:.4f}", f"{100 * row['right']:.0f} %", f"{row['time']:.2f}"]
+        for name, row in found.items()
+    ]
+    return results.table(["option", "PSNR dB", "latent cosine", "right", "time of the loop"], rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,13 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and reports."""
-    check_out(options.out)
+    results.check_out(options.out)
     options.n = options.n if options.n is not None else 320 if options.precisions else 24
     if options.precisions:
         return _precisions(options)
     found = measure(options.model, options.n, options.guidance)
-    sys.stdout.write(table(found) + "\n")
-    _store(options, found, table(found))
+    text = table(found)
+    sys.stdout.write(text + "\n")
+    _store(options, found, text)
     return 0
 
 
@@ -104,7 +92,7 @@ def _precisions(options: argparse.Namespace) -> int:
 
     found: dict[str, Any] = {}
     if options.out and options.out.exists():
-        before = read_json(options.out)
+        before = results.read_json(options.out)
         if [before.get(k) for k in ("model", "n", "guidance")] != [options.model.name, options.n, options.guidance]:
             raise BadRequestError(f"{options.out} is of another model, n or guidance; name another --out")
         found = before["options"]
@@ -130,5 +118,4 @@ def _store(options: argparse.Namespace, found: dict[str, Any], text: str) -> Non
         "guidance": options.guidance,
         "options": found,
     }
-    write_json(options.out, record)
-    write_atomic(options.out.with_suffix(".md"), text + "\n")
+    results.write_result(options.out, record, text)

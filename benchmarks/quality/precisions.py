@@ -7,12 +7,10 @@ through the decoder, which hold on every machine. Time on this one says nothing,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import mindomni_rt
 from mindomni_rt.backends.fast.backend import TorchCudaBackend
@@ -22,7 +20,8 @@ from mindomni_rt.memory.precision import Precision, parse_precision
 from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.scores import Score
 
-from .judge import Riddle, cosine, psnr, riddles, right
+from .. import results
+from .judge import likeness, riddles, right
 from .rounding import rounded
 
 IMAGES = 4  # of a riddle, each with noise of its own: they share a thought and a launch
@@ -88,25 +87,15 @@ class Bench:
     def figures(self, precision: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Of one arm."""
         found, passes = self._paint(precision, options)
-        pairs = [
-            pair
-            for a, b in zip(found, self._exact, strict=True)
-            for pair in zip(a.images, b.images, a.latents, b.latents, strict=True)
-        ]
+        marks = [right(riddle, image) for riddle, one in zip(self._asked, found, strict=True) for image in one.images]
         return {
             "precision": precision,
             "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-            "psnr": round(float(np.mean([psnr(a, b) for a, b, _, _ in pairs])), 2),
-            "latent_cosine": round(float(np.mean([cosine(a, b) for _, _, a, b in pairs])), 5),
+            **likeness(found, self._exact),
             "texts_equal": sum(a.text == b.text for a, b in zip(found, self._exact, strict=True)),
             "passes": round(passes / self._passes, 4),
-            **self._right(self._asked, found).to_dict(),
+            **Score(right=sum(marks), n=len(marks)).to_dict(),
         }
-
-    @staticmethod
-    def _right(asked: Sequence[Riddle], found: Sequence[Any]) -> Score:
-        marks = [right(riddle, image) for riddle, one in zip(asked, found, strict=True) for image in one.images]
-        return Score(right=sum(marks), n=len(marks))
 
     def _paint(self, precision: str, options: Mapping[str, Any]) -> tuple[list[Any], int]:
         """(results, whole passes of an image of one branch)."""
@@ -126,14 +115,9 @@ class Bench:
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Figures as Markdown."""
-    lines = [
-        "| precision and options | PSNR dB | latent cosine | right (95 % interval) | passes |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, row in found.items():
         low, high = (100 * side for side in row["interval"])
-        lines.append(
-            f"| {name} | {row['psnr']:.1f} | {row['latent_cosine']:.4f} | {100 * row['share']:.1f} % "
-            f"({low:.1f} to {high:.1f}) | {row['passes']:.2f} |"
-        )
-    return "\n".join(lines)
+        right = f"{100 * row['share']:.1f} % ({low:.1f} to {high:.1f})"
+        rows.append([name, f"{row['psnr']:.1f}", f"{row['latent_cosine']:.4f}", right, f"{row['passes']:.2f}"])
+    return results.table(["precision and options", "PSNR dB", "latent cosine", "right (95 % interval)", "passes"], rows)

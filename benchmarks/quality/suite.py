@@ -1,6 +1,6 @@
 """What a suite of `quality` is: items read from a user's prompt file, what is written for each, who reads that.
 
-The suites themselves are data in `images` and `shapes`.
+The suites themselves are data in `suites`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,9 @@ class Settings:
 
     def of_model(self, recommended: RecommendedConfig) -> Settings:
         """The same with the model's own settings in place of None."""
-        return replace(
-            self,
-            size=recommended.width if self.size is None else self.size,
-            steps=recommended.num_inference_steps if self.steps is None else self.steps,
-            guidance=recommended.guidance_scale if self.guidance is None else self.guidance,
-        )
+        own = {"size": recommended.width, "steps": recommended.num_inference_steps}
+        own |= {"guidance": recommended.guidance_scale}
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +65,6 @@ class Item:
         return self.file or f"images/{self.name}.png"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """What a prompt file or folder holds, in its order, and the hash of all that was read."""
-
-    files: tuple[Path, ...]
-    items: tuple[Item, ...]
-    sha256: str
-
-
 Writer = Callable[[Sequence[Image.Image]], bytes]
 """The bytes of a file from an item's samples."""
 
@@ -86,8 +74,10 @@ class Suite:
     """A benchmark: what it reads and writes, and what was published.
 
     prompts: the expected file, project: the repository it comes from. evaluated: reads the folder, in one line.
-    read: --prompts → items. files: what an evaluator reads of an item, relative to the run's folder, and what makes
-    it. scores: of the done items, by title. commands: the evaluator's command lines, with $RUN for the run's folder.
+    find: the prompt files in a folder; items: what one holds, BadRequestError where it is damaged. builtin: the file
+    of a suite that takes no --prompts. files: what an evaluator reads of an item, relative to the run's folder, and
+    what makes it. scores: of the done items, by title. commands: the evaluator's command lines, with $RUN for the
+    run's folder.
     """
 
     name: str
@@ -98,7 +88,9 @@ class Suite:
     published: Mapping[str, str]
     defaults: Settings
     most_samples: int = 1
-    read: Callable[[Path | None], Prompts]
+    find: Callable[[Path], list[Path]] = lambda folder: []
+    items: Callable[[Path], Iterable[Item]]
+    builtin: Path | None = None
     files: Callable[[Item, Settings], dict[str, Writer]]
     scores: Callable[[RunFolder, Sequence[Item]], dict[str, Any]] = lambda folder, done: {}
     commands: Callable[[Mapping[str, Any]], list[str]] = lambda run: []
@@ -106,6 +98,28 @@ class Suite:
     def outputs(self, item: Item, settings: Settings) -> list[str]:
         """All files of an item, relative to the run's folder; it is done when they are there."""
         return [*self.files(item, settings), item_file(item.name)]
+
+    def read(self, path: Path | None) -> tuple[list[Path], list[Item]]:
+        """The files that --prompts stands for, and their items in order. Raises BadRequestError."""
+        if path is not None and self.builtin:
+            raise BadRequestError(f"--prompts: the suite {self.name} has its own riddles; leave it out")
+        path = path or self.builtin
+        if path is None:
+            raise BadRequestError(f"--prompts is missing: {self.wanted}")
+        if not path.exists():
+            raise BadRequestError(f"nothing at {path}: {self.wanted}")
+        if not os.access(path, os.R_OK):
+            raise BadRequestError(f"{path} may not be read: give its owner's rights or another copy")
+        files, seen = self.find(path) if path.is_dir() else [path], dict[str, Item]()
+        if lacking := [file.name for file in files if not file.is_file()]:
+            raise BadRequestError(f"no {lacking[0]} in {path}: {self.wanted}")
+        for item in (item for file in files for item in self.items(file)):
+            if item.name in seen:
+                raise BadRequestError(f"{item.where}: id {item.name!r} was already used at {seen[item.name].where}")
+            seen[item.name] = item
+        if not seen:
+            raise BadRequestError(f"{path} holds no prompts: {self.wanted}")
+        return files, list(seen.values())
 
     @property
     def wanted(self) -> str:
@@ -115,28 +129,17 @@ class Suite:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A suite with its settings in a folder. chosen: the items that were asked for."""
+    """A suite with its settings in a folder. chosen: the items that were asked for, of `total`."""
 
     suite: Suite
     settings: Settings
     folder: RunFolder
-    prompts: Prompts
     chosen: Sequence[Item]
+    total: int
 
     def done(self) -> list[Item]:
         """The items whose files are all there."""
         return [i for i in self.chosen if self.folder.done(self.suite.outputs(i, self.settings))]
-
-
-def located(path: Path | None, suite: Suite) -> Path:
-    """--prompts, checked to be there. Raises BadRequestError that names the expected file and its project."""
-    if path is None:
-        raise BadRequestError(f"--prompts is missing: {suite.wanted}")
-    if not path.exists():
-        raise BadRequestError(f"nothing at {path}: {suite.wanted}")
-    if not os.access(path, os.R_OK):
-        raise BadRequestError(f"{path} may not be read: give its owner's rights or another copy")
-    return path
 
 
 def text_of(path: Path) -> str:
@@ -179,15 +182,3 @@ def checked_name(value: Any, where: str) -> str:
             f"{_LONGEST_NAME} bytes with no path separator, control character or leading dot"
         )
     return text
-
-
-def checked_items(items: Sequence[Item], source: Path | str, suite: Suite) -> tuple[Item, ...]:
-    """Items, refused when there are none or two share an id. Raises BadRequestError."""
-    if not items:
-        raise BadRequestError(f"{source} holds no prompts: {suite.wanted}")
-    seen: dict[str, str] = {}
-    for item in items:
-        if item.name in seen:
-            raise BadRequestError(f"{item.where}: id {item.name!r} was already used at {seen[item.name]}")
-        seen[item.name] = item.where
-    return tuple(items)

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from mindomni_rt.benchmarks.clocks import NONE, clock_state, output, over_current, pinned_clocks, power_mode, throttling
 from mindomni_rt.benchmarks.latency.energy import Energy, describe_energy, hwmon_rails
-from mindomni_rt.benchmarks.machine import commit, describe_machine
+from mindomni_rt.benchmarks.machine import (
+    NONE,
+    clock_state,
+    commit,
+    describe_machine,
+    output,
+    over_current,
+    pinned_clocks,
+    power_mode,
+    throttling,
+)
 
 Tool = Callable[[str, str], None]
 ORIN = """SOC family:tegra234  Machine:NVIDIA Jetson AGX Orin Developer Kit

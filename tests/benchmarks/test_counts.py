@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from mindomni_rt.benchmarks import counts as command
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.compare import EVERYWHERE, count_changes
-from mindomni_rt.benchmarks.counts import command
-from mindomni_rt.benchmarks.counts.command import BASELINE, measure
-from mindomni_rt.benchmarks.counts.counter import counting, counting_flops
+from mindomni_rt.benchmarks.counts import BASELINE, counting, counting_flops, measure
 from mindomni_rt.benchmarks.results import read_checked
 from mindomni_rt.model.decoder import DiffusionDecoder
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mindomni_rt.benchmarks.cli import main
-from mindomni_rt.benchmarks.clocks import physical
+from mindomni_rt.benchmarks.machine import physical
 from mindomni_rt.benchmarks.results import FOLDER
 from mindomni_rt.benchmarks.schema import KINDS, problems
 from mindomni_rt.checkpoint.config import published
