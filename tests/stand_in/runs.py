@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._pool = folder, ThreadPoolExecutor(WORKERS)
+        self._here, self._servers = threading.local(), list[_Server]()
         self._found: dict[str, Future[dict[str, Any]]] = {}
         self._full = self._thin = ""
 
@@ -51,26 +53,52 @@ class Runs:
         """Starts a job that is not yet known."""
         text = json.dumps({"folder": job.get("folder") or self.full, **job}, sort_keys=True)
         if text not in self._found:
-            self._found[text] = self._pool.submit(_run, text)
+            self._found[text] = self._pool.submit(self._run, text)
         return self._found[text]
 
     def __call__(self, **job: Any) -> dict[str, Any]:
         """What a worker saw."""
         return self.begin(job).result()
 
+    def _run(self, text: str) -> dict[str, Any]:
+        """In a thread of the pool, each of which has a server."""
+        if not hasattr(self._here, "server"):
+            self._here.server = _Server(self._folder)
+            self._servers.append(self._here.server)
+        return self._here.server.run(text)  # type: ignore[no-any-return]
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        for server in self._servers:
+            server.close()
 
 
-def _run(text: str) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
-    path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
-    environment |= {"PYTHONPATH": path, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stand_in.worker", text]
-    with tempfile.TemporaryDirectory() as empty:
-        environment["XDG_CACHE_HOME"] = json.loads(text).get("cache", empty)
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+class _Server:
+    """A worker's process, and its errors in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+        path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+        environment |= {"PYTHONPATH": path, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
+        environment["XDG_CACHE_HOME"] = str(folder / "cache")
+        self._errors = folder / f"errors-{threading.get_ident()}.txt"
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "stand_in.worker"], cwd=ROOT, env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
+
+    def run(self, text: str) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        with tempfile.TemporaryDirectory() as empty:
+            out = Path(empty) / "seen.json"
+            job = {"cache": f"{empty}/cache", **json.loads(text), "out": str(out), "seconds": SECONDS}
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            status = self._process.stdout.readline().strip()
+            assert status == "0", (status, self._errors.read_text()[-3000:])
+            return dict(json.loads(out.read_text()))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -94,6 +94,15 @@ class Runtime:
         self._next_stream = [0] * stand.devices
         self._next_pool = 0
 
+    def become(self, chosen: dict[str, Any]) -> None:
+        """Takes fields of `Stand`, before the first call to the device."""
+        for name, value in chosen.items():
+            setattr(self.stand, name, tuple(value) if isinstance(value, list) else value)
+        self.allocator.__init__(  # type: ignore[misc]  # in place: functions of torch._C hold it
+            self.stand.devices, self.stand.pinned_powers, lambda: self.stand.phase
+        )
+        self._next_stream = [0] * self.stand.devices
+
     # Where a thread is
 
     @property

@@ -1,15 +1,19 @@
-"""One process, one stand-in: `python -m stand_in.worker JSON` loads, runs requests, and prints what was seen as JSON.
+"""One process, one stand-in: `python -m stand_in.worker` reads jobs, a line of JSON each, and answers "0" for each that
+was done: it loaded, ran requests, and wrote what was seen into a file. Importing torch takes longer than most jobs, so
+it is done once, and each job has a fork of that process.
 
-JSON: stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names of those in
-`requests`, or pairs of a name and options), cache (folder of timings; an empty one unless given), refuse (kernel ->
-"always" or "capture"), thread (requests run in one of their own), again (more such jobs in the same process; with
-`keep` in the first the pipelines stay alive).
+A job: out (the file), stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names
+of those in `requests`, or pairs of a name and options), cache (folder of timings), refuse (kernel -> "always" or
+"capture"), thread (requests run in one of their own), again (more such jobs in the same process; with `keep` in the
+first the pipelines stay alive), seconds (the most that it may take).
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import sys
 import threading
 import traceback
@@ -113,13 +117,36 @@ class Worker:
             seen.append(one)
 
 
+def _imported() -> None:
+    """What every job needs, before the first one."""
+
+    from . import plans, quick, requests  # noqa: F401
+
+    gc.freeze()
+
+
+def _job(runtime: Runtime, job: dict[str, Any]) -> None:
+    """In a process of its own."""
+    signal.alarm(job["seconds"])
+    os.environ["XDG_CACHE_HOME"] = job["cache"]
+    runtime.become(job.get("stand", {}))
+    Path(job["out"]).write_text(json.dumps(Worker(runtime, job).run()))
+
+
 def main() -> None:
-    job = json.loads(sys.argv[1])
-    stand = job.get("stand", {})
-    if "capability" in stand:
-        stand["capability"] = tuple(stand["capability"])
-    found = Worker(prepare(Stand(**stand)), job).run()
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    runtime = prepare(Stand())
+    _imported()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                _job(runtime, json.loads(line))
+            except BaseException:  # noqa: BLE001  # the parent's loop is not this process's
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        sys.stdout.write(f"{os.waitpid(child, 0)[1]}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
