@@ -20,7 +20,7 @@ from .spec import Spec, make_spec, pointers
 from .triton_compat import tl, triton
 
 BLOCK_K = 128
-LIBRARY_ROWS = 1024  # that torch._int_mm writes as int32 at once: twice to four times the bytes of the result
+CUBLAS_ROWS = 1024  # that torch._int_mm writes as int32 at once: twice to four times the bytes of the result
 GROUP = 8  # row blocks that share a column block before moving on, for the L2
 LAUNCHES = {
     80: Launch(block_m=128, block_n=128, warps=8, stages=3),
@@ -91,10 +91,8 @@ def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-def linear8_library(
-    a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False
-) -> Tensor:
-    """The same by torch._int_mm or torch._scaled_mm, with their limits on shapes (K and N multiples of 16).
+def linear8_cublas(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
+    """The same by torch._int_mm or torch._scaled_mm, on CUDA cuBLASLt's. K and N must be multiples of 16.
 
     fast: fp8 sums in the tensor cores' own, shorter registers (Hopper), at some precision.
     """
@@ -102,8 +100,8 @@ def linear8_library(
     scale, channels = a.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
     if flat.dtype == torch.int8:
         out = torch.empty(flat.shape[0], weight.values.shape[0], dtype=dtype, device=flat.device)
-        for rows, scales, place in zip(*(t.split(LIBRARY_ROWS) for t in (flat, scale, out)), strict=True):
-            _int8_library(rows, scales, weight.values, channels, bias, place)
+        for rows, scales, place in zip(*(t.split(CUBLAS_ROWS) for t in (flat, scale, out)), strict=True):
+            _int8_cublas(rows, scales, weight.values, channels, bias, place)
     else:
         out = torch._scaled_mm(
             flat, weight.values.T, scale_a=scale, scale_b=channels, bias=bias, out_dtype=dtype, use_fast_accum=fast
@@ -111,7 +109,7 @@ def linear8_library(
     return out.unflatten(0, a.values.shape[:-1])
 
 
-def _int8_library(
+def _int8_cublas(
     rows: Tensor, scale: Tensor, weight: Tensor, channels: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
     short = max(17 - rows.shape[0], 0)  # _int_mm on CUDA wants more than 16 rows
@@ -130,7 +128,7 @@ def linear8(
 ) -> Tensor:
     """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
 
-    impl: "triton", "torch" (the reference), "library", or "auto": on CUDA the library for fp8 to bfloat16 and int8 on
+    impl: "triton", "torch" (the reference), "cublas", or "auto": on CUDA cuBLAS for fp8 to bfloat16 and int8 on
     Turing, else Triton; the reference elsewhere. Raises ValueError for shapes or types that do not fit.
     """
     if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
@@ -142,8 +140,8 @@ def linear8(
     device = a.values.device
     # With a scale a row cuBLAS' fp8 product gives bfloat16 alone (all but some builds, on Hopper).
     ours = tensor_cores(device) if integer else dtype != torch.bfloat16
-    if impl == "library" or (impl == "auto" and a.values.is_cuda and not ours):
-        return linear8_library(a, weight, dtype, bias)
+    if impl == "cublas" or (impl == "auto" and a.values.is_cuda and not ours):
+        return linear8_cublas(a, weight, dtype, bias)
     if not use_triton(impl, a.values):
         return linear8_torch(a, weight, dtype, bias)
     launch = launch or for_sm(LAUNCHES, sm_of(a.values))

@@ -23,7 +23,7 @@ from mindomni_rt.kernels.decode_attention import decode_attention
 from mindomni_rt.kernels.gemv import gemv
 from mindomni_rt.kernels.int4_linear import int4_linear, quantize_int4
 from mindomni_rt.kernels.launch import SHARED_LIMIT, Launch
-from mindomni_rt.kernels.linear8 import linear8, linear8_library, quantize_weight
+from mindomni_rt.kernels.linear8 import linear8, linear8_cublas, quantize_weight
 from mindomni_rt.kernels.norm_gemv import norm_gemv
 from mindomni_rt.kernels.norms import add_norm
 from mindomni_rt.kernels.quantize import quantize_rows
@@ -282,9 +282,9 @@ def _linear8(kind: str, sizes: Sizes) -> Case:
         "16 bits": lambda: F.linear(x, weight),
     }
     if x.is_cuda:
-        variants |= {"triton": partial(ours, impl="triton"), "cuBLASLt": partial(ours, impl="library")}
+        variants |= {"triton": partial(ours, impl="triton"), "cuBLASLt": partial(ours, impl="cublas")}
         if kind == "fp8":
-            variants["cuBLASLt, short sums"] = lambda: linear8_library(a, w, sizes.dtype, fast=True)
+            variants["cuBLASLt, short sums"] = lambda: linear8_cublas(a, w, sizes.dtype, fast=True)
     return Case(
         exact=lambda: a.dequantize(torch.float32)[some].double() @ w.dequantize().double().T,
         bound=sizes.tolerance,

@@ -172,7 +172,6 @@ def split_attention(text: str | None) -> tuple[str | None, str]:
 # What the fast path has a product for. Decoding is bound by reading weights, so the language model's activations are
 # never rounded; the decoder is bound by arithmetic and takes 8-bit activations.
 _FAST = {"language": ("int8wo", "int4"), "head": ("int8wo", "int4"), "decoder": ("int8", "fp8", "int4")}
-_PRODUCTS = {"int8wo": "int8_weight_only"}
 
 
 def stored(precision: Precision) -> dict[str, str]:
@@ -188,5 +187,5 @@ def stored(precision: Precision) -> dict[str, str]:
                 f"{part} in {name} while computing in {precision.compute}: "
                 f"expected {precision.compute}, {', '.join(allowed)}"
             )
-        found[part] = _PRODUCTS.get(name, name)
+        found[part] = name
     return found

@@ -32,17 +32,17 @@ def test_eight_bit_products(kind, m, n, k, bias):
 
 
 @pytest.mark.parametrize("rows", [(3, 7), (1,), (20,)], ids=str)
-def test_eight_bit_by_the_library(rows):
+def test_eight_bit_by_cublas(rows):
     """torch's own int8 product where it runs, the rows short of its least included."""
     a, w = quantize_rows_torch(draw(*rows, 64), "int8"), quantize_weight(draw(48, 64, seed=1), "int8")
     b = draw(48, seed=2)
     expected = linear8(a, w, torch.float32, b, impl="torch")
-    assert error(linear8(a, w, torch.float32, b, impl="library"), expected) < 1e-6
+    assert error(linear8(a, w, torch.float32, b, impl="cublas"), expected) < 1e-6
 
 
-def test_fp8_by_the_library():
+def test_fp8_by_cublas():
     a, w = quantize_rows_torch(draw(32, 64), "fp8"), quantize_weight(draw(48, 64, seed=1), "fp8")
-    found = linear8(a, w, torch.bfloat16, impl="library")
+    found = linear8(a, w, torch.bfloat16, impl="cublas")
     assert error(found, a.dequantize() @ w.dequantize().T) < 5e-3
 
 

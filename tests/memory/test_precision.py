@@ -83,7 +83,7 @@ def test_attention_in_8_bits_is_near() -> None:
 
 def test_what_is_kept_how() -> None:
     kept = stored(parse_precision("int8", "bfloat16"))
-    assert kept == {"language": "int8_weight_only", "head": "int8_weight_only", "decoder": "int8"}
+    assert kept == {"language": "int8wo", "head": "int8wo", "decoder": "int8"}
     assert stored(Precision()) == dict.fromkeys(("language", "head", "decoder"), "bfloat16")
     with pytest.raises(BadRequestError, match="language in fp8"):
         stored(Precision(language="fp8"))
@@ -93,7 +93,7 @@ def test_what_is_kept_how() -> None:
 
 @pytest.mark.parametrize(
     ("kept", "low", "high", "bits"),
-    [("float32", 0, 1e-6, 32), ("int8", 3e-3, 2e-2, 8), ("int8_weight_only", 2e-3, 1.5e-2, 8), ("fp8", 1e-2, 6e-2, 8),
+    [("float32", 0, 1e-6, 32), ("int8", 3e-3, 2e-2, 8), ("int8wo", 2e-3, 1.5e-2, 8), ("fp8", 1e-2, 6e-2, 8),
      ("int4", 3e-2, 0.12, 4)],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])

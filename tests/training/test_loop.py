@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,8 +172,14 @@ def test_keeps_the_newest_and_only_whole_ones(folder, tmp_path):
     run.run()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000005", "step-00000006"]
-    (tmp_path / "checkpoints" / "step-00000009").mkdir()  # killed while it was made by hand: no state in it
-    assert checkpointing.latest(tmp_path / "checkpoints").step == 6
+    killed = tmp_path / "checkpoints" / "step-00000009"
+    killed.mkdir()
+    (killed / ".state.pt.0123456789abcdef.partial").write_bytes(b"half of a state")
+    state = checkpointing.latest(tmp_path / "checkpoints")
+    assert state.step == 6
+    checkpointing.save(tmp_path / "checkpoints", dataclasses.replace(state, step=9), keep=3)
+    assert [p.name for p in killed.iterdir()] == ["state.pt"]
+    shutil.rmtree(killed)
     (tmp_path / "checkpoints" / "step-00000006" / "state.pt").write_bytes(b"torn")
     with pytest.raises(BadCheckpointError, match="delete its folder"):
         checkpointing.latest(tmp_path / "checkpoints")
@@ -204,7 +211,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_saved(folder, tmp_path):
     state = checkpointing.latest(tmp_path / "checkpoints")
     original = Path.open
     try:
-        Path.open = lambda self, *a, **k: original(Path("/dev/full") if self.name == "state.pt" else self, *a, **k)
+        Path.open = lambda self, *a, **k: original(Path("/dev/full") if "state.pt" in self.name else self, *a, **k)
         with pytest.raises(StorageError, match="the disk is full"):
             checkpointing.save(tmp_path / "checkpoints", dataclasses.replace(state, step=2), keep=1)
     finally:

@@ -8,7 +8,7 @@ model that the run started from, whose checksum is stored.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mindomni_rt.errors import BadCheckpointError
+from mindomni_rt.files import replace_file
 
 from ..errors import StorageError
 from ..outputs import write_failure
@@ -107,19 +108,20 @@ def save(folder: Path, state: State, keep: int) -> Path:
 
     Raises StorageError if the disk is full or not writable; the earlier checkpoints stay.
     """
-    target = folder / f"step-{state.step:08d}"
-    partial = folder / f".{target.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with (partial / "state.pt").open("wb") as file:
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # Python's own file: its error says that the disk is full
             torch.save(state.__dict__, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
+
+    target = folder / f"step-{state.step:08d}"
+    if target not in _all(folder):
+        shutil.rmtree(target, ignore_errors=True)  # what a killed process left
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        replace_file(target / "state.pt", write)
     except (OSError, RuntimeError) as error:  # torch.save of plain tensors raises RuntimeError for a failed write only
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            target.rmdir()  # unless an earlier state is in it
         raise StorageError(
             f"checkpoint {target} could not be written: {write_failure(error)}. Earlier checkpoints are whole; free "
             "space and run the same command again to resume"

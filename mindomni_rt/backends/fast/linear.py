@@ -17,7 +17,7 @@ from mindomni_rt.kernels.quantize import Rows, quantize_rows
 
 from ...errors import BadRequestError
 
-QUANTIZED = ("int8", "int8_weight_only", "fp8", "int4")
+QUANTIZED = ("int8", "int8wo", "fp8", "int4")
 STORED = ("float32", "float16", "bfloat16", *QUANTIZED)
 
 
@@ -70,7 +70,7 @@ class LinearW8A8(Linear):
         super().__init__(bias, impl)
         quantized = quantize_weight(weight, kind)
         self.rows, self.dtype = kind, weight.dtype
-        self.how = impl  # "library" (cuBLAS) or "triton" once `tune` has measured
+        self.how = impl  # "cublas" or "triton" once `tune` has measured
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
 
@@ -149,7 +149,7 @@ def make_linear(
     home, weight = weight.device, weight.to(work or weight.device)
     if stored in ("int8", "fp8"):
         return LinearW8A8(weight, bias, impl, stored).to(home)
-    return (LinearW8A16 if stored == "int8_weight_only" else LinearW4A16)(weight, bias, impl).to(home)
+    return (LinearW8A16 if stored == "int8wo" else LinearW4A16)(weight, bias, impl).to(home)
 
 
 def stored_bytes(linear: Linear) -> int:

@@ -95,7 +95,7 @@ def choose_one_row(products: Iterable[LinearDense], clock: Clock = milliseconds)
 
 
 def choose_w8a8(products: Iterable[LinearW8A8], rows: int, clock: Clock = milliseconds) -> None:
-    """Sets `how` of each W8A8 layer to the faster of "library" (cuBLAS) and "triton" for `rows` rows of its shape.
+    """Sets `how` of each W8A8 layer to the faster of "cublas" and "triton" for `rows` rows of its shape.
 
     A kernel that does not run on this device is skipped. Raises UnsupportedDeviceError when neither does.
     """
@@ -109,7 +109,7 @@ def choose_w8a8(products: Iterable[LinearW8A8], rows: int, clock: Clock = millis
     for (n, k), group in groups.items():
         x = _rows(rows, k, group[0].values, group[0].dtype)
         few = group[:4]  # bound by arithmetic, not by reading the weight
-        _fastest(few, f"{few[0].rows} rows of {n}x{k}", ("library", "triton"), choose, x, clock)
+        _fastest(few, f"{few[0].rows} rows of {n}x{k}", ("cublas", "triton"), choose, x, clock)
         for product in group[4:]:
             product.how = few[0].how
 
