@@ -109,17 +109,6 @@ def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Chan
     return found, notes
 
 
-def _hints(a: Mapping[str, Any], b: Mapping[str, Any], first: Path) -> list[str]:
-    """Where to look after a rise of counts: operators that a stage runs more often; and what to do if it is meant."""
-    more = [
-        f"stage {stage}: {name} {before} -> {count}"
-        for stage, by_name in b["operators"].items()
-        for name, count in by_name.items()
-        if a["torch"] == b["torch"] and count > (before := a["operators"].get(stage, {}).get(name, 0))
-    ]
-    return [*more, f"where the rise is meant, renew the baseline: python -m benchmarks counts --out {first}"]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("a", type=Path, help="the earlier result")
@@ -148,6 +137,12 @@ def run(options: argparse.Namespace) -> int:
     lines += [c.line(threshold) for c in changed]
     failed = any(c.worse(threshold) for c in found)
     if counts and failed:
-        lines += _hints(a, b, options.a)
+        lines += [  # where to look: operators that a stage runs more often
+            f"stage {stage}: {name} {before} -> {count}"
+            for stage, by_name in b["operators"].items()
+            for name, count in by_name.items()
+            if a["torch"] == b["torch"] and count > (before := a["operators"].get(stage, {}).get(name, 0))
+        ]
+        lines.append(f"where the rise is meant, renew the baseline: python -m benchmarks counts --out {options.a}")
     sys.stdout.write("\n".join(lines) + "\n")
     return int(failed)
