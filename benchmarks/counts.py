@@ -66,10 +66,8 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
     backend = load_torch(model, "cpu", "float32")
     assert isinstance(backend, TorchBackend)
     count(backend, counting)  # what is made once, on first use, is not part of a request
-    flops, found = count(backend, counting_flops), dict[str, dict[str, int]]()
-    operators: dict[str, dict[str, int]] = {}
-    for name, counter in count(backend, counting).items():
-        operators[name] = dict(sorted(counter.by_name.items()))
+    flops, counters, found = count(backend, counting_flops), count(backend, counting), dict[str, dict[str, int]]()
+    for name, counter in counters.items():
         found[name] = {"units": UNITS[name], "flops": int(flops[name].get_total_flops())}
         found[name] |= {"operators": counter.operators, "bytes": counter.bytes, "peak_bytes": counter.peak}
     return {
@@ -80,7 +78,7 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
         "request": REQUEST,
         "stages": found,
         "graphs": count_graphs(bundle),
-        "operators": operators,
+        "operators": {name: dict(sorted(counter.by_name.items())) for name, counter in counters.items()},
     }
 
 

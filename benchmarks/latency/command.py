@@ -225,16 +225,14 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     runs = data["runs"]
     behind = [r.get("language", 0.0) + r.get("vision", 0.0) - r.get("first_token", 0.0) for r in runs]
     decode = [(n - 1) / s for s, n in zip(behind, data["tokens"], strict=True) if n > 1 and s > 0]
-    out = []
-    if decode:  # a rate's slow end is its 10th and 1st percentile
-        p50, p10, p1 = np.percentile(decode, (50, 10, 1))
-        out.append(("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}"))
+    # A rate's slow end is its 10th and 1st percentile.
+    p50, p10, p1 = np.percentile(decode, (50, 10, 1)) if decode else (0.0, 0.0, 0.0)
     host, device = data["peak_host_bytes"], data.get("peak_device")
     kinds = {"allocated": "peak_bytes", "reserved": "reserved_bytes"}
     told = ", ".join(f"{device[key] / 1e9:.2f} GB {kind}" for kind, key in kinds.items()) if device else NONE
     starts = zip(("first", "second"), data["cold_start"], strict=False)
     return [
-        *out,
+        *([("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}")] if decode else []),
         ("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE),
         ("peak device memory", told),
         ("energy an image", describe_energy(data["energy"])),
