@@ -69,7 +69,7 @@ def latency_changes(a: Result, b: Result) -> tuple[list[Change], list[str]]:
     """Changes of every metric that both have, and notes. BadRequestError if they measured different requests."""
     if a.workload != b.workload:
         first, second = asdict(a.workload), asdict(b.workload)
-        differ = ", ".join(f"{k} {first[k]} and {second[k]}" for k in first if first[k] != second[k])
+        differ = ", ".join(f"{k} {_word(v)} and {_word(second[k])}" for k, v in first.items() if v != second[k])
         raise BadRequestError(f"{a.path} and {b.path} measured different requests: {differ}")
     metrics = dict.fromkeys(name for run in a.data["runs"] for name in run)
     shared = [m for m in metrics if b.samples(m) and min(a.samples(m)) > 0]
@@ -77,6 +77,13 @@ def latency_changes(a: Result, b: Result) -> tuple[list[Change], list[str]]:
         raise BadRequestError(f"{a.path} and {b.path} have no metric in common")
     notes = [f"different machines, {a.machine} and {b.machine}"] if a.machine != b.machine else []
     return [change(m, a.samples(m), b.samples(m)) for m in shared], notes
+
+
+def _word(value: object) -> str:
+    """A field of `Workload` for a reader: rows and columns as 12x14, a flag as yes or no."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
@@ -124,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
     paths = (options.a, options.b)
     kinds = [data.get("kind") if isinstance(data := read_json(path), dict) else None for path in paths]
     if "counts" in kinds and kinds[0] != kinds[1]:
-        names = " and ".join(f"{path} ({kind})" for path, kind in zip(paths, kinds, strict=True))
+        names = " and ".join(f"{path} ({kind or 'of no kind'})" for path, kind in zip(paths, kinds, strict=True))
         raise BadRequestError(f"{names}: expected two results of one kind")
     kind = "counts" if "counts" in kinds else "latency"
     threshold = THRESHOLDS[kind] if options.threshold is None else options.threshold

@@ -15,6 +15,7 @@ from mindomni_rt.bundle.contracts import PROFILES
 from mindomni_rt.bundle.manifest import check_name, open_bundle, read_manifest
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.options import parse_size
 
 from .describe import describe
 from .log import build_log
@@ -74,7 +75,9 @@ def _parser() -> Parser:
     plan.add_argument("--checkpoint", type=Path, help="default: the published sizes")
     plan.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"])
     plan.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION")
-    plan.add_argument("--size", type=int, default=1024, metavar="PIXELS")
+    plan.add_argument(
+        "--size", metavar="WxH", help="pixels; one number for a square (default: the checkpoint's own, else 1024)"
+    )
     plan.add_argument("--memory-budget", metavar="SIZE", help="8GiB; default: the device's memory")
     plan.set_defaults(run=_plan)
 
@@ -203,7 +206,7 @@ def _plan(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         precision=options.precision,
         stages=stages_of(options.stage),
-        size=options.size,
+        size=parse_size(options.size) if options.size else None,
         budget=options.memory_budget,
     )
     print(report(plan))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindomni_rt.bundle.contracts import profile
@@ -43,34 +43,37 @@ def plan_build(
     checkpoint: Path | None = None,
     precision: str | None = None,
     stages: dict[str, str] | None = None,
-    size: int = 1024,
+    size: tuple[int, int] | None = None,
     budget: str | float | None = None,
 ) -> BuildPlan:
     """Plans a bundle for a device of the table, of the published model or a checkpoint's configuration.
 
-    size: image side in pixels. budget: such as "8GiB"; None is the device's memory. Raises UnsupportedDeviceError,
-    BadRequestError, and OutOfMemoryError that names the nearest choice which fits.
+    size: (width, height) in pixels; None is the model's own, whose steps and guidance are taken too. budget: such as
+    "8GiB"; None is the device's memory. Raises UnsupportedDeviceError, BadRequestError, and OutOfMemoryError that names
+    the nearest choice which fits.
     """
     device = find_device(device_name)
     architecture = ARCHITECTURES[device.sm]
     choice = choose(Target(runtime=architecture.runtime, sms=(device.sm,)), precision, stages)
     config = open_checkpoint(checkpoint).config if checkpoint else published()
-    work = Workload(height=size, width=size)
+    own = config.recommended
+    width, height = size or (own.width, own.height)
+    work = Workload(height=height, width=width, steps=own.num_inference_steps, guidance=own.guidance_scale != 1)
     stored = Precision.of_stages(choice.stages, choice.dtype)
     limit = device.bytes if budget is None else parse_bytes(budget)
-    reserve = device.reserve + _cache_beyond(config, work, size)
+    reserve = device.reserve + _cache_beyond(config, work)
     try:
         memory = fit(config, work, precision=stored, budget=limit, reserve=reserve)
     except OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"{str(error).split(';')[0]}; {_nearest(config, device, size, limit, reserve)}"
+            f"{str(error).split(';')[0]}; {_nearest(config, device, work, limit, reserve)}"
         ) from error
     weights = weight_bytes(config, stored)
     disk = {stage: weights[PART_OF[stage]] for stage in STAGES}
     return BuildPlan(device=device, choice=choice, memory=memory, disk=disk, reason=architecture.reason)
 
 
-def _nearest(config: ModelConfig, device: Device, size: int, limit: int, reserve: int) -> str:
+def _nearest(config: ModelConfig, device: Device, work: Workload, limit: int, reserve: int) -> str:
     """The first smaller choice that fits, as arguments of `build` and `plan`: coarser weights, then smaller images."""
     architecture = ARCHITECTURES[device.sm]
     target = Target(runtime=architecture.runtime, sms=(device.sm,))
@@ -78,24 +81,27 @@ def _nearest(config: ModelConfig, device: Device, size: int, limit: int, reserve
     choices = [{}, {"language": "int4", "prefix": "int8", "denoiser": "int8"}, dict.fromkeys(QUANTIZED, "int4")]
     choices = [c for c in choices if all(p in architecture.precisions for p in c.values())]
     halves = [{**c, "vae": plain} for c in choices if plain == "bf16"]
-    for side in (size, *(s for s in (768, 512, 256) if s < size)):
+    smaller = [(side, side) for side in (768, 512, 256) if side**2 < work.width * work.height]
+    for width, height in ((work.width, work.height), *smaller):
         for stages in (*choices, *halves):
             stored = Precision.of_stages(*_stages(choose(target, None, stages)))
             try:
-                found = fit(config, Workload(height=side, width=side), precision=stored, budget=limit, reserve=reserve)
+                asked = replace(work, height=height, width=width)
+                found = fit(config, asked, precision=stored, budget=limit, reserve=reserve)
             except OutOfMemoryError:
                 continue
-            asked = " ".join(f"--stage {stage}={name}" for stage, name in stages.items()) or "the defaults"
-            return f"this fits: --size {side} with {asked} (peak {gigabytes(found.peak)})"
-    return "nothing that can be built for this device fits, down to 256x256"
+            given = " ".join(f"--stage {stage}={name}" for stage, name in stages.items()) or "the defaults"
+            return f"this fits: --size {width}x{height} with {given} (peak {gigabytes(found.peak)})"
+    return f"nothing that can be built for this device fits, down to {width}x{height}"
 
 
 def _stages(choice: Choice) -> tuple[Mapping[str, str], str]:
     return choice.stages, choice.dtype
 
 
-def _cache_beyond(config: ModelConfig, work: Workload, size: int) -> int:
+def _cache_beyond(config: ModelConfig, work: Workload) -> int:
     """Bytes of an engine's KV cache, whose capacity is fixed, beyond the tokens of the request."""
+    size = max(work.width, work.height)
     sides = profile("512" if size <= 512 else "1024" if size <= 1024 else "any", config)
     stack = config.language.stack
     rows = max(sides.ranges["capacity"][2] - work.condition_tokens, 0)

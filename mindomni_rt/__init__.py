@@ -20,6 +20,7 @@ from .loading import load
 
 if TYPE_CHECKING:
     from .asynchronous import AsyncPipeline
+    from .checks import UNSET
     from .events import AnswerEvent, Event, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
     from .inputs.saving import read_settings, save_image
     from .pipeline import Pipeline
@@ -31,6 +32,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 
 __version__ = "0.2.0"
 __all__ = [
+    "UNSET",
     "AnswerEvent",
     "AsyncPipeline",
     "BadBundleError",
@@ -61,6 +63,7 @@ _LAZY = {
     "AsyncPipeline": "asynchronous",
     "Pipeline": "pipeline",
     "Request": "request",
+    "UNSET": "checks",
     "UnderstandRequest": "request",
     "read_settings": "inputs.saving",
     "save_image": "inputs.saving",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
-from typing import Any, Unpack, overload
+from typing import Any, Unpack
 
-from .batch import Prompts
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent
 from .pipeline import Pipeline
 from .request import EditOptions, GenerateOptions, Request, UnderstandOptions, UnderstandRequest, as_request
@@ -31,16 +30,15 @@ class AsyncPipeline:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
 
-    @overload
-    async def generate(self, prompt: str | Request, **options: Unpack[GenerateOptions]) -> GenerationResult: ...
-    @overload
-    async def generate(self, prompt: Prompts, **options: Unpack[GenerateOptions]) -> list[GenerationResult]: ...
-    async def generate(
-        self, prompt: str | Request | Prompts, **options: Unpack[GenerateOptions]
-    ) -> GenerationResult | list[GenerationResult]:
+    async def generate(self, prompt: str | Request, **options: Unpack[GenerateOptions]) -> GenerationResult:
         """As `Pipeline.generate`."""
-        results = await self._results(self.stream(prompt, **options))
-        return results if isinstance(prompt, (list, tuple)) else results[0]
+        return (await self._results(self.stream(prompt, **options)))[0]
+
+    async def generate_batch(
+        self, prompts: Sequence[str | Request], **options: Unpack[GenerateOptions]
+    ) -> list[GenerationResult]:
+        """As `Pipeline.generate_batch`."""
+        return await self._results(self.stream_batch(prompts, **options))
 
     async def edit(self, image: Any, prompt: str, **options: Unpack[EditOptions]) -> GenerationResult:
         """As `Pipeline.edit`."""
@@ -58,12 +56,24 @@ class AsyncPipeline:
         async with aclosing(events):
             return [event.result async for event in events if isinstance(event, (ImageEvent, AnswerEvent))]
 
-    async def stream(
-        self, request: str | Request | UnderstandRequest | Prompts, **options: Unpack[GenerateOptions]
+    def stream(
+        self, request: str | Request | UnderstandRequest, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event, None]:
         """As `Pipeline.stream`; mistakes in the request are raised at the first event."""
+        return self._events(lambda cancel: self.pipeline.stream(request, cancel=cancel, **options))
+
+    def stream_batch(
+        self, prompts: Sequence[str | Request], **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[Event, None]:
+        """As `Pipeline.stream_batch`; mistakes in the requests are raised at the first event."""
+        return self._events(lambda cancel: self.pipeline.stream_batch(prompts, cancel=cancel, **options))
+
+    @staticmethod
+    async def _events(
+        start: Callable[[threading.Event], Generator[Event, None, None]],
+    ) -> AsyncGenerator[Event, None]:
         cancel = threading.Event()
-        events = self.pipeline.stream(request, cancel=cancel, **options)
+        events = start(cancel)
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
 

@@ -10,16 +10,16 @@ from .checks import shown
 from .errors import BadRequestError
 from .request import CompleteRequest, Request, as_request
 
-Prompts = list[str] | list[Request] | tuple[str | Request, ...]
-"""What `generate` takes for several prompts."""
 MOST_PIXELS = 2**22
 """Painted at once: four images of 1024x1024. More take memory and gain nothing on any device."""
 _SHARED = ("width", "height", "num_inference_steps", "guidance_scale", "negative_prompt", "first_step",
            "guidance_interval", "solver", "step_cache", "preview_every")  # fmt: skip
 
 
-def as_requests(prompts: Sequence[Any], options: Mapping[str, Any]) -> list[Request]:
-    """A request for each prompt. With a seed, prompt i has the seed + i · num_images. Raises BadRequestError."""
+def as_requests(prompts: Any, options: Mapping[str, Any]) -> list[Request]:
+    """A request for each prompt. With a seed, text i has the seed + i · num_images. Raises BadRequestError."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise BadRequestError(f"prompts = {shown(prompts)}: expected a list of texts or Requests; `generate` takes one")
     if not prompts:
         raise BadRequestError("there is no prompt; expected at least one")
     if options.get("latents") is not None:

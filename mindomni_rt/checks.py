@@ -13,8 +13,22 @@ import numbers
 import types
 from collections.abc import Hashable
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
 from functools import cache
 from typing import Any, Protocol, Union, cast, get_args, get_origin, get_type_hints
+
+
+class Unset(Enum):
+    """Stands for a field that its caller left out, where None could be taken for a value."""
+
+    UNSET = "UNSET"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+UNSET = Unset.UNSET
+"""What stands in a field that was left out."""
 
 
 class Check(Protocol):
@@ -132,6 +146,7 @@ class Text:
 
 
 _PLAIN: dict[type, Check] = {bool: Flag(), str: Text()}
+_ABSENT: dict[type, Any] = {types.NoneType: None, Unset: UNSET}
 
 
 def check_fields(owner: Any, error: type[Exception], prefix: str = "", none_is_default: bool = False) -> None:
@@ -139,17 +154,17 @@ def check_fields(owner: Any, error: type[Exception], prefix: str = "", none_is_d
 
     none_is_default: None stands for the field's default. Raises `error` with the field's name.
     """
-    for name, (check, optional, default) in _checks(cast(Hashable, type(owner))).items():
+    for name, (check, absent, default) in _checks(cast(Hashable, type(owner))).items():
         value = getattr(owner, name)
         if value is None and none_is_default and default is not MISSING:
             value = default
-        if value is None and optional:
+        if any(value is one for one in absent):
             continue
         if check is not None:
             try:
                 value = check(value)
             except ValueError as reason:
-                more = " or None" if optional else ""
+                more = "".join(f" or {one}" for one in absent)
                 raise error(f"{prefix}{name} = {shown(value)}: expected {reason}{more}") from None
         if value is not getattr(owner, name):
             # The documented way to set a field of a frozen dataclass from its own __post_init__.
@@ -157,20 +172,24 @@ def check_fields(owner: Any, error: type[Exception], prefix: str = "", none_is_d
 
 
 @cache
-def _checks(owner: Hashable) -> dict[str, tuple[Check | None, bool, Any]]:
-    """For each field its check (or None), whether None is allowed, and its default."""
+def _checks(owner: Hashable) -> dict[str, tuple[Check | None, tuple[Any, ...], Any]]:
+    """For each field its check (or None), which of None and UNSET are allowed, and its default."""
     hints = get_type_hints(cast(type, owner), include_extras=True)
     return {f.name: (*_check_of(hints[f.name]), f.default) for f in fields(cast(Any, owner))}
 
 
-def _check_of(hint: Any) -> tuple[Check | None, bool]:
+def _check_of(hint: Any) -> tuple[Check | None, tuple[Any, ...]]:
     if get_origin(hint) in (Union, types.UnionType):
-        found = [_check_of(part) for part in get_args(hint) if part is not type(None)]
-        return found[0][0] if len(found) == 1 else None, type(None) in get_args(hint)
+        found = [_check_of(part) for part in get_args(hint) if part not in _ABSENT]
+        return found[0][0] if len(found) == 1 else None, _absent(hint)
     for extra in getattr(hint, "__metadata__", ()):
         if callable(extra):
-            return extra, type(None) in get_args(get_args(hint)[0])
-    return _PLAIN.get(hint) if isinstance(hint, type) else None, False
+            return extra, _absent(get_args(hint)[0])
+    return _PLAIN.get(hint) if isinstance(hint, type) else None, ()
+
+
+def _absent(hint: Any) -> tuple[Any, ...]:
+    return tuple(value for kind, value in _ABSENT.items() if kind in get_args(hint))
 
 
 def shown(value: Any, most: int = 80) -> str:

@@ -108,7 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     paint = _Parser(add_help=False)
     paint.add_argument("--size", metavar="WxH", help="pixels (default: the input image's, or the model's own)")
     paint.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
-    paint.add_argument("--guidance", type=float, help="guidance scale, 1 is none (default: the model's own)")
+    paint.add_argument(
+        "--guidance",
+        type=float,
+        default=defaults.guidance_scale,
+        help="guidance scale, 1 is none (default: the model's own)",
+    )
     paint.add_argument("--negative", default=defaults.negative_prompt, help="what to stay away from")
     paint.add_argument("--no-think", dest="think", action="store_false")
     paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")

@@ -15,17 +15,18 @@ import logging
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapters import AdapterCalls
 from .backends.base import (
-    ADAPTERS,
     OPTIONAL,
     PROMPT_BATCHES,
     Array,
@@ -34,10 +35,11 @@ from .backends.base import (
     LanguageRequest,
     Prefix,
 )
-from .batch import Prompts, as_requests, groups
+from .batch import as_requests, groups
+from .calls import Calls
 from .checkpoint.config import RecommendedConfig
 from .clock import Clock
-from .errors import BadCheckpointError, BadRequestError, GenerationCancelled, not_finite
+from .errors import BadCheckpointError, BadRequestError, not_finite
 from .events import AnswerEvent, Event, FinishReason, GenerationResult, ImageEvent, Round, StepEvent, TextEvent
 from .inputs.images import ImagePatches, open_image, prepare_image, to_pil, vae_pixels
 from .inputs.positions import mrope_positions
@@ -56,16 +58,12 @@ from .inputs.prompts import (
 from .memory.fit import Fit
 from .memory.guard import named_memory_errors
 from .memory.layers import Workload
-from .progress import with_progress
 from .request import (
     CompleteRequest,
-    EditOptions,
     GenerateOptions,
     Request,
-    UnderstandOptions,
     UnderstandRequest,
     as_request,
-    check_callback,
     check_cancel,
     complete,
 )
@@ -76,7 +74,6 @@ from .sampling.schedule import timesteps
 from .turn import Turn
 
 logger = logging.getLogger(__name__)
-Callback = Callable[[Event], bool | None]
 NEGATIVE_CACHE = 2  # prefixes kept; one is 0.4 MB a token at full size in 16 bits
 
 
@@ -136,8 +133,8 @@ def _with_named_errors(events: Generator[Event, None, None]) -> Generator[Event,
         yield from events
 
 
-class Pipeline:
-    """A loaded model. `mindomni_rt.load` makes one; `generate`, `edit`, `understand` and `stream` use it.
+class Pipeline(Calls, AdapterCalls):
+    """A loaded model. `mindomni_rt.load` makes one; `stream` and the calls that wait for it use it.
 
     The steps `think`, `connect`, `paint` and `decode` are public and usable alone. Requests of several threads wait for
     each other, because the model's buffers are shared; the steps used alone do not. `with` closes the pipeline.
@@ -151,135 +148,36 @@ class Pipeline:
         self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
         self._turn = Turn()
 
-    @overload
-    def generate(
-        self,
-        prompt: str | Request,
-        *,
-        callback: Callback | None = None,
-        cancel: threading.Event | None = None,
-        progress: bool = False,
-        **options: Unpack[GenerateOptions],
-    ) -> GenerationResult: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompts,
-        *,
-        callback: Callback | None = None,
-        cancel: threading.Event | None = None,
-        progress: bool = False,
-        **options: Unpack[GenerateOptions],
-    ) -> list[GenerationResult]: ...
-
-    def generate(
-        self,
-        prompt: str | Request | Prompts,
-        *,
-        callback: Callback | None = None,
-        cancel: threading.Event | None = None,
-        progress: bool = False,
-        **options: Unpack[GenerateOptions],
-    ) -> GenerationResult | list[GenerationResult]:
-        """Thinks about the prompt and paints the result.
-
-        Args:
-            prompt: the text, or a `Request` that holds everything; or a list of either, whose results are a list.
-                Neighbours with equal settings are painted as one batch where the backend can. Each result is that of
-                its prompt alone, up to rounding. With `seed`, prompt i has seed + i · num_images; each result tells
-                its own.
-            callback: called with each event; returning False cancels.
-            cancel: setting it, from any thread, ends the request after the current token or step.
-            progress: shows words and steps on standard error.
-            **options: the fields of `Request`, which documents each with its default and limits. The settings of a
-                result or of a saved picture (`read_settings`) are such options: they repeat it.
-
-        Raises:
-            BadRequestError: an option is unknown, out of its limits, or missing on this backend.
-            GenerationCancelled: the request was cancelled.
-
-        Example:
-            >>> result = pipe.generate("an animal with (3 + 6) lives", seed=7)  # doctest: +SKIP
-            >>> result.images[0].save("cat.png")  # doctest: +SKIP
-        """
-        cancel = check_cancel(cancel) or threading.Event()
-        results = self._results(self.stream(prompt, cancel=cancel, **options), callback, cancel, progress)
-        return results if isinstance(prompt, (list, tuple)) else results[0]
-
-    def edit(
-        self,
-        image: Any,
-        prompt: str,
-        *,
-        callback: Callback | None = None,
-        cancel: threading.Event | None = None,
-        progress: bool = False,
-        **options: Unpack[EditOptions],
-    ) -> GenerationResult:
-        """`generate` with a reference image: the same, with the image first.
-
-        Without height and width the size is the image's in multiples of 16, within what the model paints
-        (`recommended`). Arguments and errors are those of `generate`.
-        """
-        return self.generate(prompt, callback=callback, cancel=cancel, progress=progress, **{"image": image, **options})
-
-    def understand(
-        self,
-        prompt: str | UnderstandRequest,
-        image: Any = None,
-        *,
-        callback: Callback | None = None,
-        cancel: threading.Event | None = None,
-        progress: bool = False,
-        **options: Unpack[UnderstandOptions],
-    ) -> GenerationResult:
-        """Answers in words, about an image if one is given.
-
-        prompt: the question, or an `UnderstandRequest` that holds everything. options: the fields of
-        `UnderstandRequest`. callback, cancel, progress and errors are those of `generate`.
-        """
-        cancel = check_cancel(cancel) or threading.Event()
-        request = as_request(UnderstandRequest, prompt, options if image is None else {"image": image, **options})
-        return self._results(self.stream(request, cancel=cancel), callback, cancel, progress)[0]
-
-    @staticmethod
-    def _results(
-        events: Iterator[Event], callback: Callback | None, cancel: threading.Event, progress: bool
-    ) -> list[GenerationResult]:
-        results: list[GenerationResult] = []
-        check_callback(callback)
-        for event in with_progress(events) if progress else events:
-            if callback is not None and callback(event) is False:
-                cancel.set()
-                if isinstance(event, (ImageEvent, AnswerEvent)):  # no step is left that would see it
-                    raise GenerationCancelled("cancelled by the callback")
-            if isinstance(event, (ImageEvent, AnswerEvent)):
-                results.append(event.result)
-        return results
-
     def stream(
         self,
-        request: str | Request | UnderstandRequest | Prompts,
+        request: str | Request | UnderstandRequest,
         *,
         cancel: threading.Event | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[Event, None, None]:
         """A request as events: text while it is written, each denoising step, then the image or the answer.
 
-        request: a prompt with the fields of `Request` as options, a `Request`, an `UnderstandRequest`, or a list of
-        prompts, whose events tell the place of theirs. Setting `cancel` from another thread ends the request at the
-        next token or step with GenerationCancelled; closing the generator ends it too. Mistakes in the request raise
-        BadRequestError at the call, before the first event.
+        request: a prompt with the fields of `Request` as options, a `Request`, or an `UnderstandRequest`. Setting
+        `cancel` from another thread ends the request at the next token or step with GenerationCancelled; closing the
+        generator ends it too. Mistakes in the request raise BadRequestError at the call, before the first event.
         """
-        cancel = check_cancel(cancel)
         if isinstance(request, UnderstandRequest):
-            events = self._understand(as_request(UnderstandRequest, request, options), cancel)
-            return self._turn.during(_with_named_errors(events), cancel)
-        if isinstance(request, (list, tuple)):
-            asked = as_requests(request, options)
-        else:
-            asked = [as_request(Request, request, options)]
+            asked = as_request(UnderstandRequest, request, options)
+            return self._events(self._understand(asked, cancel), cancel)
+        return self._painting([as_request(Request, request, options)], cancel)
+
+    def stream_batch(
+        self,
+        prompts: Sequence[str | Request],
+        *,
+        cancel: threading.Event | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Event, None, None]:
+        """`generate_batch` as events. `TextEvent` and `ImageEvent` tell the place of their prompt."""
+        return self._painting(as_requests(prompts, options), cancel)
+
+    def _painting(self, asked: Sequence[Request], cancel: threading.Event | None) -> Generator[Event, None, None]:
+        """Checks what only this model can: its options and its memory."""
         requests = [self.complete(one) for one in asked]
         lacking = sorted({n for one in requests for n in one.optional() if n not in self.backend.capabilities})
         if lacking:
@@ -290,47 +188,18 @@ class Pipeline:
         if self._fit is not None:
             for one in requests:
                 self._fit.check(_work([one]))
-        return self._turn.during(_with_named_errors(self._generate(requests, cancel)), cancel)
+        return self._events(self._generate(requests, cancel), cancel)
 
-    def load_adapter(self, folder: str | Path, *, scale: float = 1.0, name: str | None = None) -> str:
-        """Adds a LoRA adapter: a folder as peft and our training write it. Returns its name.
+    def _events(
+        self, events: Generator[Event, None, None], cancel: threading.Event | None
+    ) -> Generator[Event, None, None]:
+        return self._turn.during(_with_named_errors(events), check_cancel(cancel))
 
-        Sums are computed in float32 and rounded once to the type of the weights. name: the folder's by default.
-        Several adapters add up. Raises BadCheckpointError for one that does not fit, BadRequestError where the backend
-        cannot: adapters need a checkpoint on the torch backend without the fast path.
-        """
-        path = Path(folder)
-        name = path.resolve().name if name is None else name
+    @contextmanager
+    def _changed_weights(self) -> Iterator[None]:
         with self._turn.alone():
-            self._adapters().load(path, scale, name)
+            yield
             self._negatives.clear()
-        return name
-
-    def set_adapter_scale(self, name: str, scale: float) -> None:
-        """Changes how much of an adapter is added; 0 is none of it. Raises BadRequestError."""
-        with self._turn.alone():
-            self._adapters().set_scale(name, scale)
-            self._negatives.clear()
-
-    def unload_adapter(self, name: str) -> None:
-        """Takes an adapter away: the weights have the bits that they had before. Raises BadRequestError."""
-        with self._turn.alone():
-            self._adapters().unload(name)
-            self._negatives.clear()
-
-    @property
-    def adapters(self) -> dict[str, float]:
-        """Loaded adapters and their scales."""
-        return self._adapters().scales() if ADAPTERS in self.backend.capabilities else {}
-
-    def _adapters(self) -> Any:
-        if ADAPTERS not in self.backend.capabilities:
-            kind = "the fast path" if hasattr(self.backend, "model") else f"backend {self.backend.name!r}"
-            raise BadRequestError(
-                f"{kind} takes no adapters: its weights are packed, compiled or rounded. Load the checkpoint with "
-                "backend='torch', fast=False; or merge the adapter by training and build a bundle of the result"
-            )
-        return self.backend.adapters  # type: ignore[attr-defined]
 
     @property
     def recommended(self) -> RecommendedConfig:

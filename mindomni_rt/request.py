@@ -16,7 +16,7 @@ from .backends.base import FIRST_STEPS, OPTIONAL
 from .checkpoint.config import EDIT_FEATURES, PUBLISHED, Guidance, RecommendedConfig, Side, Steps
 from .checkpoint.config import MAX_SIDE as MAX_SIDE
 from .checkpoint.config import MAX_STEPS as MAX_STEPS
-from .checks import Many, Number, OneOf, Whole, check_fields, shown
+from .checks import UNSET, Many, Number, OneOf, Unset, Whole, check_fields, shown
 from .errors import BadRequestError
 from .inputs.images import DEFAULT_IMAGE_TOKENS, open_image
 from .inputs.prompts import DEFAULT_NEGATIVE, IMAGE_TOKEN
@@ -62,7 +62,7 @@ class UnderstandRequest:
 class Request:
     """Arguments of `Pipeline.generate`. Raises BadRequestError naming the field that cannot be served.
 
-    Size, steps and guidance that are None are the model's own: `complete` takes them from its configuration.
+    Size, steps and guidance that are left out are the model's own: `complete` takes them from its configuration.
     """
 
     prompt: str
@@ -79,8 +79,9 @@ class Request:
     """As height."""
     num_inference_steps: Steps | None = None
     """Denoising steps, None the model's; the time tokens of all of them are computed in one pass."""
-    guidance_scale: Guidance | None = None
-    """Classifier-free guidance, None the model's; 1 runs the guided branch alone, in half the time."""
+    guidance_scale: Guidance | Unset = UNSET
+    """Classifier-free guidance. Left out (`UNSET`) it is the model's; 1 is none: the guided branch alone, in half the
+    time. None is refused, because it could mean either."""
     negative_prompt: str = DEFAULT_NEGATIVE
     """What the unguided branch is given. None is the default; "" is no text at all."""
     seed: Seed = None
@@ -115,6 +116,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.negative_prompt is None:
             object.__setattr__(self, "negative_prompt", DEFAULT_NEGATIVE)
+        if self.guidance_scale is None:
+            raise BadRequestError(
+                "guidance_scale = None: expected a number; leave it out for the model's own, or give 1 for no guidance"
+            )
         check_fields(self, BadRequestError)
         for name in ("prompt", "negative_prompt"):
             _clean_text(self, name)
@@ -154,9 +159,10 @@ class Request:
         return [name for name in OPTIONAL if getattr(self, name) != defaults[name]]
 
     def settings(self) -> dict[str, Any]:
-        """What repeats the request, as plain data: everything but images and latents."""
+        """What repeats the request, as plain data: everything but images, latents and what is UNSET."""
         left_out = ("image", "latents", "output", "preview_every")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return {name: value for name, value in found.items() if value is not UNSET}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +176,7 @@ class CompleteRequest(Request):
 
 
 def complete(request: Request, recommended: RecommendedConfig) -> CompleteRequest:
-    """The request with the model's recommendations in place of None. The one place that does so.
+    """The request with the model's recommendations in place of None and UNSET. The one place that does so.
 
     A size that the model was not trained for is logged, with the one that is recommended.
     """
@@ -189,7 +195,7 @@ def complete(request: Request, recommended: RecommendedConfig) -> CompleteReques
         "num_inference_steps": recommended.num_inference_steps,
         "guidance_scale": recommended.guidance_scale,
     }
-    found = CompleteRequest(**given | {name: value for name, value in unset.items() if given[name] is None})
+    found = CompleteRequest(**given | {name: value for name, value in unset.items() if given[name] in (None, UNSET)})
     if not recommended.covers(found.width, found.height):
         logger.warning(
             "size %dx%d: this model was %s; recommended is %dx%d",
@@ -215,7 +221,7 @@ class EditOptions(TypedDict, total=False):
     height: int | None
     width: int | None
     num_inference_steps: int | None
-    guidance_scale: float | None
+    guidance_scale: float | Unset
     negative_prompt: str | None
     seed: int | None
     latents: Any
@@ -244,6 +250,8 @@ def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
 
     What a picture's settings record beside the request (RECORDED) is left out, so that they repeat it.
     """
+    if kind is Request and isinstance(prompt, (list, tuple)):
+        raise BadRequestError(f"prompt = {shown(prompt)}: expected one text; `generate_batch` takes several")
     names = [f.name for f in fields(kind)]
     options = {name: value for name, value in options.items() if name not in RECORDED}
     for name in options:

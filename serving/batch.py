@@ -46,6 +46,8 @@ def run(given: argparse.Namespace) -> int:
     except OSError as error:
         raise BadRequestError(f"--out {given.out}: {error.strerror}") from error
     left = [task for task in tasks if not is_done(task, given.out)]
+    if left and given.ray_address is None:
+        chosen.check()
     failed = 0
     for number, problem in enumerate(_results(left, chosen, given), len(tasks) - len(left) + 1):
         failed += problem is not None

@@ -7,10 +7,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindomni_rt.bundle.manifest import is_bundle
 from mindomni_rt.checkpoint.config import PUBLISHED, RecommendedConfig
 from mindomni_rt.checkpoint.hub import resolve
+from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.checks import shown
 from mindomni_rt.demo import DEMO_MODELS, DEMO_SETTINGS
 from mindomni_rt.describe import read_recommended
@@ -44,6 +47,18 @@ class Model:
             if name in _SET_BY_REQUEST:
                 raise BadRequestError(f"the default of {name} cannot be set; give it with each request")
         as_request(Request, "-", self.defaults)
+
+    def check(self) -> None:
+        """Reads what the model says of itself, and no weights: a command can end before a server starts.
+
+        Of a model on the hub the configuration alone is downloaded. Raises BadCheckpointError and BadBundleError.
+        """
+        offline = bool(self.options.get("local_files_only"))
+        folder = resolve(self.path, self.options.get("revision"), None, offline, only="*.json")
+        if Path(self.path).expanduser().is_dir() and not is_bundle(folder):
+            open_checkpoint(folder)
+        else:
+            read_recommended(folder)
 
     def load(self) -> Pipeline:
         """Reads the weights and runs every stage but vision once, so that no client waits for that.

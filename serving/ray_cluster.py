@@ -9,6 +9,8 @@ from typing import Any
 
 from mindomni_rt.errors import BadRequestError, MissingExtraError
 
+from .model import Model
+
 _OBJECTS = 128 * 2**20  # bytes; what travels between processes here are prompts and file names
 
 
@@ -31,6 +33,14 @@ def cluster(address: str | None, replicas: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def check_there(ray: Any, model: Model) -> None:
+    """`Model.check` on a machine of the cluster, which may have other folders than this one. Raises MindOmniError."""
+    try:
+        ray.get(ray.remote(num_cpus=0)(Model.check).remote(model))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def resources(ray: Any, device: str) -> dict[str, float]:

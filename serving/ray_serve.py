@@ -16,7 +16,7 @@ from mindomni_rt.errors import BadRequestError
 from .app import create_app
 from .engine import Engine
 from .model import Model
-from .ray_cluster import cluster, resources
+from .ray_cluster import check_there, cluster, resources
 from .settings import KEY, Settings
 
 NAME = "mindomni"
@@ -106,6 +106,8 @@ def run(
     with cluster(address, replicas[1]) as ray:
         from ray import serve
 
+        if address is not None:
+            check_there(ray, model)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.deadline + settings.grace})

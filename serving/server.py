@@ -104,9 +104,12 @@ def run(given: argparse.Namespace) -> int:
         from . import ray_serve  # Ray takes seconds to import
 
         count = ray_serve.parse_replicas(given.replicas or "1")
+        if given.ray_address is None:
+            chosen.check()
         return ray_serve.run(
             chosen, settings, host=given.host, port=given.port, replicas=count, address=given.ray_address
         )
+    chosen.check()
     server: _Server | None = None
 
     def failed() -> None:

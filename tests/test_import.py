@@ -39,3 +39,18 @@ def test_every_public_name_exists() -> None:
     for name in mindomni_rt.__all__:
         assert getattr(mindomni_rt, name) is not None
     assert not hasattr(mindomni_rt, "nonsense")
+
+
+def test_a_picture_needs_no_compiler() -> None:
+    """`torch._dynamo` takes longer to import than a small model to load; no part of a request uses it."""
+    script = (
+        "import sys, mindomni_rt\n"
+        f"pipe = mindomni_rt.load({str(ROOT / 'tests/fixtures/parity')!r}, device='cpu', fast=sys.argv[1] == 'fast')\n"
+        "pipe.generate('two cats', height=32, width=32, num_inference_steps=2, max_new_tokens=4)\n"
+        "assert 'torch' in sys.modules\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for path in ("reference", "fast"):
+        told = subprocess.run([sys.executable, "-c", script, path], env=environment, capture_output=True, text=True)
+        assert told.stdout == "False\n", told.stderr

@@ -24,7 +24,8 @@ def describe(name: str, value: Any) -> Iterator[str]:
         yield f"{name} = {' | '.join(t.__name__ for t in typing.get_args(value))}"
     elif inspect.isclass(value):
         yield f"class {name}({', '.join(base.__name__ for base in value.__bases__)})"
-        for member, found in sorted(vars(value).items()):
+        bases = [base for base in reversed(value.__mro__) if base.__module__.startswith("mindomni_rt")]
+        for member, found in sorted({k: v for base in bases for k, v in vars(base).items()}.items()):
             if member != "__init__" and member.startswith("_"):
                 continue
             if isinstance(found, (property, functools.cached_property)):

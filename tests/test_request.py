@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy as copying
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mindomni_rt
-from mindomni_rt import BadRequestError, Pipeline
+from mindomni_rt import UNSET, BadRequestError, Pipeline
 from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.errors import NotFiniteError
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE
@@ -87,11 +89,40 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_none_is_the_default_where_it_means_something() -> None:
     assert Request(prompt="x", negative_prompt=None).negative_prompt == DEFAULT_NEGATIVE  # type: ignore[arg-type]
-    for name in ("height", "width", "num_inference_steps", "guidance_scale"):
+    for name in ("height", "width", "num_inference_steps", "seed"):
         assert getattr(Request(prompt="x"), name) is None
     for name in ("guidance_interval", "num_images", "solver", "first_step", "step_cache"):
         with pytest.raises(BadRequestError, match=name):
             Request(prompt="x", **{name: None})
+
+
+def test_no_guidance_and_the_models_own_are_told_apart(pipe: Pipeline) -> None:
+    """None means "no guidance" to some and "the default" to others: it is refused, by name."""
+    with pytest.raises(BadRequestError, match=r"^guidance_scale = None: .* leave it out .* or give 1 for no guidance$"):
+        Request(prompt="x", guidance_scale=None)  # type: ignore[arg-type]
+    left_out = Request(prompt="x")
+    assert left_out.guidance_scale is UNSET and "guidance_scale=UNSET" in repr(left_out)
+    assert Request(prompt="x", guidance_scale=UNSET) == left_out and "guidance_scale" not in left_out.settings()
+    for copy in (pickle.loads(pickle.dumps(left_out)), copying.deepcopy(left_out)):
+        assert copy == left_out and copy.guidance_scale is UNSET
+    with pytest.raises(BadRequestError, match="height = UNSET"):
+        Request(prompt="x", height=UNSET)  # type: ignore[arg-type]
+    whole = complete(left_out, TRAINED)
+    with pytest.raises(BadRequestError, match="guidance_scale = UNSET"):
+        dataclasses.replace(whole, guidance_scale=UNSET)
+    json.dumps(whole.settings())
+    assert whole.settings()["guidance_scale"] == 1.5
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], ("a",), []])
+def test_one_call_paints_one_prompt(pipe: Pipeline, prompts: Any) -> None:
+    for call in (pipe.generate, pipe.stream):
+        with pytest.raises(BadRequestError, match=r"^prompt = .*: expected one text; `generate_batch` takes several$"):
+            call(prompts)
+    with pytest.raises(BadRequestError, match="expected one text"):
+        pipe.edit(np.zeros((32, 48, 3), np.uint8), prompts)
+    with pytest.raises(BadRequestError, match=r"prompt = .*: expected text"):
+        pipe.understand(prompts)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_what_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.Monkey
     with pytest.raises(OutOfMemoryError, match=r"1 image of 48x64: .* needed, .* close other programs"):
         pipe.stream("two cats", height=64, **SMALL)
     with pytest.raises(OutOfMemoryError, match="2 images of 48x48"):
-        pipe.stream(["a cat", "two cats"], height=48, num_images=2, **SMALL)
+        pipe.stream_batch(["a cat", "two cats"], height=48, num_images=2, **SMALL)
     assert pipe.generate("two cats", height=48, **SMALL).images.shape == (1, 48, 48, 3)
     # Each fits alone and both together do not: one after the other, with the pictures that each has alone.
     loops: list[int] = []
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.Monkey
         return paint(request, latents, *rest, **more)
 
     monkeypatch.setattr(pipe, "paint", counted)
-    both = pipe.generate(["two cats", "two cats"], height=48, **SMALL)
+    both = pipe.generate_batch(["two cats", "two cats"], height=48, **SMALL)
     assert loops == [1, 1] and (both[0].images == pipe.generate("two cats", height=48, **SMALL).images).all()
 
 

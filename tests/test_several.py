@@ -44,7 +44,7 @@ def pipe() -> Pipeline:
     ids=str,
 )
 def test_a_batch_is_what_each_prompt_makes_alone(pipe: Pipeline, options: dict[str, Any]) -> None:
-    together = pipe.generate(PROMPTS, seed=4, **SMALL, **options)
+    together = pipe.generate_batch(PROMPTS, seed=4, **SMALL, **options)
     for index, (prompt, found) in enumerate(zip(PROMPTS, together, strict=True)):
         alone = pipe.generate(prompt, seed=4 + index * options.get("num_images", 1), **SMALL, **options)
         assert found.text == alone.text and found.seed == alone.seed and found.settings == alone.settings
@@ -52,7 +52,7 @@ def test_a_batch_is_what_each_prompt_makes_alone(pipe: Pipeline, options: dict[s
 
 
 def test_a_batch_is_one_loop_and_events_tell_their_prompt(pipe: Pipeline) -> None:
-    events = list(pipe.stream(PROMPTS, seed=4, **SMALL))
+    events = list(pipe.stream_batch(PROMPTS, seed=4, **SMALL))
     assert sum(isinstance(e, StepEvent) for e in events) == 3
     assert [e.prompt for e in events if isinstance(e, ImageEvent)] == [0, 1, 2]
     texts = ["".join(e.text for e in events if isinstance(e, TextEvent) and e.prompt == i) for i in range(3)]
@@ -61,7 +61,9 @@ def test_a_batch_is_one_loop_and_events_tell_their_prompt(pipe: Pipeline) -> Non
 
 def test_backends_that_paint_one_at_a_time() -> None:
     bundle = mindomni_rt.load(BUNDLE, device="cpu")
-    found = bundle.generate(["a red circle", "two blue squares"], seed=7, num_inference_steps=2, max_new_tokens=48)
+    found = bundle.generate_batch(
+        ["a red circle", "two blue squares"], seed=7, num_inference_steps=2, max_new_tokens=48
+    )
     for index, prompt in enumerate(("a red circle", "two blue squares")):
         assert found[index] == bundle.generate(prompt, seed=7 + index, num_inference_steps=2, max_new_tokens=48)
 
@@ -84,15 +86,19 @@ def test_groups_are_neighbours_of_equal_settings_within_a_limit() -> None:
         (["a"], dict(latents=np.zeros((1, 4, 4, 6))), "latents beside several prompts"),
         ([Request(prompt="a")], dict(seed=1), "seed beside a Request"),
         (["a", "b"], dict(seed=2**64 - 1), "seed = "),
+        ("a", {}, "prompts = 'a': expected a list of texts or Requests; `generate` takes one"),
+        (Request(prompt="a"), {}, "expected a list of texts or Requests"),
+        (None, {}, "expected a list of texts or Requests"),
+        (np.array(["a"]), {}, "expected a list of texts or Requests"),
     ],
 )
-def test_mistakes_in_a_list(pipe: Pipeline, prompts: list[Any], options: dict[str, Any], message: str) -> None:
+def test_mistakes_in_a_list(pipe: Pipeline, prompts: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequestError, match=message):
-        pipe.stream(prompts, **options)
+        pipe.stream_batch(prompts, **options)
 
 
 def test_without_a_seed_each_prompt_draws_its_own(pipe: Pipeline) -> None:
-    one, two = pipe.generate(["x", "x"], **SMALL)
+    one, two = pipe.generate_batch(["x", "x"], **SMALL)
     assert one.seed != two.seed
     assert np.array_equal(pipe.generate(**{**one.settings, "output": "numpy"}).text, one.text)
 
@@ -208,7 +214,9 @@ def test_asyncio(pipe: Pipeline) -> None:
         served = AsyncPipeline(pipe)
         one, two = await asyncio.gather(*(served.generate("two cats", seed=1, **SMALL) for _ in range(2)))
         assert one == two == alone
-        assert (await served.generate(["two cats"], seed=1, **SMALL)) == [alone]
+        assert (await served.generate_batch(["two cats"], seed=1, **SMALL)) == [alone]
+        parts = [e async for e in served.stream_batch(["two cats"], seed=1, **SMALL)]
+        assert isinstance(parts[-1], ImageEvent) and parts[-1].result == alone
         answered = await served.understand("what?", max_new_tokens=2)
         assert answered == pipe.understand("what?", max_new_tokens=2, seed=answered.seed)
         edited = await served.edit(np.zeros((32, 48, 3), np.uint8), "red", seed=1, **SMALL)

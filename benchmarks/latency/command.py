@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import mindomni_rt
+from mindomni_rt.checks import UNSET
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.events import GenerationResult
 from mindomni_rt.figures import COLOURS, new_figure, save
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WxH", help="pixels; one number for a square (default: the model's own)")
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--max-new-tokens", type=int, default=300)
-    parser.add_argument("--guidance", type=float, help="default: the model's own")
+    parser.add_argument("--guidance", type=float, default=UNSET, help="default: the model's own")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="auto")

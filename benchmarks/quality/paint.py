@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mindomni_rt.checks import UNSET
 from mindomni_rt.inputs.images import to_pil
 from mindomni_rt.inputs.prompts import split_thought
 from mindomni_rt.outputs import json_text
@@ -29,7 +30,7 @@ def request_of(item: Item, settings: Settings) -> Request:
         height=settings.size,
         width=settings.size,
         num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
+        guidance_scale=UNSET if settings.guidance is None else settings.guidance,
         max_new_tokens=settings.max_new_tokens,
     )
 

@@ -14,9 +14,11 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    only: str | None = None,
 ) -> Path:
     """The local folder of a checkpoint or bundle; a hub id ("owner/name") is downloaded into huggingface_hub's cache.
 
+    only: download the files of this pattern alone, such as "*.json"; the folder is not a whole model then.
     Honours HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN. Raises BadCheckpointError.
     """
     if not isinstance(path_or_repo_id, (str, Path)):
@@ -41,7 +43,11 @@ def resolve(
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "torch") from error
     try:
-        return Path(snapshot_download(text, revision=revision, token=token, local_files_only=local_files_only))
+        return Path(
+            snapshot_download(
+                text, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=only
+            )
+        )
     except Exception as error:  # the hub raises a family of its own plus its HTTP library's; all mean "not available"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadCheckpointError(f"no folder at {text}, and the hub did not provide it: {reason}") from error

@@ -23,6 +23,7 @@ from ..checkpoint.config import DecoderConfig
 from ..inputs.positions import image_positions, rope_tables, time_features
 from .attention import Workspace, attention, segment_attention
 from .block import BlockStack, RMSNorm
+from .embedding import Embedding
 
 Keep = Callable[[int, Tensor, Tensor], None]
 """Stores K and V (B, H, L + T, D) of one layer of a prefix pass: (layer, k, v)."""
@@ -84,7 +85,7 @@ class _Stack(nn.Module):
         self.layers = BlockStack(config.stack)
         self.norm = RMSNorm(config.stack.hidden_size, config.stack.rms_norm_eps)
         if config.text_vocab_size:
-            self.embed_tokens = nn.Embedding(config.text_vocab_size, config.stack.hidden_size)
+            self.embed_tokens = Embedding(config.text_vocab_size, config.stack.hidden_size)
 
 
 class DiffusionDecoder(nn.Module):

@@ -8,6 +8,7 @@ from ..checkpoint.config import LanguageConfig
 from .attention import attention
 from .block import BlockStack, RMSNorm
 from .cache import StaticCache
+from .embedding import Embedding
 
 
 class LanguageModel(nn.Module):
@@ -17,7 +18,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         stack = config.stack
-        self.embed_tokens = nn.Embedding(config.vocab_size, stack.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, stack.hidden_size)
         self.layers = BlockStack(stack)
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
         self.lm_head = nn.Linear(stack.hidden_size, config.vocab_size, bias=False)

@@ -19,12 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Serves the page until Ctrl-C. Raises MindOmniError."""
-    from ..engine import Engine
-    from .page import build, launch
-
     if not 0 <= given.port <= 65535:
         raise BadRequestError(f"--port {given.port}: expected 0 to 65535")
     chosen = model.chosen(given)
+    chosen.check()
+    from ..engine import Engine
+    from .page import build, launch  # Gradio takes seconds to import
+
     pipe = chosen.load()
     engine = Engine(lambda: pipe)
     engine.start()

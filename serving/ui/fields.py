@@ -28,6 +28,8 @@ def to_request(values: Sequence[Any], **more: Any) -> Request:
     given["seed"] = parse_seed(given["seed"])
     for name in _WHOLE:  # a browser may send 96.0
         given[name] = int(given[name]) if isinstance(given[name], float) else given[name]
+    if given["guidance_scale"] is None:  # an empty control
+        del given["guidance_scale"]
     return as_request(Request, given.pop("prompt"), given | _others(values[len(NAMES)]) | more)
 
 
@@ -65,4 +67,4 @@ def from_settings(settings: Mapping[str, Any]) -> list[Any]:
     plain = Request(prompt=request.prompt).settings()
     others = {n: v for n, v in values.items() if n not in NAMES and v != plain[n]}
     values["seed"] = "" if request.seed is None else str(request.seed)
-    return [*(values[name] for name in NAMES), json.dumps(others) if others else ""]
+    return [*(values.get(name) for name in NAMES), json.dumps(others) if others else ""]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +80,19 @@ def test_requests_that_differ_are_named_by_what_differs(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert f"different requests: steps {data['workload']['steps'] - 1} and {data['workload']['steps']}" in error
     assert "Workload(" not in error
+
+
+def test_compare_prints_no_python_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All pairs of committed results, and two latency results whose requests differ in every type of field."""
+    results = sorted(FOLDER.glob("*.json"))
+    data = json.loads(LATENCY.read_text())
+    data["workload"] |= {"patches": [12, 14], "guidance": not data["workload"]["guidance"]}
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    for pair in [*itertools.product(results, results), (LATENCY, tmp_path / "other.json")]:
+        main(["compare", *map(str, pair)])
+        shown = "".join(capsys.readouterr())
+        assert not re.search(r"None|True|False|<|>|[A-Za-z]+\(|\(\d+,|\{|\[", shown), shown
+    assert "patches 0x0 and 12x14" in shown and re.search("guidance (yes and no|no and yes)", shown)
 
 
 def test_plan_and_export_plan_share_bytes_and_reserve() -> None:

@@ -16,6 +16,7 @@ from mindomni_rt.bundle.contracts import OPSET, PROFILES, graph_specs, profile, 
 from mindomni_rt.bundle.manifest import MANIFEST, hash_files, read_manifest
 from mindomni_rt.bundle.seal import sealed_json
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.export import traces
 from mindomni_rt.export.cli import main
 from mindomni_rt.model.tiny import write_random_checkpoint
 
@@ -193,8 +194,10 @@ def test_unknown_profile() -> None:
         profile("2048", published())
 
 
-def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path, export_cache: Path) -> None:
-    """The tiny random checkpoint takes VAE features; graph `features` and the VAE's encoder are used."""
+def test_an_edit_with_vae_features_equals_the_reference(
+    bundles: Callable[[str], Path], tmp_path: Path, export_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph `features` and the VAE's encoder are used. How a checkpoint treats requests changes no trace."""
     import numpy as np
     from PIL import Image
 
@@ -202,9 +205,15 @@ def test_an_edit_with_vae_features_equals_the_reference(tmp_path: Path, export_c
     from mindomni_rt.export.build import BuildRequest, build
     from mindomni_rt.export.targets import choose, parse_target
 
-    write_random_checkpoint(tmp_path / "model")
+    bundles("fp32")
+    model = shutil.copytree(PARITY, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = model / "mllm" / name
+        file.write_text(file.read_text().replace("<|quad_start|>", "<|latent_pad|>"))
+    (model / "mindomni.json").write_text('{"edit_features": "vit+vae", "recommended": {}}')
     target = parse_target("cpu")
     choice = choose(target, "fp32")
+    monkeypatch.setattr(traces, "trace", None)
     build(
         BuildRequest(
             checkpoint=tmp_path / "model", out=tmp_path / "b", target=target, choice=choice, cache=export_cache

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mindomni_rt import BadRequestError, OutOfMemoryError, UnsupportedDeviceError
 from mindomni_rt.devices.table import find_device
+from mindomni_rt.export.cli import main
 from mindomni_rt.export.plan import plan_build, report
 from mindomni_rt.export.targets import ARCHITECTURES, PRECISIONS, QUANTIZED, choose, parse_target, stages_of
 
@@ -92,6 +95,23 @@ def test_a_plan_within_a_budget_swaps() -> None:
     plan = plan_build("rtx4060", budget="8GiB")
     assert plan.memory.peak <= 8 * 2**30 and plan.memory.moved
     assert "language" not in plan.memory.resident
+
+
+SMALL = Path(__file__).parents[2] / "assets" / "shapes-world"
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ([], "1024x1024, 50 steps"),  # the published model's
+        (["--checkpoint", str(SMALL)], "96x96, 10 steps"),
+        (["--checkpoint", str(SMALL), "--size", "128x64"], "128x64, 10 steps"),
+        (["--size", "512"], "512x512, 50 steps"),
+    ],
+)
+def test_a_plan_is_of_the_models_own_size(options: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--device", "rtx4090", "--precision", "int4", *options]) == 0
+    assert f"\n{shown}," in capsys.readouterr().out
 
 
 def test_a_plan_that_cannot_fit_names_what_does() -> None:

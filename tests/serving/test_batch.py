@@ -106,6 +106,7 @@ def test_a_line_that_fails_is_reported_and_tried_again(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ('{"prompt": "x", "guidance_scale": null}', "line 1: guidance_scale = None: expected a number; leave it out"),
         ('{"prompt": ""}', "line 1: the prompt is empty"),
         ("{", "line 1:"),
         ("3", "line 1: expected an object"),

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 import mindomni_rt
-from mindomni_rt.errors import BadRequestError
+from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from serving.serving_tools import BUNDLE, PROMPT, SMALL, decoded, same
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,19 @@ def test_numbers_of_replicas() -> None:
     for wrong in ("", "0", "0:2", "3:2", "-1", "two", "1:2:3", "9" * 99):
         with pytest.raises(BadRequestError, match="LEAST:MOST"):
             parse_replicas(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_model_is_looked_for_where_the_replicas_run() -> None:
+    pytest.importorskip("ray", reason="replicas need the extra ray")
+    from mindomni_rt.serving.model import Model
+    from mindomni_rt.serving.ray_cluster import check_there, cluster
+
+    with cluster(None, 1) as ray:
+        check_there(ray, Model(path=BUNDLE))
+        with pytest.raises(BadCheckpointError, match="no folder at /none/such"):
+            check_there(ray, Model(path="/none/such"))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,3 +123,59 @@ def test_mistakes(options: list[str], words: str, capsys: pytest.CaptureFixture[
     assert main(["serve", BUNDLE, *options]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1 and words in err[0], err
+
+
+COMMANDS = {
+    "serve": [],
+    "serve --replicas": ["--replicas", "2"],
+    "serve --ui": ["--ui"],
+    "ui": [],
+}
+
+
+def _broken(kind: str, folder: Path) -> str:
+    """A MODEL that is none."""
+    if kind == "empty folder":
+        folder.mkdir()
+    elif kind == "file":
+        folder.write_text("x")
+    elif kind == "damaged bundle":
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{")
+    elif kind == "half a checkpoint":
+        shutil.copytree(ROOT / "assets" / "shapes-world", folder)
+        shutil.rmtree(folder / "vae")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty folder", "damaged bundle", "half a checkpoint"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_model_is_one_line_before_a_server_starts(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: Any) -> None:
+        raise AssertionError("a port was bound")
+
+    monkeypatch.setattr(socket.socket, "bind", started)
+    model = _broken(kind, tmp_path / "model")
+    assert main([name.split()[0], model, *COMMANDS[name]]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and err[0].startswith("error: ") and model in err[0], err
+
+
+def test_what_looks_like_a_hub_id_is_asked_for_its_configuration_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing relative folder looks like one. Nothing of gigabytes is downloaded before the server answers 503."""
+    asked: list[Any] = []
+
+    def offline(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert main(["serve", "models/missing"]) == 2
+    assert asked == [("models/missing", "*.json")]
+    assert capsys.readouterr().err == (
+        "error: no folder at models/missing, and the hub did not provide it: no network\n"
+    )

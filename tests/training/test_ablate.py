@@ -126,4 +126,4 @@ def test_figures_of_records_and_of_validation_losses(tmp_path, capsys):
     assert capsys.readouterr().err.count("error: ") == 3
     assert arm_label({"arm": "0 layers, 1/6 budget", "steps": 100}) == "linear only, 100 steps"
     assert arm_label({"arm": "1 layers, 1/2 budget", "steps": 300}) == "1 layer, 300 steps"
-    assert arm_label({"arm": "1+2+3"}) == "stages 1 + 2 + 3" and arm_label({"arm": "base / 10"}) == "base / 10"
+    assert arm_label({"arm": "1+2+3"}) == "stages 1 + 2 + 3" and arm_label({"arm": "base / 10"}) == "a tenth"

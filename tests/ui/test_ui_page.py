@@ -20,6 +20,7 @@ from ui.conftest import Served
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright (dev extra)")
 RIDDLE = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 THINKING = "1 + 2 = 3. a lemon is yellow. a wheel is a circle."
+PATIENCE = 90  # seconds until a wait is given up: the machine may be busy with other tests
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Collects what the status line, the thinking and the picture have shown, in order.
 RECORD = """() => {
@@ -52,7 +53,7 @@ def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         if path is None and not Path(playwright.chromium.executable_path).is_file():
             pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield found
         found.close()
 
@@ -74,7 +75,7 @@ def visit(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         contexts.append(context)
         context.route("**/*", guard)
         page = context.new_page()
-        page.set_default_timeout(30000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.goto(served.address)
         page.wait_for_selector("#generate-prompt textarea")
         return page
@@ -83,7 +84,7 @@ def visit(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     served.recorder.slow.clear()
-    served.recorder.wait_until_idle(20)
+    served.recorder.wait_until_idle(PATIENCE)
     assert not outside and not served.outside
 
 
@@ -120,6 +121,16 @@ def save(page: Any, folder: Path, picture: str = "#generate-picture") -> Path:
     return target
 
 
+def shows(page: Any, picture: Any, folder: Path, selector: str = "#generate-picture") -> bool:
+    """The page comes to show this picture: the status can be there a moment before it."""
+    end = time.monotonic() + PATIENCE
+    while not equal(save(page, folder, selector), picture):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.3)
+    return True
+
+
 def equal(path: Path, picture: Any) -> bool:
     return np.array_equal(np.asarray(Image.open(path).convert("RGB")), np.asarray(picture))
 
@@ -150,19 +161,18 @@ def test_generate(
     page.wait_for_function("(s) => document.querySelector('#generate-seed input, #generate-seed textarea').value === s", arg=str(settings["seed"]))  # noqa: E501  # fmt: skip
     served.recorder.slow.clear()
     paint(page, RIDDLE)
-    assert equal(save(page, tmp_path), Image.open(path))
+    assert shows(page, Image.open(path), tmp_path / "again")
     paint(page, RIDDLE.replace("1 + 2", "1 + 4"))
     assert len(page.query_selector_all("#history img")) == 3
     page.locator("#history button.thumbnail-item, #history .thumbnail-lg").nth(2).click()
-    page.wait_for_timeout(500)
-    assert equal(save(page, tmp_path), Image.open(path))
+    assert shows(page, Image.open(path), tmp_path / "chosen")
     page.click("#settings-of > button")
     page.wait_for_function("document.querySelector('#settings')?.innerText?.includes('num_inference_steps')")
     assert f'"{RIDDLE}"' in page.inner_text("#settings")
     address = page.get_attribute("#generate-picture img", "src")
     assert httpx.get(address).status_code == 200
     page.close()
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE
     while httpx.get(address).status_code == 200:
         assert time.monotonic() < end, "the picture of a closed page is still there"
         time.sleep(0.2)
@@ -170,6 +180,7 @@ def test_generate(
 
 def test_escape_cancels_the_request_itself(visit: Callable[..., Any], served: Served, screenshots: Path) -> None:
     page = visit()
+    served.recorder.slow.set()
     set_steps(page, 1000)
     page.fill("#generate-prompt textarea", RIDDLE)
     page.press("#generate-prompt textarea", "Enter")
@@ -177,17 +188,19 @@ def test_escape_cancels_the_request_itself(visit: Callable[..., Any], served: Se
     page.screenshot(path=screenshots / "running.png")
     page.keyboard.press("Escape")
     wait_for_status(page, "Cancelled")
-    served.recorder.wait_until_idle(5)
+    served.recorder.wait_until_idle(PATIENCE)
     assert 0 < served.recorder.steps[-1] < 900
     page.wait_for_timeout(300)
     wait_for_status(page, "Cancelled")  # nothing that was under way has written over it
     page.screenshot(path=screenshots / "cancelled.png")
+    served.recorder.slow.clear()
     set_steps(page, 20)
     paint(page, RIDDLE)  # the page and the device are ready for the next
 
 
 def test_cancel_button_and_a_closed_page_end_requests(visit: Callable[..., Any], served: Served) -> None:
     page, other = visit(), visit()
+    served.recorder.slow.set()
     for open_page in (page, other):
         set_steps(open_page, 1000)
     page.fill("#generate-prompt textarea", RIDDLE)
@@ -201,13 +214,13 @@ def test_cancel_button_and_a_closed_page_end_requests(visit: Callable[..., Any],
     wait_for_status(other, "Cancelled")
     page.click("#generate-cancel")
     wait_for_status(page, "Cancelled")
-    served.recorder.wait_until_idle(5)
+    served.recorder.wait_until_idle(PATIENCE)
     page.wait_for_timeout(300)
     assert len(served.recorder.steps) == before  # the one that waited has never begun
     page.click("#generate-submit")
     wait_for_status(page, "of 1000")
     page.close()
-    served.recorder.wait_until_idle(10)
+    served.recorder.wait_until_idle(PATIENCE)
     assert served.recorder.steps[-1] < 1000
 
 
@@ -237,8 +250,7 @@ def test_dropped_picture_restores_its_settings(
     assert page.input_value("#generate-prompt textarea") == RIDDLE
     page.click("#generate-submit")
     wait_for_status(page, f"seed {2**60 + 1}")
-    page.wait_for_timeout(300)
-    assert equal(save(page, tmp_path), Image.open(path))
+    assert shows(page, Image.open(path), tmp_path / "restored")
     plain = tmp_path / "plain.png"
     Image.new("RGB", (32, 32)).save(plain)
     page.reload()
@@ -260,7 +272,7 @@ def test_edit_and_ask(visit: Callable[..., Any], pipe: mindomni_rt.Pipeline, tmp
     assert page.input_value("#edit-answer textarea").strip() == "four blue circles"
     page.screenshot(path=screenshots / "edit.png", full_page=True)
     expected = pipe.edit(Image.open(before), "the same, but one more and in the colour of the sea", seed=7)  # fmt: skip
-    assert equal(save(page, tmp_path, "#edit-picture"), expected.images[0])
+    assert shows(page, expected.images[0], tmp_path / "edited", "#edit-picture")
     page.click("#to-ask")
     page.wait_for_selector("#ask-prompt textarea")
     page.get_by_role("button", name="describe the picture.").click()

@@ -51,6 +51,10 @@ WORDS = {
     "direct/image": "riddles without thinking", "captions/image": "captions", "questions/text": "questions",
     "edits/image": "edits: image", "edits/text": "edits: answer", "teacher/image": "decoder's own text path",
 }  # fmt: skip
+_ARMS = {
+    "1": "stage 1 alone", "base / 10": "a tenth", "10 x base": "ten times", "format": "format alone",
+    "consistency": "consistency alone", "both": "both rewards", "velocity error": "velocity error, weight 10",
+}  # fmt: skip
 _WIDTH = 9.5  # inches: the width of a page at the resolution below
 _DPI = 110
 _ACROSS = 3  # panels in a row
@@ -136,6 +140,8 @@ def _short(column: str) -> str:
 
 def arm_label(row: dict[str, Any]) -> str:
     """An arm's name in the words of docs/training.md: the steps of its budget, "linear only" for no layers."""
+    if row["arm"] in _ARMS:
+        return _ARMS[row["arm"]]
     name = re.sub(r"(\S+) budget", f"{row.get('steps')} steps", str(row["arm"]))
     name = re.sub(r"^0 layers", "linear only", re.sub(r"^1 layers", "1 layer", name))
     return f"stages {name.replace('+', ' + ')}" if re.fullmatch(r"1(\+\d)*", name) else name
@@ -150,7 +156,7 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
     names = list(dict.fromkeys(r["arm"] for r in rows))
     curves = _curves(rows)
     columns = ["caption"] if all(r.get("stage") == "pretrain" for r in rows) else list(COLUMNS)
-    heights = [*([2.9 * -(-len(curves) // _ACROSS)] if curves else []), 0.9 + 0.3 * len(names)]
+    heights = [*([2.9 * -(-len(curves) // _ACROSS)] if curves else []), 1.2 + 0.3 * len(names)]
     figure = blank_figure(_WIDTH, sum(heights), "train")
     blocks = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if curves:
@@ -161,11 +167,11 @@ def plot_study(study: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
             values = [100 * r[column] for r in rows if r["arm"] == name]
             axes.plot([min(values), max(values)], [place, place], color=f"C{place}", lw=2)
             axes.plot(np.mean(values), place, "o", color=f"C{place}", ms=6)
-        axes.set_title(
-            f"{study[:1].upper()}{study[1:]}: {COLUMNS[column]}" if len(columns) == 1 else COLUMNS[column], fontsize=10
-        )
-        axes.set(xlabel="right, %: mean and range of seeds" if len(columns) == 1 else "right, %", xlim=(-3, 103))
+        axes.set_title(COLUMNS[column], fontsize=10)
+        axes.set(xlim=(-5, 105))
         axes.grid(axis="x", alpha=0.25)
+    figure.suptitle(study[:1].upper() + study[1:], fontsize=11)
+    blocks[-1].supxlabel("right, %: mean and range of seeds", fontsize=10)
     labels = [arm_label(next(r for r in rows if r["arm"] == n)) for n in names]
     panels[0].set_yticks(range(len(names)), labels)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
@@ -232,7 +238,10 @@ def plot_stages(records: dict[str, Any], out: Path) -> None:
         axes.errorbar(range(len(found)), shares, np.abs(intervals.T - shares), fmt="o-", ms=5, lw=1.3, capsize=3)
         for place, (share, (low, high)) in enumerate(zip(shares, intervals, strict=True)):
             at, offset = (high, 4) if share < 85 else (low, -13)
-            axes.annotate(f"{share:.0f}", (place, at), (0, offset), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(
+                f"{share:.0f}", (place, at), (0, offset), textcoords="offset points", ha="center", fontsize=9,
+                bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
+            )  # fmt: skip
         axes.set_title(WORDS[name][:1].upper() + WORDS[name][1:], fontsize=10)
         axes.set(ylim=(-5, 108), xlim=(-0.3, len(found) - 0.7), yticks=range(0, 101, 25))
         axes.set_xticks(range(len(found)), [STAGES.get(s, s) for s in records])
