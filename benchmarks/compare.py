@@ -135,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
         raise BadRequestError(f"{names}: expected two results of one kind")
     kind = "counts" if "counts" in kinds else "latency"
     threshold = THRESHOLDS[kind] if options.threshold is None else options.threshold
-    a, b = (read_checked(path, kind) for path in paths)
-    counts = kind == "counts"
+    counts, (a, b) = kind == "counts", (read_checked(path, kind) for path in paths)
     found, notes = count_changes(a, b) if counts else latency_changes(Result(options.a, a), Result(options.b, b))
     changed = [c for c in found if c.a != c.b or c.low < c.high]
     lines = [f"note: {note}" for note in notes]

@@ -202,12 +202,11 @@ class Suite:
     def request(self, backend: Any = None, **lossy: Any) -> dict[str, Any]:
         """Prompt to pixels by stage, the second of two runs; the peak is that of both."""
         stages, meter = self.stages(backend=backend), self.meter
-        side = self.preset.sides[0]
         meter.restart()
         for _ in range(2):
             clock, spent = Clock(stages.backend), dict[str, float]()
             latents, pixels = stages.run(clock, **lossy)
-        assert np.isfinite(pixels).all() and pixels.shape == (1, side, side, 3)
+        assert np.isfinite(pixels).all() and pixels.shape == (1, stages.work.height, stages.work.width, 3)
         *frames, _ = clock.report().items()
         for name, seconds in frames:
             stage = name.partition(".")[0]

@@ -39,7 +39,6 @@ def cold_starts(
     found: list[dict[str, Any]] = []
     for index in range(times):
         sys.stderr.write(f"cold start {index + 1} of {times}\n")
-        sys.stderr.flush()
         try:
             found.append(_start(text))
         except KeyboardInterrupt:
