@@ -116,17 +116,6 @@ def count_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Chan
     return found, notes
 
 
-def _hints(a: Mapping[str, Any], b: Mapping[str, Any], first: Path) -> list[str]:
-    """Where to look after a rise of counts: operators that a stage runs more often; and what to do if it is meant."""
-    more = [
-        f"stage {stage}: {name} {before} -> {count}"
-        for stage, by_name in b["operators"].items()
-        for name, count in by_name.items()
-        if a["torch"] == b["torch"] and count > (before := a["operators"].get(stage, {}).get(name, 0))
-    ]
-    return [*more, f"where the rise is meant, renew the baseline: python -m benchmarks counts --out {first}"]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("a", type=Path, help="the earlier result")
@@ -146,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
         raise BadRequestError(f"{names}: expected two results of one kind")
     kind = "counts" if "counts" in kinds else "latency"
     threshold = THRESHOLDS[kind] if options.threshold is None else options.threshold
-    a, b = (read_checked(path, kind) for path in paths)
-    counts = kind == "counts"
+    counts, (a, b) = kind == "counts", (read_checked(path, kind) for path in paths)
     found, notes = count_changes(a, b) if counts else latency_changes(Result(options.a, a), Result(options.b, b))
     changed = [c for c in found if c.a != c.b or c.low < c.high]
     lines = [f"note: {note}" for note in notes]
@@ -155,6 +143,12 @@ def run(options: argparse.Namespace) -> int:
     lines += [c.line(threshold) for c in changed]
     failed = any(c.worse(threshold) for c in found)
     if counts and failed:
-        lines += _hints(a, b, options.a)
+        lines += [  # where to look: operators that a stage runs more often
+            f"stage {stage}: {name} {before} -> {count}"
+            for stage, by_name in b["operators"].items()
+            for name, count in by_name.items()
+            if a["torch"] == b["torch"] and count > (before := a["operators"].get(stage, {}).get(name, 0))
+        ]
+        lines.append(f"where the rise is meant, renew the baseline: python -m benchmarks counts --out {options.a}")
     sys.stdout.write("\n".join(lines) + "\n")
     return int(failed)

@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,10 +66,8 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
     backend = load_torch(model, "cpu", "float32")
     assert isinstance(backend, TorchBackend)
     count(backend, counting)  # what is made once, on first use, is not part of a request
-    flops, found = count(backend, counting_flops), dict[str, dict[str, int]]()
-    operators: dict[str, dict[str, int]] = {}
-    for name, counter in count(backend, counting).items():
-        operators[name] = dict(sorted(counter.by_name.items()))
+    flops, counters, found = count(backend, counting_flops), count(backend, counting), dict[str, dict[str, int]]()
+    for name, counter in counters.items():
         found[name] = {"units": UNITS[name], "flops": int(flops[name].get_total_flops())}
         found[name] |= {"operators": counter.operators, "bytes": counter.bytes, "peak_bytes": counter.peak}
     return {
@@ -80,7 +78,7 @@ def measure(model: Path = MODEL, bundle: Path = BUNDLE) -> dict[str, Any]:
         "request": REQUEST,
         "stages": found,
         "graphs": count_graphs(bundle),
-        "operators": operators,
+        "operators": {name: dict(sorted(counter.by_name.items())) for name, counter in counters.items()},
     }
 
 
@@ -90,9 +88,6 @@ def count(backend: Any, probe: Callable[[], AbstractContextManager[Any]]) -> dic
 
     @contextmanager
     def frame(name: str) -> Iterator[None]:
-        if name not in UNITS:  # the negative prompt, whose hidden states are kept across requests
-            yield
-            return
         with probe() as found[name]:
             yield
 
@@ -103,7 +98,7 @@ def count(backend: Any, probe: Callable[[], AbstractContextManager[Any]]) -> dic
     )  # fmt: skip
     Stages(backend, replace(work, patches=patches)).look(frame)
     Stages(backend, work).run(frame)
-    return found
+    return {name: found[name] for name in UNITS}  # without the negative prompt, whose states are kept across requests
 
 
 class Counter(TorchDispatchMode):
@@ -182,19 +177,14 @@ def count_graphs(bundle: Path) -> dict[str, dict[str, int]]:
     for name, graph in sorted(read_manifest(bundle).graphs.items()):
         model = onnx.load(bundle / graph.file, load_external_data=False)
         nodes = _nodes(model.graph) + sum(len(f.node) for f in model.functions)
-        found[name] = {"nodes": nodes, "weight_bytes": sum(_bytes(t) for t in model.graph.initializer)}
+        kinds = [(t.dims, onnx.helper.tensor_dtype_to_np_dtype(t.data_type)) for t in model.graph.initializer]
+        found[name] = {"nodes": nodes, "weight_bytes": sum(prod(dims) * kind.itemsize for dims, kind in kinds)}
     return found
 
 
 def _nodes(graph: Any) -> int:
     inner = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     return len(graph.node) + sum(_nodes(g) for g in inner)
-
-
-def _bytes(tensor: Any) -> int:
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    return int(np.prod(tuple(tensor.dims), dtype=np.int64)) * int(tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def report(data: Mapping[str, Any]) -> str:

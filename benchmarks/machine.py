@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import mindomni_rt
 from mindomni_rt import checkout
 from mindomni_rt.memory.machine import read_machine
 
-from .schema import FORMAT
+from .results import FORMAT
 
 NONE = "not available"
-_HWMON = Path("/sys/class/hwmon")
+HWMON = Path("/sys/class/hwmon")
 _REASONS = {  # nvml.h, nvmlClocksEventReason*
     0x1: "idle",
     0x2: "application clocks",
@@ -52,15 +53,10 @@ def commit() -> str:
 
 
 def header(kind: str) -> dict[str, Any]:
-    """What every result file of a kind begins with."""
-    when = time.strftime("%Y-%m-%d")
-    return {"kind": kind, "format": FORMAT, "date": when, "commit": commit(), "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    """Of Python, of this package and of those that a result may depend on."""
-    here = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
-    return here | checkout.installed(PACKAGES)
+    """What every result file of a kind begins with; versions are of Python, of this package and of PACKAGES."""
+    ours = {"python": platform.python_version(), "mindomni_rt": mindomni_rt.__version__}
+    when, versions = time.strftime("%Y-%m-%d"), ours | checkout.installed(PACKAGES)
+    return {"kind": kind, "format": FORMAT, "date": when, "commit": commit(), "versions": versions}
 
 
 def describe_machine(device: str = "cuda:0") -> dict[str, str]:
@@ -160,27 +156,23 @@ def pinned_clocks() -> str:
 def throttling(device: str = "cuda:0") -> str:
     """Why a GPU's clocks are below their most, in words; "none" where nothing holds them."""
     for name in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the second: older drivers
-        if found := query(name, device):
-            try:
-                bits = int(found[0], 16)
-            except ValueError:
-                continue
-            return ", ".join(text for bit, text in _REASONS.items() if bits & bit) or ("none" if not bits else found[0])
+        with suppress(ValueError, IndexError):  # no such field, or "[N/A]"
+            found = query(name, device)[0]
+            bits = int(found, 16)
+            return ", ".join(text for bit, text in _REASONS.items() if bits & bit) or ("none" if not bits else found)
     return NONE
 
 
-def over_current(root: Path = _HWMON) -> str:
+def over_current(root: Path = HWMON) -> str:
     """A Jetson's counts of over-current events since it started, which throttle it: "oc1 0, oc2 15"."""
     found = []
     for path in sorted(root.glob("hwmon*/oc*_event_cnt")):
-        try:
+        with suppress(OSError):
             found.append(f"{path.name.partition('_')[0]} {path.read_text().strip()}")
-        except OSError:
-            continue
     return ", ".join(found) or NONE
 
 
-def clock_state(device: str = "cuda:0", root: Path = _HWMON) -> dict[str, str]:
+def clock_state(device: str = "cuda:0", root: Path = HWMON) -> dict[str, str]:
     """Clocks, temperature and throttling now; empty on a machine without an NVIDIA GPU."""
     found: dict[str, str] = {}
     if gpu := query("clocks.sm,clocks.mem,temperature.gpu", device):

@@ -197,20 +197,17 @@ def ceilings(
         "matmul": max(2 * side**3 / best(partial(torch.matmul, *square(side))) for side in sides) / 1e12,
         "copy": 2 * copied / best(lambda: target.copy_(source)) / 1e9,
     }
-    for name, make in {"fp8": _fp8, "int8": _int8}.items():
+    for name in ("fp8", "int8"):
         try:
-            found[name] = 2 * sides[-1] ** 3 / best(make(*square(sides[-1]))) / 1e12 if meter.cuda else None
+            found[name] = 2 * sides[-1] ** 3 / best(_eight_bit(name, *square(sides[-1]))) / 1e12 if meter.cuda else None
         except (RuntimeError, ValueError):  # a device without the type
             found[name] = None
     return found
 
 
-def _fp8(a: Tensor, b: Tensor) -> Run:
-    ones = torch.ones(a.shape[0], 1, device=a.device)
-    x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+def _eight_bit(kind: str, a: Tensor, b: Tensor) -> Run:
+    if kind == "int8":
+        x, y = (torch.randint(-99, 99, a.shape, dtype=torch.int8, device=a.device) for _ in range(2))
+        return lambda: torch._int_mm(x, y.T)
+    x, y, ones = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones(a.shape[0], 1, device=a.device)
     return lambda: torch._scaled_mm(x, y.T, scale_a=ones, scale_b=ones.T, out_dtype=torch.bfloat16)
-
-
-def _int8(a: Tensor, b: Tensor) -> Run:
-    x, y = (torch.randint(-99, 99, a.shape, dtype=torch.int8, device=a.device) for _ in range(2))
-    return lambda: torch._int_mm(x, y.T)

@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> int:
         f"stays loaded: {', '.join(found.resident) or 'nothing'}",
     ]
     for move in found.schedule:
-        loads = f" load {', '.join(move.load)}" if move.load else ""
-        drops = f" drop {', '.join(move.drop)}" if move.drop else ""
-        lines.append(f"{move.stage:10} peak {gigabytes(move.peak):>9}{drops}{loads}")
+        moved = [f" {verb} {', '.join(parts)}" for verb, parts in (("drop", move.drop), ("load", move.load)) if parts]
+        lines.append(f"{move.stage:10} peak {gigabytes(move.peak):>9}{''.join(moved)}")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -83,9 +83,7 @@ def measured_bound(result: Result, sheet: Sheet) -> tuple[Bound, str] | None:
             source="measured in the same run",
         )
         basis = "ceilings measured in the same run"
-    if device is None:
-        return None
-    found = bound(result.config, result.workload, device, scheme, sheet.efficiency)
+    found = bound(result.config, result.workload, device, scheme, sheet.efficiency) if device else None
     return (found, basis) if found else None
 
 

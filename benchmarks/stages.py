@@ -74,7 +74,7 @@ class Stages:
         )
         return self.backend.language(request)
 
-    def write(self, new: int | None = None, mark: Callable[[], None] = lambda: None) -> list[int]:
+    def write(self, mark: Callable[[], None] = lambda: None, new: int | None = None) -> list[int]:
         """The tokens that follow the prompt; calls `mark` when the first is there."""
         text: list[int] = []
         session = self.language(self.work.prompt_tokens, self.work.new_tokens if new is None else new)

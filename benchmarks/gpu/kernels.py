@@ -139,8 +139,6 @@ def sweep(sizes: Sizes, meter: Meter, most: int | None = None) -> dict[str, Any]
             found[name] = {"failed": described(failure)}
             continue
         times, refused = list[tuple[float, dict[str, int]]](), 0
-        if not case.launches:
-            continue
         for launch in case.launches[:most]:
             if meter.left() < 5:
                 break
@@ -149,15 +147,14 @@ def sweep(sizes: Sizes, meter: Meter, most: int | None = None) -> dict[str, Any]
             except REFUSALS:
                 refused += 1
         times.sort(key=lambda pair: pair[0])
-        found[name] = {"best": [{"seconds": s, **launch} for s, launch in times[:10]], "refused": refused}
+        if case.launches:
+            found[name] = {"best": [{"seconds": s, **launch} for s, launch in times[:10]], "refused": refused}
     return {**found, "shared_limits": dict(SHARED_LIMIT)}
 
 
-def _space(
-    rows: Sequence[int], columns: Sequence[int], warps: Sequence[int], stages: Sequence[int]
-) -> tuple[Launch, ...]:
-    choices = product(rows, columns, warps, stages)
-    return tuple(Launch(block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in choices)
+def _space(*choices: Sequence[int]) -> tuple[Launch, ...]:
+    """All launches of these rows, columns, warps and stages."""
+    return tuple(Launch(block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in product(*choices))
 
 
 def _attention(sizes: Sizes, pv: str | None = None) -> Case:
@@ -233,11 +230,7 @@ def _plain(sizes: Sizes, run: Callable[..., Output], *given: Tensor, moved: floa
 def _add_norm(sizes: Sizes) -> Case:
     rows, hidden = 2 * sizes.work.image_tokens, sizes.decoder.hidden_size
     x, residual, weight = sizes.draw(rows, hidden), sizes.draw(rows, hidden), sizes.draw(hidden)
-
-    def run(x: Tensor, residual: Tensor, weight: Tensor, **how: Any) -> Output:
-        return add_norm(x, weight, 1e-5, residual, **how)
-
-    return _plain(sizes, run, x, residual, weight, moved=4)
+    return _plain(sizes, lambda x, r, w, **how: add_norm(x, w, 1e-5, r, **how), x, residual, weight, moved=4)
 
 
 def _rope(sizes: Sizes) -> Case:
@@ -255,14 +248,12 @@ def _norm_gemv(sizes: Sizes) -> Case:
     x, weight = sizes.gate_up
     r, norm = sizes.draw(*x.shape), sizes.draw(x.shape[1])
 
-    def run(weight: Tensor, x: Tensor, norm: Tensor, r: Tensor, **how: Any) -> Output:
-        return norm_gemv(x, weight, norm, 1e-6, r, gate=True, **how)
-
     def apart() -> Output:
         return (swiglu(F.linear(add_norm(x, norm, 1e-6, r)[0], weight)),)  # type: ignore[arg-type]
 
     return _plain(
-        sizes, run, weight, x, norm, r, some=lambda output: output[0], others={"apart": apart}
+        sizes, lambda weight, x, norm, r, **how: norm_gemv(x, weight, norm, 1e-6, r, gate=True, **how),
+        weight, x, norm, r, some=lambda output: output[0], others={"apart": apart},
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from statistics import median
 from typing import Any
 
@@ -29,16 +29,23 @@ def markdown(data: Mapping[str, Any]) -> str:
         "Ceilings of this run: " + ", ".join(f"{k} {_text(reached.get(k))} {unit}" for k, unit in _UNITS.items()),
         "",
     ]
+    peers = [
+        (f"{peer}: {name}", *(_ms(median(pair[f"{side}_s"])) for side in ("ours", "theirs")), _text(pair["ratio"]))
+        for peer in ("transformers", "diffusers")
+        for name, pair in (pick(sections, peer, "pairs") or {}).items()
+    ]
+    whys = ((name, [found.get(why) for why in ("failed", "skipped", "missing")]) for name, found in sections.items())
+    trouble = [(name, next(filter(None, why))) for name, why in whys if any(why)]
     here = data["preset"] == "full" and "H200" in str(machine["gpu"])
     for title, head, rows in (
         ("Distance from float32", ("what", "ours", "baseline", "bound", "right"), _correctness(sections)),
         ("Stages", ("what", "ours", "eager baseline", "times faster"), _stages(sections)),
-        ("Peers, A B A B", ("work", "ours", "peer", "times faster"), _peers(sections)),
+        ("Peers, A B A B", ("work", "ours", "peer", "times faster"), peers),
         ("Whole request", ("figure", "value"), _request(sections)),
         ("Kernels", _KERNELS, _kernels(sections)),
         ("Budgets", _BUDGETS, _budgets(sections)),
         ("Targets (H200, full size)", ("target", "wanted", "measured"), _targets(sections, here)),
-        ("Not measured", ("part", "why"), _trouble(sections)),
+        ("Not measured", ("part", "why"), trouble),
     ):
         if cells := list(rows):
             lines += [f"## {title}", "", table(head, cells), ""]
@@ -47,12 +54,8 @@ def markdown(data: Mapping[str, Any]) -> str:
 
 def pick(data: Mapping[str, Any], *path: str) -> Any:
     """A value deep within nested objects, None where one is missing."""
-    found: Any = data
-    for key in path:
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = found[key]
-    return found
+    whole: Any = data
+    return reduce(lambda found, key: found.get(key) if isinstance(found, Mapping) else None, path, whole)
 
 
 def _text(value: Any, unit: str = "", scale: float = 1) -> str:
@@ -103,12 +106,6 @@ def _stages(sections: Sections) -> Rows:
             yield name, _ms(ours), _ms(other), _text(_ratio(other, ours))
 
 
-def _peers(sections: Sections) -> Rows:
-    for section in ("transformers", "diffusers"):
-        for name, pair in (pick(sections, section, "pairs") or {}).items():
-            yield f"{section}: {name}", *(_ms(median(pair[f"{s}_s"])) for s in ("ours", "theirs")), _text(pair["ratio"])
-
-
 def _request(sections: Sections) -> Rows:
     found = pick(sections, "request") or {}
     yield from ((stage, f"{seconds:.3g} s") for stage, seconds in found.get("stages_s", {}).items())
@@ -134,12 +131,6 @@ def _budgets(sections: Sections) -> Rows:
             peaks = _gb(found["peak_bytes"]), _gb(found["reserved_bytes"]), _YES[found["under"]]
             kept = found["precision"], ", ".join(found["resident"]) or "nothing"
             yield name.removeprefix("budget "), *peaks, _text(found["total_s"], " s"), *kept
-
-
-def _trouble(sections: Sections) -> Rows:
-    for name, found in sections.items():
-        if isinstance(found, Mapping) and {"failed", "skipped", "missing"} & set(found):
-            yield name, found.get("failed") or found.get("skipped") or found.get("missing")
 
 
 def their_token(sections: Sections) -> float | None:

@@ -18,8 +18,8 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -72,15 +72,6 @@ def presets(name: str) -> Preset:
 Runs = dict[str, Callable[[], Any]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the run: seconds that it needs at full size at least, seconds after which it is stopped; sections."""
-
-    needs: float
-    limit: float
-    sections: Callable[[Suite], Runs]
-
-
 class Suite:
     """One run on one device. Models are made when a section needs them and let go afterwards."""
 
@@ -94,11 +85,12 @@ class Suite:
     def run(self, parts: list[str]) -> None:
         """All sections of the parts, in order."""
         for part in parts:
-            for name, run in PARTS[part].sections(self).items():
+            needs, limit, sections = PARTS[part]
+            if not self.cuda:  # the sizes are toys there, and the limits are made for a GPU
+                needs, limit = 0, float("inf")
+            for name, run in sections(self).items():
                 if not name.startswith(_ON_ONE_BACKEND):
                     self.clean()  # it makes a model of its own
-                # On a CPU the sizes are toys and the limits, made for a GPU, do not apply.
-                needs, limit = (PARTS[part].needs, PARTS[part].limit) if self.cuda else (0, float("inf"))
                 found = self.record.section(self.meter, name, needs, run, limit)
                 logger.info("%s: %s", name, found)
                 if isinstance(found, dict) and "failed" in found:
@@ -199,7 +191,7 @@ class Suite:
         stages, meter, new = self.stages(backend=backend), self.meter, self.preset.new
         text = stages.write()  # compiles, tunes, captures
         meter.restart()
-        runs = [marked(meter, lambda mark: stages.write(mark=mark), new - 1) for _ in range(3)]
+        runs = [marked(meter, stages.write, new - 1) for _ in range(3)]
         peaks = meter.peak()
         precision = stages.backend.options.precision
         table = parameters(self.preset.config)["language"].embedding * COMPUTE[precision.compute]
@@ -210,12 +202,11 @@ class Suite:
     def request(self, backend: Any = None, **lossy: Any) -> dict[str, Any]:
         """Prompt to pixels by stage, the second of two runs; the peak is that of both."""
         stages, meter = self.stages(backend=backend), self.meter
-        side = self.preset.sides[0]
         meter.restart()
         for _ in range(2):
             clock, spent = Clock(stages.backend), dict[str, float]()
             latents, pixels = stages.run(clock, **lossy)
-        assert np.isfinite(pixels).all() and pixels.shape == (1, side, side, 3)
+        assert np.isfinite(pixels).all() and pixels.shape == (1, stages.work.height, stages.work.width, 3)
         *frames, _ = clock.report().items()
         for name, seconds in frames:
             stage = name.partition(".")[0]
@@ -261,10 +252,8 @@ class Suite:
 
     def budgets(self) -> list[int]:
         """Bytes of cards that people own; at toy size, too little for everything to stay."""
-        if self.cuda:
-            return [size * 10**9 for size in (8, 12, 16, 24)]
         peak = plan(self.preset.config, self.preset.work(), precision=Precision.uniform(self.preset.dtype)).peak
-        return [int(0.7 * peak)]
+        return [size * 10**9 for size in (8, 12, 16, 24)] if self.cuda else [int(0.7 * peak)]
 
     def budget(self, budget: int) -> dict[str, Any]:
         """A whole request within a budget, twice: parts come and go, and the peak must stay below."""
@@ -309,17 +298,18 @@ def _correctness(suite: Suite) -> Runs:
 
 
 _ON_ONE_BACKEND = ("velocity ", "hidden states", "ours ", "decoding", "request")
-PARTS = {  # in order of value
-    "ceilings": Part(5, 30, lambda s: {"ceilings": s.ceilings}),
-    "correctness": Part(15, 90, _correctness),
-    "step": Part(15, 60, lambda s: _each("ours ", s.preset.sides, s.step)),
-    "tokens": Part(15, 60, lambda s: {"decoding": s.tokens}),
-    "request": Part(25, 90, lambda s: {"request": s.requests}),
-    "precisions": Part(20, 60, lambda s: _each("", PRECISIONS, s.precision)),
-    "baselines": Part(25, 90, lambda s: _each("", ("transformers", "diffusers"), s.baseline)),
-    "kernels": Part(20, 90, lambda s: {"kernels": s.kernels}),
-    "budgets": Part(30, 60, lambda s: {f"budget {gigabytes(b)}": partial(s.budget, b) for b in s.budgets()}),
-    "sweep": Part(20, 600, lambda s: {"sweep": partial(sweep, s.sizes, s.meter, None if s.cuda else 1)}),
+# In order of value: seconds that a part needs at full size at least, seconds after which it is stopped, its sections.
+PARTS: dict[str, tuple[float, float, Callable[[Suite], Runs]]] = {
+    "ceilings": (5, 30, lambda s: {"ceilings": s.ceilings}),
+    "correctness": (15, 90, _correctness),
+    "step": (15, 60, lambda s: _each("ours ", s.preset.sides, s.step)),
+    "tokens": (15, 60, lambda s: {"decoding": s.tokens}),
+    "request": (25, 90, lambda s: {"request": s.requests}),
+    "precisions": (20, 60, lambda s: _each("", PRECISIONS, s.precision)),
+    "baselines": (25, 90, lambda s: _each("", ("transformers", "diffusers"), s.baseline)),
+    "kernels": (20, 90, lambda s: {"kernels": s.kernels}),
+    "budgets": (30, 60, lambda s: {f"budget {gigabytes(b)}": partial(s.budget, b) for b in s.budgets()}),
+    "sweep": (20, 600, lambda s: {"sweep": partial(sweep, s.sizes, s.meter, None if s.cuda else 1)}),
 }
 
 
@@ -382,9 +372,7 @@ def run(options: argparse.Namespace) -> int:
     return int(any(missed(section) for section in suite.record.data.values()))
 
 
-def missed(section: Any) -> bool:
+def missed(section: Mapping[str, Any]) -> bool:
     """Whether a section failed, or holds a result that is not right."""
-    if not isinstance(section, dict):
-        return False
-    wrong = "failed" in section or section.get("right") is False or section.get("agrees") is False
-    return wrong or section.get("under") is False or any(missed(case) for case in section.get("cases", ()))
+    wrong = "failed" in section or any(section.get(key) is False for key in ("right", "agrees", "under"))
+    return wrong or any(missed(case) for case in section.get("cases", ()))

@@ -35,12 +35,10 @@ def cold_starts(
 
     model: as for `load`; load: its keyword arguments; request: those of `generate`, "prompt" among them.
     """
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in request.items()}
-    text = json.dumps({**asked, "model": str(model), "load": dict(load)})
+    text = json.dumps({**request, "model": model, "load": load}, default=str)
     found: list[dict[str, Any]] = []
     for index in range(times):
         sys.stderr.write(f"cold start {index + 1} of {times}\n")
-        sys.stderr.flush()
         try:
             found.append(_start(text))
         except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from mindomni_rt.inputs.prompts import generate_messages
 from mindomni_rt.memory.footprint import Precision, weight_bytes
 from mindomni_rt.memory.host import host_peak
 from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.speed import cpu_rates
 from mindomni_rt.options import parse_size
 from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import CompleteRequest, Request
@@ -33,10 +34,11 @@ from mindomni_rt.stages import STAGES
 
 from ..machine import NONE, clock_state, describe_machine, device_peak, free_memory, header
 from ..results import check_out, table, write_result
-from .ceilings import measured_ceilings
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
 
+_SIDES = {"cpu": (512, 1536), "cuda": (8192,)}
+_SECONDS = 0.5  # of each measurement of a ceiling
 _RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_new_tokens")
 _PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
@@ -144,6 +146,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def measured_ceilings(device: str, dtype: str, weights: int) -> dict[str, Any]:
+    """TFLOP/s of a square matrix product in dtype and GB/s of a copy, the best of a few: a floor must lie below.
+
+    device: as a backend names it. weights: bytes of the smallest weights that a stage streams; what is copied is as
+    large (1 GiB at most), so that caches help the copy as they help the stage. With torch where it is installed, numpy
+    elsewhere. Returns {} where neither can (a GPU without torch, a type without products).
+    """
+    kind, size = device.partition(":")[0], int(np.clip(weights, 2**20, 2**30))
+    try:
+        import torch
+
+        from ..measure import Meter, ceilings
+    except ImportError:
+        if kind != "cpu" or dtype != "float32":
+            return {}
+        (product, copy), how = cpu_rates(size), "numpy"
+    else:
+        if kind not in _SIDES or (kind == "cuda" and not torch.cuda.is_available()):
+            return {}
+        found = ceilings(Meter(torch.device(device)), getattr(torch, dtype), _SIDES[kind], size, _SECONDS)
+        product, copy = found["matmul"] or 0.0, found["copy"] or 0.0
+        how = f"torch, {torch.get_num_threads()} threads" if kind == "cpu" else "torch"
+    return {"gemm_tflops": round(product, 4), "copy_gbps": round(copy, 2), "copy_bytes": size, "with": how}
+
+
 def _workload(pipe: Pipeline, asked: CompleteRequest, result: GenerationResult, tokens: Sequence[int]) -> Workload:
     """The sizes of the request as it ran."""
     patches = prepare_image(asked.image, pipe.config).grid[1:] if asked.image else (0, 0)
@@ -162,8 +189,8 @@ def _workload(pipe: Pipeline, asked: CompleteRequest, result: GenerationResult, 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p50, p90, p99 by linear interpolation."""
-    p50, p90, p99 = np.percentile(np.asarray(values, np.float64), (50, 90, 99))
-    return float(p50), float(p90), float(p99)
+    p50, p90, p99 = np.percentile(np.asarray(values, np.float64), (50, 90, 99)).tolist()
+    return p50, p90, p99
 
 
 def report(data: Mapping[str, Any]) -> str:
@@ -199,16 +226,14 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     runs = data["runs"]
     behind = [r.get("language", 0.0) + r.get("vision", 0.0) - r.get("first_token", 0.0) for r in runs]
     decode = [(n - 1) / s for s, n in zip(behind, data["tokens"], strict=True) if n > 1 and s > 0]
-    out = []
-    if decode:  # a rate's slow end is its 10th and 1st percentile
-        p50, p10, p1 = np.percentile(decode, (50, 10, 1))
-        out.append(("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}"))
+    # A rate's slow end is its 10th and 1st percentile.
+    p50, p10, p1 = np.percentile(decode, (50, 10, 1)) if decode else (0.0, 0.0, 0.0)
     host, device = data["peak_host_bytes"], data.get("peak_device")
     kinds = {"allocated": "peak_bytes", "reserved": "reserved_bytes"}
     told = ", ".join(f"{device[key] / 1e9:.2f} GB {kind}" for kind, key in kinds.items()) if device else NONE
     starts = zip(("first", "second"), data["cold_start"], strict=False)
     return [
-        *out,
+        *([("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}")] if decode else []),
         ("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE),
         ("peak device memory", told),
         ("energy an image", describe_energy(data["energy"])),

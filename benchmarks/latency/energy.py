@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..machine import NONE, physical
+from ..machine import HWMON, NONE, physical
 
-_HWMON = Path("/sys/class/hwmon")
 _WHOLE = ("VDD_IN", "VIN", "POM_5V_IN")
 """Rails that carry all of a board, where it has one: the others are then part of it."""
 
@@ -21,7 +20,7 @@ _WHOLE = ("VDD_IN", "VIN", "POM_5V_IN")
 class Energy:
     """Measures the requests that run within `over`, and idle power before them."""
 
-    def __init__(self, device: str, every: float = 0.05, idle: float = 1.0, hwmon: Path = _HWMON) -> None:
+    def __init__(self, device: str, every: float = 0.05, idle: float = 1.0, hwmon: Path = HWMON) -> None:
         """device: "cuda:N" is looked at, others not. every, idle: seconds between samples and of the idle watch."""
         self.method, self._power, self._counter = _readers(device, hwmon)
         self._every, self.joules = every, list[float]()
@@ -79,7 +78,7 @@ def describe_energy(record: Any) -> str:
     return f"{sum(joules) / len(joules):.1f} J ({share}; {record['method']})"
 
 
-def hwmon_rails(root: Path = _HWMON) -> dict[str, Callable[[], float]]:
+def hwmon_rails(root: Path = HWMON) -> dict[str, Callable[[], float]]:
     """Watts by rail of a Jetson's INA monitors: INA238 (Thor) tells power, INA3221 (Orin) voltage and current."""
     found: dict[str, Callable[[], float]] = {}
     for folder in sorted(root.glob("hwmon*")):

@@ -22,9 +22,8 @@ import numpy as np
 
 import mindomni_rt
 
-from ..machine import commit, describe_machine, versions
+from ..machine import describe_machine, header
 from ..results import check_out, write_json
-from ..schema import FORMAT
 from .asks import distinct_asks, expected, sequence
 from .clients import Tally, drive, metrics
 from .server import server
@@ -101,14 +100,13 @@ def _result(options: argparse.Namespace, tally: Tally, seconds: float, counts: d
     early, late = median(tally.memory[fifth : 2 * fifth] or tally.memory), median(tally.memory[-fifth:])
     percentiles = np.percentile(tally.seconds, (50, 90, 99)) if tally.seconds else (0.0, 0.0, 0.0)
     batches = counts.get("mindomni_batch_size_count", 0)
+    head = header("load")
     return {
-        "format": FORMAT,
-        "kind": "load",
+        **head,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(),
         "model": {"name": Path(options.model).name},
         "machine": describe_machine("cpu"),
-        "versions": {**versions(), **{name: version(name) for name in ("fastapi", "uvicorn", "httpx")}},
+        "versions": {**head["versions"], **{name: version(name) for name in ("fastapi", "uvicorn", "httpx")}},
         "requests": options.requests,
         "clients": options.clients,
         "leaving": options.leaving,

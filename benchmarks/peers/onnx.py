@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.layers import Workload
 
 from ..stages import Stages
-from .pairs import BOUNDS, Group, Match, Pair, Sample, after_first, timed
+from .pairs import BOUNDS, Group, Match, Pair, after_first, timed
 
 
 class PlainRunner(OnnxRunner):
@@ -89,31 +90,21 @@ def onnx_group(
     provider = "CUDAExecutionProvider"
     if device == "cpu" or provider not in onnxruntime.get_available_providers():
         device, provider = "cpu", "CPUExecutionProvider"
-    both = load_onnx(bundle, device), CompiledBackend(PlainRunner(bundle, provider), bundle.manifest)
     # The side of a trained sample of the small bundle.
     work = Workload(new_tokens=new, height=96, width=96, steps=steps)
+    plain = CompiledBackend(PlainRunner(bundle, provider), bundle.manifest)
+    both = [Stages(backend, work) for backend in (load_onnx(bundle, device), plain)]
     draw, width = np.random.default_rng(0), config.decoder.stack.hidden_size
     conditions = [draw.standard_normal((1, n, width), np.float32) for n in lengths]
-
-    def loop(backend: CompiledBackend) -> Callable[[], Any]:
-        stages = Stages(backend, work)
-        return partial(stages.paint, stages.prefixes([backend.put(c, dtype) for c in conditions]))
-
-    def decoding(write: Callable[..., Any]) -> Sample:
-        return after_first(lambda mark: write(mark=mark), new - 1)
-
-    loops = [loop(backend) for backend in both]
+    loops = [partial(s.paint, s.prefixes([s.backend.put(c, dtype) for c in conditions])) for s in both]
     exact, found = (np.asarray(paint(), np.float64) for paint in loops)
-    most = config.language.max_positions - new
-    works = [Workload(prompt_tokens=min(n, most), new_tokens=new) for n in prompts]
-    writers = [tuple(Stages(backend, work).write for backend in both) for work in works]
-    same = all(ours() == theirs() for ours, theirs in writers)
     first, second = (timed(paint, steps) for paint in loops)
-    pairs = [Pair("guided step", first, second)]
-    for sizes, sides in zip(works, writers, strict=True):
-        name = f"decoded token after {sizes.prompt_tokens}"
-        first, second = (decoding(write) for write in sides)
-        pairs.append(Pair(name, first, second, rate="tokens/s"))
+    pairs, same = [Pair("guided step", first, second)], True
+    for count in (min(n, config.language.max_positions - new) for n in prompts):
+        ours, theirs = (replace(s, work=replace(work, prompt_tokens=count)).write for s in both)
+        same = same and ours() == theirs()
+        samples = after_first(ours, new - 1), after_first(theirs, new - 1)
+        pairs.append(Pair(f"decoded token after {count}", *samples, rate="tokens/s"))
     threads = os.environ.get("OMP_NUM_THREADS") or "one for each core"
     return Group(
         peer=f"onnxruntime {onnxruntime.__version__}",

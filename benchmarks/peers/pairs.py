@@ -81,14 +81,9 @@ def after_first(run: Callable[[Callable[[], None]], Any], parts: int) -> Sample:
 
 def interleave(pair: Pair, meter: Meter, runs: int, warmup: int) -> dict[str, Any]:
     """Times of both, and peer / ours: the median over runs with its 95 % bootstrap interval. Above 1 ours is faster."""
-    for _ in range(warmup):
-        pair.ours(meter)
-        pair.theirs(meter)
-    ours, theirs = [], []
-    for _ in range(runs):
-        ours.append(pair.ours(meter))
-        theirs.append(pair.theirs(meter))
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    times = [(pair.ours(meter), pair.theirs(meter)) for _ in range(warmup + runs)][warmup:]
+    ours, theirs = (list(side) for side in zip(*times, strict=True))
+    ratios = [b / a for a, b in times]
     found = change(pair.name, [1.0], ratios)
     out: dict[str, Any] = {"n": runs, "warmup": warmup, "ratio": found.ratio, "low": found.low, "high": found.high}
     if pair.rate:

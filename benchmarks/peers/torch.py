@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise, takewhile
 from typing import Any
@@ -21,7 +22,7 @@ from ..machine import free_memory
 from ..measure import relative_error
 from ..stages import GUIDANCE, Preset, Stages, dtype_of, make_backend, mean_velocity, noise, random_conditions
 from .baselines import language_generate, omnigen_decoder, omnigen_inputs, omnigen_step, transformers_language
-from .pairs import BOUNDS, Group, Match, Pair, Sample, after_first, timed
+from .pairs import BOUNDS, Group, Match, Pair, after_first, timed
 
 
 def backend_of(model: MindOmniModel, device: torch.device) -> TorchBackend:
@@ -78,15 +79,12 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
         tokens_equal=equal == preset.new if same else None,
     )
 
-    def decoded(generate: Callable[[Any], Any]) -> Sample:
-        return after_first(generate, preset.new - 1)
-
-    prefill = timed(lambda: stages.write(1)), timed(lambda: language_generate(theirs, ids, 1, False))
-    token = decoded(lambda mark: stages.write(mark=mark))
-    plain = decoded(lambda mark: language_generate(theirs, ids, preset.new, False, mark))
+    generate, rest = partial(language_generate, theirs, ids, preset.new), preset.new - 1
+    prefill = timed(lambda: stages.write(new=1)), timed(lambda: language_generate(theirs, ids, 1, False))
+    token, plain = after_first(stages.write, rest), after_first(partial(generate, False), rest)
     pairs = [Pair("prefill and first token", *prefill), Pair("decoded token", token, plain, rate="tokens/s")]
     if device.type == "cuda":  # compiling takes longer than a toy run
-        compiled = decoded(lambda mark: language_generate(theirs, ids, preset.new, True, mark))
+        compiled = after_first(partial(generate, True), rest)
         pairs.append(Pair("decoded token, static cache and compiled", token, compiled))
     return Group(
         peer=f"transformers {version('transformers')}",

@@ -25,8 +25,7 @@ from mindomni_rt.options import parse_size
 from mindomni_rt.pipeline import Pipeline
 
 from ..machine import commit
-from ..results import read_json, table, write_result
-from ..schema import FORMAT
+from ..results import FORMAT, read_json, table, write_result
 from .paint import make, request_of
 from .run import RunFolder, fingerprint, shard_of
 from .suite import Item, Job, Settings, Suite, hashed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,46 +77,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures and reports."""
     results.check_out(options.out)
-    options.n = options.n if options.n is not None else 320 if options.precisions else 24
+    n = options.n if options.n is not None else 320 if options.precisions else 24
+    asked = {"model": options.model.name, "n": n, "guidance": options.guidance}
+    record = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": describe_machine(), **asked}
+
+    def store(found: dict[str, Any], text: str) -> None:
+        if options.out:
+            results.write_result(options.out, {**record, "options": found}, text)
+
     if options.precisions:
-        return _precisions(options)
-    found = measure(options.model, options.n, options.guidance)
-    text = table(found)
+        text = _precisions(options, asked, store)
+    else:
+        found = measure(options.model, n, options.guidance)
+        store(found, text := table(found))
     sys.stdout.write(text + "\n")
-    _store(options, found, text)
     return 0
 
 
-def _precisions(options: argparse.Namespace) -> int:
-    """Each arm is stored as it ends; the same command goes on with those that are missing."""
+def _precisions(
+    options: argparse.Namespace, asked: dict[str, Any], store: Callable[[dict[str, Any], str], None]
+) -> str:
+    """The table. Each arm is stored as it ends; the same command goes on with those that are missing."""
     from . import precisions
 
     found: dict[str, Any] = {}
     if options.out and options.out.exists():
         before = results.read_json(options.out)
-        if [before.get(k) for k in ("model", "n", "guidance")] != [options.model.name, options.n, options.guidance]:
+        if any(before.get(name) != value for name, value in asked.items()):
             raise BadRequestError(f"{options.out} is of another model, n or guidance; name another --out")
         found = before["options"]
-    missing = {name: arm for name, arm in precisions.arms().items() if name not in found}
-    bench = precisions.Bench(options.model, options.n, options.guidance) if missing else None
-    for name, (kind, options_of) in missing.items():
-        assert bench is not None
-        found[name] = bench.figures(kind, options_of)
-        _store(options, found, precisions.table(found))
-    sys.stdout.write(precisions.table(found) + "\n")
-    return 0
-
-
-def _store(options: argparse.Namespace, found: dict[str, Any], text: str) -> None:
-    if options.out is None:
-        return
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "machine": describe_machine(),
-        "model": options.model.name,
-        "n": options.n,
-        "guidance": options.guidance,
-        "options": found,
-    }
-    results.write_result(options.out, record, text)
+    if missing := {name: arm for name, arm in precisions.arms().items() if name not in found}:
+        bench = precisions.Bench(options.model, asked["n"], options.guidance)
+        for name, (kind, options_of) in missing.items():
+            found[name] = bench.figures(kind, options_of)
+            store(found, precisions.table(found))
+    return precisions.table(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -12,14 +12,12 @@ from mindomni_rt.checks import UNSET
 from mindomni_rt.inputs.images import to_pil
 from mindomni_rt.inputs.prompts import split_thought
 from mindomni_rt.outputs import json_text
+from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import Request
 from mindomni_rt.sampling.random import batch_noise
 
 from .run import item_file, seed_of
 from .suite import Item, Settings, Suite, Writer
-
-if TYPE_CHECKING:
-    from mindomni_rt.pipeline import Pipeline
 
 
 def request_of(item: Item, settings: Settings) -> Request:

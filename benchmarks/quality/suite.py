@@ -39,7 +39,7 @@ class Settings:
 
     def of_model(self, recommended: RecommendedConfig) -> Settings:
         """The same with the model's own settings in place of None."""
-        own = {"size": recommended.width, "steps": recommended.num_inference_steps}
+        own: dict[str, Any] = {"size": recommended.width, "steps": recommended.num_inference_steps}
         own |= {"guidance": recommended.guidance_scale}
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
@@ -95,10 +95,6 @@ class Suite:
     scores: Callable[[RunFolder, Sequence[Item]], dict[str, Any]] = lambda folder, done: {}
     commands: Callable[[Mapping[str, Any]], list[str]] = lambda run: []
 
-    def outputs(self, item: Item, settings: Settings) -> list[str]:
-        """All files of an item, relative to the run's folder; it is done when they are there."""
-        return [*self.files(item, settings), item_file(item.name)]
-
     def read(self, path: Path | None) -> tuple[list[Path], list[Item]]:
         """The files that --prompts stands for, and their items in order. Raises BadRequestError."""
         if path is not None and self.builtin:
@@ -139,7 +135,8 @@ class Job:
 
     def done(self) -> list[Item]:
         """The items whose files are all there."""
-        return [i for i in self.chosen if self.folder.done(self.suite.outputs(i, self.settings))]
+        files = self.suite.files
+        return [i for i in self.chosen if self.folder.done([*files(i, self.settings), item_file(i.name)])]
 
 
 def text_of(path: Path) -> str:

@@ -15,8 +15,7 @@ from mindomni_rt.benchmarks.gpu import kernels, suite
 from mindomni_rt.benchmarks.gpu.kernels import Case, run_case
 from mindomni_rt.benchmarks.gpu.report import TARGETS, eager_request, markdown
 from mindomni_rt.benchmarks.measure import Meter, Record, judged
-from mindomni_rt.benchmarks.results import FOLDER
-from mindomni_rt.benchmarks.schema import problems
+from mindomni_rt.benchmarks.results import FOLDER, problems
 
 TOY = ["--device", "cpu", "--preset", "toy"]
 

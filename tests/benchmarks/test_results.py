@@ -15,8 +15,7 @@ import pytest
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.machine import physical
-from mindomni_rt.benchmarks.results import FOLDER
-from mindomni_rt.benchmarks.schema import KINDS, problems
+from mindomni_rt.benchmarks.results import FOLDER, KINDS, problems
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.export.plan import plan_build

@@ -9,7 +9,7 @@ import pytest
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.load.command import complaints
-from mindomni_rt.benchmarks.schema import problems
+from mindomni_rt.benchmarks.results import problems
 from serving.serving_tools import BUNDLE
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
