@@ -81,7 +81,7 @@ class Stripes:
         return torch.cat(list(self._convolved(x, decoder.conv_out, x.norm(decoder.conv_norm_out))), dim=2)
 
     def encode(self, encoder: _Encoder, pixels: Tensor) -> Tensor:
-        x = _Parked(*pixels.shape[2:], pixels.device)
+        x = _Parked(pixels.shape[2], pixels.shape[3], pixels.device)
         for top, bottom in self._ranges(x.height, x.width):
             above, below = max(top - 1, 0), min(bottom + 1, x.height)
             x.add(top, _between(encoder.conv_in, pixels[:, :, above:below], top == 0, bottom == x.height), self.groups)
@@ -95,7 +95,7 @@ class Stripes:
         return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
     def _park(self, x: Tensor) -> _Parked:
-        parked = _Parked(*x.shape[2:], x.device)
+        parked = _Parked(x.shape[2], x.shape[3], x.device)
         parked.add(0, x, self.groups)
         return parked
 

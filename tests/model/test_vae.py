@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from mindomni_rt.checkpoint.config import VAEConfig
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.model import stripes
+from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.model.vae import AutoencoderKL
 from mindomni_rt.sampling.tiling import tiled as in_tiles
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pair(widths: tuple[int, ...], layers: int, groups: int) -> tuple[Theirs, AutoencoderKL]:
@@ -96,6 +100,18 @@ def test_stripes_equal_the_whole(
         expected, striped = ours.encode(pixels, tile=None), ours.encode(pixels, tile=tile)
     for one, other in zip(striped, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_stripes_of_the_small_model_equal_the_whole() -> None:
+    """Trained weights: a flat scene with one edge, in stripes of a few rows."""
+    ours = load_model(ROOT / "assets/shapes-world", torch.float32, "cpu", vae_dtype=torch.float32)[0].vae
+    scale = ours.config.downscale
+    pixels = torch.full((1, 3, 15 * scale, 22 * scale), -0.5)
+    pixels[:, 0, 3 * scale : 9 * scale, 5 * scale :] = 0.8
+    with torch.no_grad():
+        mean, striped_mean = ours.encode(pixels, tile=None)[0], ours.encode(pixels, tile=4)[0]
+        torch.testing.assert_close(striped_mean, mean, atol=1e-3, rtol=0)
+        torch.testing.assert_close(ours.decode(mean, tile=4), ours.decode(mean, tile=None), atol=1e-3, rtol=0)
 
 
 def test_stripes_hold_one_layers_input_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
