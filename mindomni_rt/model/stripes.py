@@ -10,16 +10,15 @@ middle block runs whole, at the resolution of the latents, with its queries in c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from .vae import _Attention, _Decoder, _Encoder, _Level, _MidBlock, _Resnet
-
-    Prepare = Callable[[Tensor], Tensor]
+Block = Any
+"""A block of `vae`, which imports this module."""
+Prepare = Callable[[Tensor], Tensor]
 
 
 class _Parked:
@@ -74,21 +73,21 @@ class Stripes:
         self.area, self.groups = (tile * downscale) ** 2 // 4, groups
         self.scores = tile**4
 
-    def decode(self, decoder: _Decoder, latents: Tensor) -> Tensor:
+    def decode(self, decoder: Block, latents: Tensor) -> Tensor:
         x = self._park(self._middle(decoder.mid_block, decoder.conv_in(latents)))
         for level in decoder.up_blocks:
-            x = self._level(level, x)  # type: ignore[arg-type]
+            x = self._level(level, x)
         return torch.cat(list(self._convolved(x, decoder.conv_out, x.norm(decoder.conv_norm_out))), dim=2)
 
-    def encode(self, encoder: _Encoder, pixels: Tensor) -> Tensor:
+    def encode(self, encoder: Block, pixels: Tensor) -> Tensor:
         x = _Parked(pixels.shape[2], pixels.shape[3], pixels.device)
         for top, bottom in self._ranges(x.height, x.width):
             above, below = max(top - 1, 0), min(bottom + 1, x.height)
             x.add(top, _between(encoder.conv_in, pixels[:, :, above:below], top == 0, bottom == x.height), self.groups)
         for level in encoder.down_blocks:
-            x = self._level(level, x)  # type: ignore[arg-type]
+            x = self._level(level, x)
         whole = self._middle(encoder.mid_block, x.rows(0, x.height))
-        return encoder.conv_out(F.silu(encoder.conv_norm_out(whole)))  # type: ignore[no-any-return]
+        return encoder.conv_out(F.silu(encoder.conv_norm_out(whole)))
 
     def _ranges(self, height: int, width: int) -> list[tuple[int, int]]:
         rows = max(2, self.area // width // 2 * 2)  # even, so that halving the rows never splits a pair
@@ -99,10 +98,10 @@ class Stripes:
         parked.add(0, x, self.groups)
         return parked
 
-    def _middle(self, block: _MidBlock, x: Tensor) -> Tensor:
-        return block.resnets[1](self._attention(block.attentions[0], block.resnets[0](x)))  # type: ignore[no-any-return, arg-type]
+    def _middle(self, block: Block, x: Tensor) -> Tensor:
+        return block.resnets[1](self._attention(block.attentions[0], block.resnets[0](x)))
 
-    def _attention(self, layer: _Attention, x: Tensor) -> Tensor:
+    def _attention(self, layer: Block, x: Tensor) -> Tensor:
         h = layer.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = layer.to_q(h), layer.to_k(h), layer.to_v(h)
         # As many scores at once as one whole tile has, for devices whose attention writes them out.
@@ -110,15 +109,15 @@ class Stripes:
         h = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)], dim=2)
         return x + layer.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
 
-    def _level(self, level: _Level, x: _Parked) -> _Parked:
+    def _level(self, level: Block, x: _Parked) -> _Parked:
         for resnet in level.resnets:
-            x = self._resnet(resnet, x)  # type: ignore[arg-type]
+            x = self._resnet(resnet, x)
         if not level.sampler:
             return x
         sampler = getattr(level, level.sampler)[0]
         return self._doubled(sampler.conv, x) if sampler.up else self._halved(sampler.conv, x)
 
-    def _resnet(self, block: _Resnet, x: _Parked) -> _Parked:
+    def _resnet(self, block: Block, x: _Parked) -> _Parked:
         h, out = (_Parked(x.height, x.width, x.device) for _ in range(2))
         ranges = self._ranges(x.height, x.width)
         for (top, _), part in zip(ranges, self._convolved(x, block.conv1, x.norm(block.norm1), keep=True), strict=True):
