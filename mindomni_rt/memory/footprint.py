@@ -144,8 +144,15 @@ def _vae(vae: VAEConfig, work: Workload, element: int) -> int:
     layers = vae_decoder(vae, height, width)
     largest = max(_layer(layer, following) for layer, following in pairwise(layers))
     pixels = work.images * work.height * work.width * vae.out_channels * 4
-    tiles = 2 * pixels if max(work.height, work.width) > VAE_TILE * scale else 0
-    return largest * element + 3 * pixels + tiles
+    if max(work.height, work.width) <= VAE_TILE * scale:
+        return largest * element + 3 * pixels
+    return largest * element + 5 * pixels + (0 if work.joint else _parked(vae, work, element))
+
+
+def _parked(vae: VAEConfig, work: Workload, element: int) -> int:
+    """Input and output of the decoder's largest layer for a whole picture, which stripes keep on the host: counted
+    where the device is the host, as plans without the fast path may be. One picture is decoded at a time."""
+    return sum(vae.block_out_channels[:2]) * work.height * work.width * element
 
 
 def _layer(layer: Layer, following: Layer) -> int:

@@ -1,0 +1,161 @@
+"""Large pictures through the VAE in stripes of rows, equal to the whole up to rounding.
+
+GroupNorm needs statistics of the whole picture, so a layer runs over all stripes before the next one starts. Each
+stripe adds its count, mean and variance to the statistics of the norm that follows; a convolution reads the rows above
+and below its stripe from the neighbours. Only the normalization of those rows is computed twice. Between layers the
+activations stay in host memory: the input and output of one layer; rows that no later stripe reads are freed. The
+middle block runs whole, at the resolution of the latents, with its queries in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Block = Any
+"""A block of `vae`, which imports this module."""
+Prepare = Callable[[Tensor], Tensor]
+
+
+class _Parked:
+    """A picture's activations on the host, as stripes of rows, and the statistics of their groups."""
+
+    def __init__(self, height: int, width: int, device: torch.device) -> None:
+        self.height, self.width, self.device = height, width, device
+        self._stripes: list[tuple[int, Tensor]] = []  # first row, (B, C, rows, W)
+        self._moments: list[tuple[int, Tensor, Tensor]] = []  # count, variance, mean
+
+    def add(self, top: int, stripe: Tensor, groups: int) -> None:
+        grouped = stripe.float().reshape(stripe.shape[0], groups, -1)
+        self._moments.append((grouped.shape[-1], *torch.var_mean(grouped, dim=-1, correction=0)))
+        self._stripes.append((top, stripe.cpu()))
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """Rows [top, bottom), back on the device."""
+        parts = [
+            stripe[:, :, max(top - first, 0) : bottom - first]
+            for first, stripe in self._stripes
+            if first < bottom and first + stripe.shape[2] > top
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).to(self.device)
+
+    def free(self, bottom: int) -> None:
+        """Drops the stripes that lie above row `bottom`."""
+        self._stripes = [(first, stripe) for first, stripe in self._stripes if first + stripe.shape[2] > bottom]
+
+    def norm(self, layer: nn.GroupNorm) -> Prepare:
+        """The layer, with the statistics of the whole picture, and the SiLU after it."""
+        counts = [count for count, _, _ in self._moments]
+        total = sum(counts)
+        shares = torch.tensor([count / total for count in counts], device=self.device)[:, None, None]
+        variances = torch.stack([variance for _, variance, _ in self._moments])
+        means = torch.stack([mean for _, _, mean in self._moments])
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean).square())).sum(0)
+        each = layer.num_channels // layer.num_groups
+        scale = torch.rsqrt(variance + layer.eps).repeat_interleave(each, 1) * layer.weight.float()
+        shift = layer.bias.float() - mean.repeat_interleave(each, 1) * scale
+        scale, shift = scale[..., None, None], shift[..., None, None]
+        return lambda x: F.silu(torch.addcmul(shift, x.float(), scale).to(x.dtype))
+
+
+class Stripes:
+    """Runs the decoder or encoder of an AutoencoderKL in stripes of a quarter of a tile (two rows at least).
+
+    tile: side of a tile in latents; downscale: pixels a latent along a side; groups: of every norm.
+    """
+
+    def __init__(self, tile: int, downscale: int, groups: int) -> None:
+        self.area, self.groups = (tile * downscale) ** 2 // 4, groups
+        self.scores = tile**4
+
+    def decode(self, decoder: Block, latents: Tensor) -> Tensor:
+        x = self._park(self._middle(decoder.mid_block, decoder.conv_in(latents)))
+        for level in decoder.up_blocks:
+            x = self._level(level, x)
+        return torch.cat(list(self._convolved(x, decoder.conv_out, x.norm(decoder.conv_norm_out))), dim=2)
+
+    def encode(self, encoder: Block, pixels: Tensor) -> Tensor:
+        x = _Parked(pixels.shape[2], pixels.shape[3], pixels.device)
+        for top, bottom in self._ranges(x.height, x.width):
+            above, below = max(top - 1, 0), min(bottom + 1, x.height)
+            x.add(top, _between(encoder.conv_in, pixels[:, :, above:below], top == 0, bottom == x.height), self.groups)
+        for level in encoder.down_blocks:
+            x = self._level(level, x)
+        whole = self._middle(encoder.mid_block, x.rows(0, x.height))
+        return encoder.conv_out(F.silu(encoder.conv_norm_out(whole)))
+
+    def _ranges(self, height: int, width: int) -> list[tuple[int, int]]:
+        rows = max(2, self.area // width // 2 * 2)  # even, so that halving the rows never splits a pair
+        return [(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+    def _park(self, x: Tensor) -> _Parked:
+        parked = _Parked(x.shape[2], x.shape[3], x.device)
+        parked.add(0, x, self.groups)
+        return parked
+
+    def _middle(self, block: Block, x: Tensor) -> Tensor:
+        return block.resnets[1](self._attention(block.attentions[0], block.resnets[0](x)))
+
+    def _attention(self, layer: Block, x: Tensor) -> Tensor:
+        h = layer.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = layer.to_q(h), layer.to_k(h), layer.to_v(h)
+        # As many scores at once as one whole tile has, for devices whose attention writes them out.
+        chunk = max(1, self.scores // h.shape[2])
+        h = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(chunk, dim=2)], dim=2)
+        return x + layer.to_out[0](h).squeeze(1).transpose(1, 2).reshape(x.shape)
+
+    def _level(self, level: Block, x: _Parked) -> _Parked:
+        for resnet in level.resnets:
+            x = self._resnet(resnet, x)
+        if not level.sampler:
+            return x
+        sampler = getattr(level, level.sampler)[0]
+        return self._doubled(sampler.conv, x) if sampler.up else self._halved(sampler.conv, x)
+
+    def _resnet(self, block: Block, x: _Parked) -> _Parked:
+        h, out = (_Parked(x.height, x.width, x.device) for _ in range(2))
+        ranges = self._ranges(x.height, x.width)
+        for (top, _), part in zip(ranges, self._convolved(x, block.conv1, x.norm(block.norm1), keep=True), strict=True):
+            h.add(top, part, self.groups)
+        convolved = self._convolved(h, block.conv2, h.norm(block.norm2))
+        for (top, bottom), part in zip(ranges, convolved, strict=True):
+            kept = x.rows(top, bottom)
+            out.add(top, part + (block.conv_shortcut(kept) if hasattr(block, "conv_shortcut") else kept), self.groups)
+            x.free(bottom)
+        return out
+
+    def _convolved(self, x: _Parked, conv: nn.Conv2d, prepare: Prepare, *, keep: bool = False) -> Iterator[Tensor]:
+        for top, bottom in self._ranges(x.height, x.width):
+            part = prepare(x.rows(max(top - 1, 0), min(bottom + 1, x.height)))
+            if not keep:
+                x.free(bottom - 1)
+            yield _between(conv, part, top == 0, bottom == x.height)
+
+    def _doubled(self, conv: nn.Conv2d, x: _Parked) -> _Parked:
+        out = _Parked(2 * x.height, 2 * x.width, x.device)
+        for top, bottom in self._ranges(x.height, 4 * x.width):
+            first, last = top == 0, bottom == x.height
+            part = F.interpolate(x.rows(max(top - 1, 0), min(bottom + 1, x.height)), scale_factor=2.0, mode="nearest")
+            part = part[:, :, 0 if first else 1 : part.shape[2] - (0 if last else 1)]
+            x.free(bottom - 1)
+            out.add(2 * top, _between(conv, part, first, last), self.groups)
+        return out
+
+    def _halved(self, conv: nn.Conv2d, x: _Parked) -> _Parked:
+        out = _Parked(x.height // 2, x.width // 2, x.device)
+        for top, bottom in self._ranges(x.height, x.width):
+            last = bottom == x.height
+            part = F.pad(x.rows(top, bottom if last else bottom + 1), (0, 1, 0, 1 if last else 0))
+            x.free(bottom)
+            out.add(top // 2, conv(part), self.groups)
+        return out
+
+
+def _between(conv: nn.Conv2d, x: Tensor, first: bool, last: bool) -> Tensor:
+    """A 3x3 convolution over rows that bring their neighbours along: zeros stand only outside of the picture."""
+    return F.conv2d(F.pad(x, (1, 1, int(first), int(last))), conv.weight, conv.bias)
