@@ -11,10 +11,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logger
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, decoding
@@ -125,7 +128,9 @@ def _build(
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(_with_fixed_axes(onnx, spec, profile, inline=trt.__name__ != "tensorrt"), str(onnx)):
+    graph = _with_fixed_axes(onnx, spec, profile, inline=trt.__name__ != "tensorrt")
+    weights = MappedWeights(onnx.parent)  # the parser reads them there until the engine is built
+    if not weights.parse(parser, graph, str(onnx)):
         said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise EngineBuildError(f"{spec.name}: {trt.__name__} does not take the graph: {said}")
     attention = _declare_attention(trt, network, fused)
@@ -146,6 +151,36 @@ def _build(
     if not built:
         raise _refusal(spec, sms, errors)
     return attention
+
+
+class MappedWeights:
+    """Data files of a graph as the page cache holds them. The parser's own way is to copy each tensor: of the full
+    decoder in 16 bits 7 GB, which cannot be dropped like a mapped file's pages."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, NDArray[np.uint8]] = {}
+
+    def parse(self, parser: Any, graph: bytes, path: str) -> bool:
+        """Parses a graph whose larger tensors lie in the folder's files."""
+        import onnx
+
+        if not hasattr(parser, "load_initializer"):  # TensorRT before 10.8
+            return bool(parser.parse(graph, path))
+        if not parser.load_model_proto(graph, path):
+            return False
+        for tensor in onnx.load_from_string(graph).graph.initializer:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if place and not parser.load_initializer(tensor.name, *self._where(place)):
+                return False
+        return bool(parser.parse_model_proto())
+
+    def _where(self, place: Mapping[str, str]) -> tuple[int, int]:
+        """Address and bytes of a tensor."""
+        name = place["location"]
+        if name not in self._files:
+            self._files[name] = np.memmap(self._folder / name, np.uint8, "r")
+        return self._files[name].ctypes.data + int(place["offset"]), int(place["length"])
 
 
 def _with_fixed_axes(path: Path, spec: GraphSpec, profile: Profile, inline: bool) -> bytes:

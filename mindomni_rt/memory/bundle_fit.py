@@ -123,10 +123,17 @@ def _fixed_cache(manifest: Manifest) -> int:
 
 
 def _choices(weights: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
-    """Sets of stages to keep, the heaviest first: what is kept is not loaded again."""
+    """Sets of stages to keep, the heaviest first: what is kept is not loaded again.
+
+    Vision counts last: only a request with an image needs it.
+    """
     held = [stage for stage in STAGES if weights[stage]]
     sets = [kept for count in range(len(held) + 1) for kept in combinations(held, count)]
-    yield from sorted(sets, key=lambda kept: -sum(weights[stage] for stage in kept))
+
+    def loaded_again(kept: tuple[str, ...]) -> tuple[int, bool]:
+        return -sum(weights[stage] for stage in kept if stage != "vision"), "vision" not in kept
+
+    yield from sorted(sets, key=loaded_again)
 
 
 def _instead(manifest: Manifest, limit: int, reserve: int, sides: Sequence[int]) -> str:

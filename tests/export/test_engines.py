@@ -6,15 +6,25 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from conftest import PARITY
+from onnx import TensorProto, helper, numpy_helper
 
 from mindomni_rt.bundle.contracts import decoding, graph_specs, profile
 from mindomni_rt.bundle.manifest import open_bundle, read_manifest
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.export import engines
 from mindomni_rt.export.build import BuildRequest, build
-from mindomni_rt.export.engines import EngineBuildError, EngineReport, build_engine, external_files, fused_attention
+from mindomni_rt.export.engines import (
+    EngineBuildError,
+    EngineReport,
+    MappedWeights,
+    build_engine,
+    external_files,
+    fused_attention,
+)
 from mindomni_rt.export.targets import ARCHITECTURES, PRECISIONS, choose, parse_target
 
 trt = pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT for RTX (extra: export)")
@@ -140,3 +150,27 @@ def test_the_language_engine_has_a_profile_for_one_token(bundles: Callable[[str]
     assert [tuple(shape) for shape in both[1].get_shape("scored")] == [(1,)] * 3
     images = [tuple(shape) for shape in both[1].get_shape("image_embeds")]
     assert images == [tuple(shape) for shape in both[0].get_shape("image_embeds")]
+
+
+def test_mapped_weights_give_the_same_engine(tmp_path: Path) -> None:
+    """Weights handed to the parser where they are mapped, and read by the parser itself."""
+    weight = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float16)
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, [4, size]) for name, size in (("x", 256), ("y", 512))
+    ]
+    node, stored = helper.make_node("MatMul", ["x", "w"], ["y"]), numpy_helper.from_array(weight, "w")
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [stored])
+    path = tmp_path / "a.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(path), save_as_external_data=True, location="a.data", size_threshold=64)
+    text = onnx.load(str(path), load_external_data=False).SerializeToString()
+    log, made = trt.Logger(trt.Logger.ERROR), []
+    for mapped in (False, True):
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser, weights = trt.OnnxParser(network, log), MappedWeights(tmp_path)
+        assert weights.parse(parser, text, str(path)) if mapped else parser.parse(text, str(path))
+        config = builder.create_builder_config()
+        engines._target(trt, config, ["sm_89"])
+        made.append(bytes(builder.build_serialized_network(network, config)))
+    assert made[0] == made[1] and len(made[0]) > weight.nbytes

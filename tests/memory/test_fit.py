@@ -239,6 +239,15 @@ def test_a_bundle_keeps_what_fits() -> None:
     assert least.stays is not None and "language" not in least.stays and least.peak <= 9 * GB
 
 
+def test_vision_leaves_first() -> None:
+    """Sizes of a whole int4 bundle: all of it is 13.9 GB with 0.5 GB counted twice; without vision 11.2 GB."""
+    sizes = {"vision": 2.7, "language": 5.1, "connector": 0.95, "prefix": 2.1, "denoiser": 2.1, "vae": 0.3}
+    made = bundle(precision="int4", **sizes)
+    found = fit_bundle(made, host(17), folder=Path("B"))
+    assert found.stays == tuple(stage for stage in STAGES if stage != "vision")
+    assert fit_bundle(made, host(22), folder=Path("B")).stays == STAGES
+
+
 def test_a_bundle_that_fits_nowhere_names_another() -> None:
     with pytest.raises(OutOfMemoryError) as raised:
         fit_bundle(bundle(**SIZES), host(8), folder=Path("B"))
