@@ -24,7 +24,7 @@ from mindomni_rt.bundle.contracts import GraphSpec, Profile, decoding
 from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
 from mindomni_rt.files import replace_file, write_text
-from mindomni_rt.kernels.onnx_function import DOMAIN, NAME
+from mindomni_rt.kernels.node import DOMAIN, NAME
 
 from .cache import link
 

@@ -11,11 +11,7 @@ import torch
 from onnx import FunctionProto, ModelProto, helper
 from torch import Tensor
 
-from .plugin import INPUTS
-
-DOMAIN, NAME = "mindomni", "SegmentAttention"
-VERSION = 1
-OUTPUT = "joined"
+from .node import DOMAIN, INPUTS, NAME, OUTPUT, VERSION
 
 
 def segment_attention_node(
