@@ -61,7 +61,7 @@ def load(
     if backend not in ("auto", "torch") or find_spec("torch") is None:
         from .checkpoint.layout import open_checkpoint
 
-        open_checkpoint(folder)  # a folder that is no model is told as such, before what a model would need
+        open_checkpoint(folder)  # what is no model is refused as such, before a model lacks a package
     if backend not in ("auto", "torch"):
         raise BadRequestError(
             f"{folder} is a checkpoint, which the torch backend runs; for backend {backend!r} build a bundle of it: "
