@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .request import Request, UnderstandRequest
 
+# onnxruntime writes an identifier and a database of events into the user's cache when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # In a checkout without symbolic links (Windows), the linked folders are found beside this one.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .backends.base import ADAPTERS, Backend
+from .checks import shown
 from .errors import BadRequestError
 
 
@@ -27,6 +28,8 @@ class AdapterCalls(ABC):
         Several adapters add up. Raises BadCheckpointError for one that does not fit, BadRequestError where the backend
         cannot: adapters need a checkpoint on the torch backend without the fast path.
         """
+        if not isinstance(folder, (str, Path)):
+            raise BadRequestError(f"adapter {shown(folder)}: expected a folder")
         path = Path(folder)
         name = path.resolve().name if name is None else name
         with self._changed_weights():

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from typing import Any, Unpack
 
+from .calls import require_image
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent
 from .pipeline import Pipeline
 from .request import EditOptions, GenerateOptions, Request, UnderstandOptions, UnderstandRequest, as_request
@@ -42,6 +43,7 @@ class AsyncPipeline:
 
     async def edit(self, image: Any, prompt: str, **options: Unpack[EditOptions]) -> GenerationResult:
         """As `Pipeline.edit`."""
+        require_image(image)
         return await self.generate(prompt, image=image, **options)
 
     async def understand(

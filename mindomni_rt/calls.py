@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Unpack
 
-from .errors import GenerationCancelled
+from .checks import shown
+from .errors import BadRequestError, GenerationCancelled
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent
 from .progress import with_progress
 from .request import (
@@ -113,6 +114,7 @@ class Calls(ABC):
         Without height and width the size is the image's in multiples of 16, within what the model paints
         (`recommended`). Arguments and errors are those of `generate`.
         """
+        require_image(image)
         return self.generate(prompt, callback=callback, cancel=cancel, progress=progress, **{"image": image, **options})
 
     def understand(
@@ -135,11 +137,19 @@ class Calls(ABC):
         return _results(self.stream(request, cancel=cancel), callback, cancel, progress)[0]
 
 
+def require_image(image: Any) -> None:
+    """Raises BadRequestError for an edit without its reference."""
+    if image is None:
+        raise BadRequestError("image None: an edit needs a picture to change; without one, call generate")
+
+
 def _results(
     events: Iterator[Event], callback: Callback | None, cancel: threading.Event, progress: bool
 ) -> list[GenerationResult]:
     results: list[GenerationResult] = []
     check_callback(callback)
+    if not isinstance(progress, bool):
+        raise BadRequestError(f"progress {shown(progress)}: expected True or False")
     for event in with_progress(events) if progress else events:
         if callback is not None and callback(event) is False:
             cancel.set()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
 from .commands import front_door
-from .demo import DEMO_MODELS, DEMO_SETTINGS
+from .demo import DEMO_MODELS, DEMO_NAME, DEMO_SETTINGS, tell_small
 from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
@@ -45,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     if given and given[0] in HANDED_OVER:
         return _hand_over(given[0], given[1:])
+    if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
+        near = get_close_matches(given[0], [*_COMMANDS, *HANDED_OVER], 1)
+        instead = f"did you mean {near[0]}?" if near else f"expected one of {', '.join([*_COMMANDS, *HANDED_OVER])}"
+        raise BadRequestError(f"there is no command {shown(given[0])}; {instead}")
     options = build_parser().parse_args(given)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
@@ -79,6 +84,8 @@ def _hand_over(command: str, rest: Sequence[str]) -> int:
 
 def _load(options: argparse.Namespace) -> Any:
     folder = resolve(options.model, options.revision, None, options.offline)
+    if folder in [model for model, _ in DEMO_MODELS] and options.model == DEMO_NAME:
+        tell_small(folder)
     if options.adapter and is_bundle(folder):
         raise BadRequestError(f"--adapter: {folder} is a bundle; adapters need a checkpoint, on the torch backend")
     pipe = load(

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .errors import BadCheckpointError
+
+logger = logging.getLogger(__name__)
 # A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
 _INSTALLED = Path(__file__).with_name("assets")
 _ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
 DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
+DEMO_NAME = "demo"
 DEMO_SETTINGS: dict[str, Any] = dict(max_new_tokens=48)  # its thoughts are short; the rest is its own
+
+
+def demo_folder() -> Path:
+    """The small model in the form that the installed packages can run. Raises BadCheckpointError where it is not."""
+    present = [(folder, package) for folder, package in DEMO_MODELS if folder.is_dir()]
+    for folder, package in present:
+        if find_spec(package) is not None:
+            return folder
+    if present:
+        return present[0][0]  # loading it names the package that is missing
+    raise BadCheckpointError("this installation has no small model; give a folder or a hub id")
+
+
+def tell_small(folder: Path) -> None:
+    """One line of the log: a stranger expects more words of a model than this one has."""
+    logger.warning("model demo (%s): the small model of the package, which knows only 117 words", folder.name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .checks import shown
 from .errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ class GenerationResult:
         """
         from .inputs.saving import numbered, save_image
 
+        if not isinstance(path, (str, Path)):
+            raise BadRequestError(f"path {shown(path)}: expected the name of a file")
         if not len(self.images):
             raise BadRequestError("this result holds no image to save")
         images = self._pictures()

@@ -41,7 +41,8 @@ def load(
     precision (torch on CUDA): "fp8", "int8", "int4" or pairs such as "decoder=fp8,attention=int8" (`precision`). With a
     memory_budget and no precision, the most exact one that fits is taken and logged. fast: our kernels and CUDA graphs;
     None is on for CUDA.
-    path_or_repo_id: a folder, or a hub id, for which revision, token and local_files_only mean what they do in
+    path_or_repo_id: a folder; "demo", the small model of the package; or a hub id, for which
+    revision, token and local_files_only mean what they do in
     huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA (float16
     before Ampere); on a CPU the stored type, computed in float32 where the CPU has no fast products of it. Raises
     BadCheckpointError, BadBundleError, OutOfMemoryError, UnsupportedDeviceError, MissingExtraError.
@@ -57,6 +58,10 @@ def load(
                 f"{folder} is a bundle: its precision was chosen at export; leave precision and fast out"
             )
         return _load_bundle(folder, backend, device, dtype, memory_budget)
+    if backend not in ("auto", "torch") or find_spec("torch") is None:
+        from .checkpoint.layout import open_checkpoint
+
+        open_checkpoint(folder)  # what is no model is refused as such, before a model lacks a package
     if backend not in ("auto", "torch"):
         raise BadRequestError(
             f"{folder} is a checkpoint, which the torch backend runs; for backend {backend!r} build a bundle of it: "

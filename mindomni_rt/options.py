@@ -7,6 +7,7 @@ from typing import Any
 
 from . import __version__, doctor
 from .checks import shown
+from .demo import DEMO_NAME
 from .errors import BadRequestError
 from .model.random import command as random_checkpoint
 from .request import Request
@@ -38,7 +39,7 @@ EXAMPLES = """examples:
   mindomni ui MODEL
   mindomni batch prompts.jsonl --model MODEL --out DIR
 
-MODEL is a folder or a hub id (owner/name), of a checkpoint or a bundle."""
+MODEL is a folder or a hub id (owner/name), of a checkpoint or a bundle; without one, or as "demo", the small model."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -78,7 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("-q", "--quiet", action="store_true", help="no text stream, no progress")
 
     model = _Parser(add_help=False)
-    model.add_argument("--model", required=True, metavar="PATH_OR_HUB_ID")
+    model.add_argument(
+        "--model",
+        default=DEMO_NAME,
+        metavar="PATH_OR_HUB_ID",
+        help="folder or hub id (default: demo, the small model of the package, which knows only 117 words)",
+    )
     model.add_argument("--revision", help="hub revision")
     model.add_argument("--offline", action="store_true", help="use only what the hub cache holds")
     model.add_argument("--backend", default="auto")

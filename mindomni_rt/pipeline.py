@@ -143,10 +143,14 @@ class Pipeline(Calls, AdapterCalls):
     def __init__(self, backend: Backend, folder: Path, fit: Fit | None = None) -> None:
         """fit: how the model was loaded, which says what fits into the memory beside it; None does not look."""
         self.backend, self._fit = backend, fit
-        self.config = backend.config
+        self.config, self._model = backend.config, folder.resolve().name
         self.chat = Chat(folder / "mllm" if (folder / "mllm").is_dir() else folder)
         self._negatives: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
         self._turn = Turn()
+
+    def __repr__(self) -> str:
+        device = getattr(self.backend, "device", "cpu")
+        return f"<Pipeline {self._model}: {self.backend.name}, {device}, {self.backend.dtype}>"
 
     def stream(
         self,
@@ -497,7 +501,8 @@ class Pipeline(Calls, AdapterCalls):
         yield AnswerEvent(
             GenerationResult(
                 text=written.text,
-                answer=written.text,
+                thinking=written.thinking,
+                answer=written.answer,
                 seed=seed,
                 timings=clock.report(),
                 token_ids=written.token_ids,

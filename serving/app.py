@@ -56,6 +56,10 @@ def create_app(engine: Engine, settings: Settings, model: Model) -> FastAPI:
     return app
 
 
+# The framework's own refusals: 400 is a body that does not parse, also by its depth or its digits.
+_CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
+
+
 async def _failed(http: HttpRequest, error: Exception) -> Response:
     """Any error of a route as an answer."""
     if isinstance(error, ClientGone):
@@ -67,7 +71,13 @@ async def _failed(http: HttpRequest, error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         words = {404: "there is no such route", 405: "this route has another method"}
         message = words.get(error.status_code, str(error.detail))
-        error = ApiError(error.status_code, message, code="not_found", type=INVALID, headers=error.headers)
+        error = ApiError(
+            error.status_code,
+            message,
+            code=_CODES.get(error.status_code, "invalid_request"),
+            type=INVALID,
+            headers=error.headers,
+        )
     found = reported(error, http)
     outcome(http.scope, found.code)
     return JSONResponse(found.body(), status_code=found.status, headers=found.headers)

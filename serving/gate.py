@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, api_error, bad
 from .metrics import Metrics
+from .protocol import CROWD
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Gate:
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         if scope["path"] not in _OPEN:
+            if scope["state"].get(CROWD, 0) > self._settings.max_connections:
+                raise _busy("this server has as many connections as it takes; try again")
             self._check_page(headers)
             # A browser asks by OPTIONS before it sends a page's key; our own page has a login.
             if scope["method"] != "OPTIONS" and not self._is_open(scope["path"]):
@@ -142,13 +145,7 @@ class Gate:
                     if len(body) + len(piece) > self._settings.max_body:
                         raise self._too_large()
                     if self._held + len(piece) > self._settings.max_body_total:
-                        raise ApiError(
-                            503,
-                            "the bodies of open requests fill this server's memory; try again",
-                            code="busy",
-                            type="server_error",
-                            headers={"retry-after": "5", "connection": "close"},
-                        )
+                        raise _busy("the bodies of open requests fill this server's memory; try again")
                     body += piece
                     self._held += len(piece)
                     if not message.get("more_body", False):
@@ -170,6 +167,11 @@ class Gate:
         )
         error.headers["connection"] = "close"
         return error
+
+
+def _busy(message: str) -> ApiError:
+    headers = {"retry-after": "5", "connection": "close"}
+    return ApiError(503, message, code="busy", type="server_error", headers=headers)
 
 
 # Answers are data: a browser must not take one for a page, whatever a prompt put into it.

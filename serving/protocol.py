@@ -9,6 +9,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .settings import Settings
 
+CROWD = "crowd"  # in a request's state: open connections or running requests, whichever are more
+
 
 def patient(settings: Settings) -> type[H11Protocol]:
     """The protocol class for uvicorn's `http` option."""
@@ -21,6 +23,14 @@ def patient(settings: Settings) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            app = self.app
+
+            async def counted(scope: Any, receive: Any, send: Any) -> None:
+                """Tells the application how full the server is: `Gate` refuses, and still answers whether it lives."""
+                scope["state"][CROWD] = max(len(self.connections), len(self.tasks))
+                await app(scope, receive, send)
+
+            self.app = counted
             self._await_head()
 
         def handle_events(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -22,6 +21,7 @@ from mindomni_rt.request import Request, UnderstandRequest
 from . import model
 from .app import create_app
 from .engine import Engine
+from .listening import listen
 from .protocol import patient
 from .settings import KEY, Settings, options
 from .translate import within
@@ -127,7 +127,7 @@ def run(given: argparse.Namespace) -> int:
     server = _Server(http_config(app, settings), engine, settings.grace)
     if settings.page is not None:
         server.close_pages = _mount_page(app, engine, settings, chosen)
-    with _listen(given.host, given.port) as listening:
+    with listen(given.host, given.port) as listening:
         host, port = listening.getsockname()[:2]
         logging.getLogger(__name__).info(
             "%s at http://%s:%d/v1", app.state.server.names[0], f"[{host}]" if ":" in host else host, port
@@ -167,17 +167,5 @@ def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=int(settings.grace) + 10,
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
-        raise BadRequestError(f"--port {port}: expected 0 to 65535")
-    try:
-        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        made = socket.create_server(family[4][:2], family=family[0], backlog=1024)
-    except (OSError, UnicodeError) as error:
-        raise BadRequestError(f"--host {host} --port {port}: {getattr(error, 'strerror', error)}") from error
-    return made

@@ -21,6 +21,7 @@ from mindomni_rt.request import Request, UnderstandRequest, as_request
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KINDS: dict[str, type[Request] | type[UnderstandRequest]] = {"generate": Request, "understand": UnderstandRequest}
 _MOST_BYTES = 2**31
+_MOST_TOLD = 10  # mistakes that one message names
 _NOT_HERE = ("latents", "output", "preview_every")
 
 
@@ -46,12 +47,13 @@ class Task:
 
 
 def read_tasks(path: Path, model: str, defaults: Mapping[str, Any]) -> list[Task]:
-    """All lines, checked, before anything is painted. Raises BadRequestError naming the line."""
+    """All lines, checked, before anything is painted. Raises BadRequestError naming the lines with mistakes."""
     try:
         lines = read_bytes(path, _MOST_BYTES).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequestError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     tasks: dict[str, Task] = {}
+    mistakes: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -60,8 +62,12 @@ def read_tasks(path: Path, model: str, defaults: Mapping[str, Any]) -> list[Task
             if task.id in tasks:
                 raise BadRequestError(f"id {task.id!r} is there twice")
         except (BadRequestError, OSError, ValueError) as error:
-            raise BadRequestError(f"{path}, line {number}: {getattr(error, 'strerror', None) or error}") from error
+            mistakes.append(f"line {number}: {getattr(error, 'strerror', None) or error}")
+            continue
         tasks[task.id] = task
+    if mistakes:
+        more = f"; {len(mistakes) - _MOST_TOLD} more" if len(mistakes) > _MOST_TOLD else ""
+        raise BadRequestError(f"{path}, {'; '.join(mistakes[:_MOST_TOLD])}{more}")
     if not tasks:
         raise BadRequestError(f'{path}: no line; expected {{"prompt": "…"}}, one a line')
     return list(tasks.values())

@@ -73,7 +73,7 @@ def _name(source: Any) -> str:
     if isinstance(source, str) and len(source) > 300:
         return f"{source[:30]}…"
     if isinstance(source, (str, os.PathLike)):
-        return str(source).split(",", 1)[0]
+        return str(source).split(",", 1)[0] or "''"
     return f"of type {type(source).__name__}"
 
 
@@ -113,10 +113,12 @@ def _data(source: Any) -> bytes:
         head, comma, text = source.partition(",")
         if not comma or not head.endswith(";base64"):
             raise BadRequestError("expected a data URI of the form data:image/png;base64,…")
-        return _base64(text)
+        return _base64(text, "its text after the comma")
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
         raise BadRequestError("is an address; nothing is downloaded here: pass the bytes or a path")
     if isinstance(source, (str, os.PathLike)):
+        if not str(source).strip():
+            raise BadRequestError("is an empty text; expected a path, data URI or base64 text")
         if isinstance(source, str) and len(source) > 255 and os.sep not in source[:1]:
             return _base64(source)
         try:
@@ -139,13 +141,13 @@ def _limited(data: bytes) -> bytes:
     return data
 
 
-def _base64(text: str) -> bytes:
+def _base64(text: str, what: str = "is no file, and its text") -> bytes:
     try:
         data = base64.b64decode("".join(text.split()).encode("ascii"), validate=True)
     except (binascii.Error, ValueError):
-        raise BadRequestError("is no file and no base64 text") from None
+        raise BadRequestError(f"{what} is no base64") from None
     if not data.startswith(_SIGNATURES) and data[4:8] != b"ftyp":
-        raise BadRequestError("is no file, and its base64 text holds no picture")
+        raise BadRequestError(f"{what} is base64, but holds no picture")
     return _limited(data)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import BadRequestError
 from ..files import parse_json, read_bytes, replace_file
@@ -122,6 +122,8 @@ def _stored(path: str | Path) -> str | None:
         comment = image.getexif().get_ifd(_EXIF).get(_COMMENT)
     except BadRequestError:
         raise
+    except UnidentifiedImageError:  # its text names the buffer, not the file
+        raise BadRequestError(f"image {path} cannot be read: expected PNG, JPEG or WebP") from None
     except Exception as error:  # as in `open_image`: damaged files raise anything
         raise BadRequestError(f"image {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(comment, bytes) or not comment.startswith(_CODE):

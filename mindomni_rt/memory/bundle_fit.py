@@ -17,7 +17,7 @@ from ..bundle.contracts import STAGES
 from ..bundle.manifest import Manifest
 from ..errors import OutOfMemoryError
 from .bundle_need import BUNDLE_RESERVE, peak, predicted_need
-from .fit import GPU_RESERVE, Fit, budget_bytes
+from .fit import GPU_RESERVE, Fit, budget_bytes, room_of
 from .footprint import Precision, StageMemory, stage_memory
 from .layers import Workload
 from .machine import Machine
@@ -63,9 +63,10 @@ def fit_bundle(
     assert limit is not None
     least = Workload(height=sides[-1], width=sides[-1])
     worst = max(_stages(manifest, weights, least), key=lambda s: weights[s.stage] + s.state + s.activations)
+    room, advice = room_of(limit, free)
     raise OutOfMemoryError(
-        f"{folder} does not fit {device}: stage {worst.stage} alone needs {gigabytes(found[0])}, {gigabytes(limit)} "
-        f"are free; nothing was loaded. {_instead(manifest, limit, reserve, sides)}"
+        f"{folder} does not fit {device}: stage {worst.stage} alone needs {gigabytes(found[0])}, {room}; "
+        f"nothing was loaded. {_instead(manifest, limit, reserve, sides) or f'Nothing smaller can be built; {advice}'}"
     )
 
 
@@ -144,4 +145,4 @@ def _instead(manifest: Manifest, limit: int, reserve: int, sides: Sequence[int])
             return (
                 f"This fits: the same built with --precision int4 (peak {gigabytes(least)}, images up to {side}x{side})"
             )
-    return "Nothing smaller can be built; close other programs or use a larger machine"
+    return ""

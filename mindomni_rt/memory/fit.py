@@ -154,6 +154,14 @@ def budget_bytes(memory_budget: str | float | None, free: int | None) -> int | N
     return asked if free is None else min(asked, free)
 
 
+def room_of(limit: int, free: int | None) -> tuple[str, str]:
+    """What a model did not fit into, and the advice that follows: the given budget, or what is free."""
+    if free is None or limit < free:
+        size = gigabytes(limit) if limit >= 10**7 else f"{limit} bytes"
+        return f"memory_budget is {size}", "raise memory_budget"
+    return f"{gigabytes(limit)} are free", "close other programs or use a larger machine"
+
+
 def fit_checkpoint(
     checkpoint: Checkpoint,
     machine: Machine,

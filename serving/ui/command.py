@@ -7,6 +7,7 @@ import argparse
 from mindomni_rt.errors import BadRequestError
 
 from .. import model
+from ..listening import listen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,8 @@ def run(given: argparse.Namespace) -> int:
         raise BadRequestError(f"--port {given.port}: expected 0 to 65535")
     chosen = model.chosen(given)
     chosen.check()
+    if given.port:
+        listen(given.host, given.port).close()  # a port in use ends the command before the model is read
     from ..engine import Engine
     from .page import build, launch  # Gradio takes seconds to import
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import gradio as gr
 from starlette.routing import Mount
 
 from mindomni_rt.checkpoint.config import MAX_SIDE
+from mindomni_rt.errors import BadRequestError
 
 from ..model import Model
 from .examples import defaults_of, examples_of
@@ -223,10 +225,17 @@ def _run(tab: _Tab, handler: Any, cancel: Any, inputs: list[Any], outputs: list[
 
 def launch(page: gr.Blocks, *, host: str, port: int, inbrowser: bool = False, block: bool = True) -> str:
     """Serves the page by itself until Ctrl-C; without `block` returns its address at once."""
-    _, address, _ = page.launch(
-        server_name=host, server_port=port or None, inbrowser=inbrowser, share=False, prevent_thread_lock=not block,
-        **_served(),
-    )  # fmt: skip
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port or None, inbrowser=inbrowser, share=False, prevent_thread_lock=True,
+            quiet=True, **_served(),
+        )  # fmt: skip
+    except OSError as error:
+        raise BadRequestError(f"--host {host} --port {port}: {' '.join(str(error).split())}") from error
+    if block:
+        sys.stdout.write(f"the page is at {address} (Ctrl-C ends it)\n")
+        sys.stdout.flush()
+        page.block_thread()
     return address
 
 

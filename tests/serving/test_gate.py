@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -108,12 +109,13 @@ def test_what_is_no_json_object(strict: Served, body: bytes) -> None:
         for path in (PATH, "/v1/chat/completions"):
             answer = http.post(path, content=body, headers={"content-type": "application/json"})
             assert answer.status_code == 400 and error(answer)["message"]
+            assert error(answer)["code"] == ("invalid_value" if b"NaN" in body else "invalid_body")
 
 
 def test_routes_and_methods(strict: Served) -> None:
     with strict.http(headers={"authorization": f"Bearer {KEY}"}) as http:
         assert error(http.get("/nowhere"))["code"] == "not_found"
-        assert http.get(PATH).status_code == 405 and error(http.get(PATH))["message"]
+        assert http.get(PATH).status_code == 405 and error(http.get(PATH))["code"] == "method_not_allowed"
         assert http.get("/docs").status_code == 404
         assert http.post("/v1/images/edits", json={"prompt": "x"}).status_code == 415
 
@@ -336,3 +338,13 @@ def test_full_queue_and_loading_over_http() -> None:
         assert int(caught.value.response.headers["retry-after"]) >= 1
         for thread in threads:
             thread.join(60)
+
+
+def test_a_server_full_of_connections_still_says_that_it_lives() -> None:
+    with serving(Settings(max_connections=5)) as served, ExitStack() as held:
+        for _ in range(20):
+            held.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+        with served.http() as http:
+            assert http.get("/health").status_code == http.get("/ready").status_code == 200
+            answer = http.get("/v1/models")
+            assert answer.status_code == 503 and error(answer)["code"] == "busy"
