@@ -11,9 +11,8 @@ import torch
 from onnx import FunctionProto, ModelProto, helper
 from torch import Tensor
 
-from .plugin import INPUTS
-
 DOMAIN, NAME = "mindomni", "SegmentAttention"
+INPUTS = ("q", "condition_k", "condition_v", "time_k", "time_v", "image_k", "image_v")
 VERSION = 1
 OUTPUT = "joined"
 

@@ -18,11 +18,11 @@ from typing import Any
 from .aot import compile_spec
 from .expressions import CeilDiv, Dim, Expr, Mul, evaluate, to_data
 from .launch import Launch, for_sm, split_head
+from .onnx_function import INPUTS as INPUTS
 from .segment_attention import LOG2_E, segment_kernel
 from .spec import Spec, make_spec
 from .triton_compat import tl, triton
 
-INPUTS = ("q", "condition_k", "condition_v", "time_k", "time_v", "image_k", "image_v")
 # A kernel may use 48 KiB without asking the driver for more, and the plugin interface has no word for asking.
 SHARED = 48 << 10
 # The driver that loads an engine turns the PTX into code; an old one does not know the newest version of the text.
