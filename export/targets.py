@@ -88,6 +88,8 @@ def parse_target(text: str) -> Target:
         return Target(runtime="onnx")
     if not names:
         raise UnsupportedDeviceError(f"target {text!r}: expected cpu, an architecture such as sm_89, or a device")
+    if {n.lower() for n in names} & {"cpu", "onnx"}:
+        raise UnsupportedDeviceError(f"target {text!r}: cpu cannot be combined with others: build a bundle for each")
     sms: list[str] = []
     for name in names:
         sm = _architecture_of(name)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .expressions import Expr, build
-from .onnx_function import DOMAIN, NAME
-from .plugin import INPUTS, Image, image
+from .onnx_function import DOMAIN, INPUTS, NAME
+from .plugin import Image, image
 
 logger = logging.getLogger(__name__)
 PLUGIN = f"{DOMAIN}::{NAME}"

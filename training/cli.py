@@ -106,7 +106,9 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)
     if config.stage != options.command:
-        raise BadConfigError(f"{options.config} is for stage {config.stage}, the command is {options.command}")
+        given = [o for o in options.overrides if o.partition("=")[0].strip() == "stage"]
+        where = f"{given[-1]!r} on the command line" if given else options.config
+        raise BadConfigError(f"{where} is for stage {config.stage}, the command is {options.command}")
     trainer = start(config, bar=not options.quiet)
     if trainer.rank == 0:
         trained = sum(p.numel() for p in trainer.trained.values())

@@ -186,10 +186,11 @@ def report(data: Mapping[str, Any]) -> str:
 
 def _why(group: Mapping[str, Any]) -> str:
     """Why a group has no ratios."""
+    if failed := group.get("failed_pairs"):
+        return " ".join(f"every pair failed: {failed}".split())
     if "agrees" in group:
-        text = "" if group["tokens_equal"] is not False else ", texts differ"
-        error = "nan" if group["error"] is None else f"{group['error']:.1e}"
-        return f"DISAGREES: {error}, bound {group['bound']:.0e}{text}"
+        text, error = ", texts differ" * (group["tokens_equal"] is False), group["error"]
+        return f"DISAGREES: {'nan' if error is None else f'{error:.1e}'}, bound {group['bound']:.0e}{text}"
     return " ".join(str(group.get("missing") or f"failed: {group['failed']}").split())
 
 

@@ -219,3 +219,12 @@ def test_no_memory_for_one_pair_is_recorded() -> None:
     found = Record().section(Meter(CPU), "language", 0, full)
     assert found["failed"].startswith("out of memory: ") and "15 GiB" in found["failed"]
     assert torch.OutOfMemoryError is torch.cuda.OutOfMemoryError
+
+
+def test_a_group_whose_pairs_all_failed_does_not_disagree() -> None:
+    from mindomni_rt.benchmarks.peers.command import _why
+
+    group = {"agrees": True, "error": 1e-6, "bound": 1e-4, "tokens_equal": None, "pairs": {}}
+    failed = _why({**group, "failed_pairs": {"decode": "OutOfMemoryError: 1 GiB"}})
+    assert failed == "every pair failed: {'decode': 'OutOfMemoryError: 1 GiB'}"
+    assert _why({**group, "agrees": False, "tokens_equal": False}) == "DISAGREES: 1.0e-06, bound 1e-04, texts differ"

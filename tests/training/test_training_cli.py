@@ -201,3 +201,12 @@ def test_mistakes_of_the_command_line_are_one_line(arguments, capsys):
         main(arguments)
     told = capsys.readouterr().err
     assert error.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_an_override_of_the_stage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mindomni_rt.training.cli import main
+
+    config = tmp_path / "sft.toml"
+    config.write_text('stage = "sft"\nmodel = "m"\nout = "o"\n')
+    assert main(["sft", "--config", str(config), "stage=rgpo"]) == 2
+    assert "'stage=rgpo' on the command line is for stage rgpo" in capsys.readouterr().err
