@@ -38,6 +38,7 @@ TRACING = (
     "export/store.py",
     "model/*.py",
     "bundle/contracts.py",
+    "kernels/node.py",
     "kernels/onnx_function.py",
 )
 WEIGHTS = (*TRACING, "export/*.py", "memory/precision.py")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .expressions import Expr, build
-from .onnx_function import DOMAIN, INPUTS, NAME
+from .node import DOMAIN, INPUTS, NAME
 from .plugin import Image, image
 
 logger = logging.getLogger(__name__)

@@ -186,7 +186,7 @@ def report(data: Mapping[str, Any]) -> str:
 
 def _why(group: Mapping[str, Any]) -> str:
     """Why a group has no ratios."""
-    if failed := group.get("failed_pairs"):
+    if (failed := group.get("failed_pairs")) and group.get("agrees", True):
         return " ".join(f"every pair failed: {failed}".split())
     if "agrees" in group:
         text, error = ", texts differ" * (group["tokens_equal"] is False), group["error"]
