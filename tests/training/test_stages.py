@@ -9,7 +9,8 @@ import pytest
 import torch
 from toy import ToyStream, toy_config, toy_contexts, toy_folder
 
-from mindomni_rt.training.errors import BadConfigError, NonFiniteError
+from mindomni_rt.training.data.record import Record
+from mindomni_rt.training.errors import BadConfigError, BadDataError, NonFiniteError
 from mindomni_rt.training.loop.trainer import Trainer
 from mindomni_rt.training.stages.adapters import merge_adapters
 from mindomni_rt.training.stages.base import Draws, digest
@@ -236,3 +237,12 @@ def test_the_rank_of_stage_2_has_a_default_and_zero_is_refused(folder, tmp_path)
     assert stage.model.decoder.llm.layers[0].self_attn.qkv_proj.lora_A["default"].weight.shape[0] == 16
     with pytest.raises(BadConfigError, match=r"sft\.decoder = 'full'"):
         toy_config("sft", folder, tmp_path, lora={"rank": 0})
+
+
+@pytest.mark.parametrize("kind", [Pretrain, Sft])
+def test_a_record_that_trains_nothing_is_named(kind, folder, tmp_path):
+    contexts = toy_contexts(folder)
+    stage = kind(contexts.model, contexts, toy_config(kind.name, folder, tmp_path))
+    records = [Record(instruction="a red circle", source="mine.jsonl:7")]
+    with pytest.raises(BadDataError, match=r"mine\.jsonl:7: nothing in it trains .*output_image"):
+        stage.prepare(records, Draws(0, 0, 0, 1, 0, 1))

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from mindomni_rt.errors import BadRequestError
-
+from ..errors import BadDataError
 from . import losses
 from .base import Draws, ImageBatch, LossTerms, Stage
 from .contexts import Context
@@ -37,7 +36,8 @@ class Pretrain(Stage):
 
         image_batches = self.image_batches(records, draws, make)
         if not image_batches:
-            raise BadRequestError("stage pretrain: no record of this batch has an output_image")
+            where = records[0].source or "a batch"
+            raise BadDataError(f"{where}: nothing in it trains stage pretrain; expected an output_image")
         return image_batches
 
     def terms(self, prepared: list[ImageBatch]) -> LossTerms:

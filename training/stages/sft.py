@@ -16,6 +16,7 @@ import torch
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from ..config import SFT_RANK, Config
+from ..errors import BadDataError
 from . import losses
 from .adapters import add_adapters
 from .base import Draws, ImageBatch, LossTerms, Stage, StepCounts
@@ -83,6 +84,11 @@ class Sft(Stage):
         batches = self.image_batches(records, draws, make)
         shares = [self.share("tokens", int((b.batch.labels() != losses.IGNORE).sum()), own) for b in batches]
         read = [r for r in records if r.reply] if self.config.sft.text else []
+        if not batches and not read:
+            where = records[0].source or "a batch"
+            raise BadDataError(
+                f"{where}: nothing in it trains stage sft; expected an output_image, or a reply with sft.text above 0"
+            )
         reading = [context_of(self.contexts, r, think=False, thought=False) for r in read]
         return SftBatch(
             batches,
