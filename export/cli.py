@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindomni_rt.bundle.contracts import PROFILES
-from mindomni_rt.bundle.manifest import check_name, open_bundle, read_manifest
+from mindomni_rt.bundle.manifest import check_name, is_bundle, open_bundle, read_manifest
+from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser, front_door
-from mindomni_rt.errors import BadRequestError
+from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.options import parse_size
 
 from .describe import describe
@@ -40,7 +41,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
-    build.add_argument("checkpoint", type=Path)
+    build.add_argument("checkpoint", type=Path, help="a folder, or a hub id")
     build.add_argument("--target", required=True, help="cpu, sm_89, rtx4090, dgx-spark, … or several: sm_86,sm_89")
     build.add_argument(
         "--precision", choices=[p for p in PRECISIONS if p != "mixed"], help="default: the target's table"
@@ -106,6 +107,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _checkpoint(given: Path) -> Path:
+    """The folder of a checkpoint: a path or a hub id. Raises BadCheckpointError."""
+    folder = resolve(given)
+    if is_bundle(folder):
+        raise BadCheckpointError(f"{given} is a bundle; expected the checkpoint that bundles are built of")
+    return folder
+
+
 def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
@@ -115,7 +124,7 @@ def _build(options: argparse.Namespace) -> int:
     from .record import append, build_run, resident_peak, watching
 
     request = BuildRequest(
-        checkpoint=options.checkpoint,
+        checkpoint=_checkpoint(options.checkpoint),
         out=options.out,
         target=target,
         choice=choice,
@@ -182,7 +191,7 @@ def _cache(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import table, verify
 
-    rows = verify(options.bundle, options.against, options.device)
+    rows = verify(options.bundle, _checkpoint(options.against) if options.against else None, options.device)
     print(table(rows))
     if options.against is None:
         print("every stage ran; nothing was compared. Give --against CHECKPOINT to compare")
@@ -203,7 +212,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     plan = plan_build(
         options.device,
-        checkpoint=options.checkpoint,
+        checkpoint=_checkpoint(options.checkpoint) if options.checkpoint else None,
         precision=options.precision,
         stages=stages_of(options.stage),
         size=parse_size(options.size) if options.size else None,

@@ -15,10 +15,13 @@ from conftest import PARITY
 from mindomni_rt.bundle.contracts import OPSET, PROFILES, graph_specs, profile, resolve
 from mindomni_rt.bundle.manifest import MANIFEST, hash_files, read_manifest
 from mindomni_rt.bundle.seal import sealed_json
+from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.export import traces
 from mindomni_rt.export.cli import main
 from mindomni_rt.model.tiny import write_random_checkpoint
+
+SMALL_BUNDLE = DEMO_MODELS[0][0]
 
 
 def test_verify_passes_and_fails(
@@ -52,6 +55,9 @@ def test_a_users_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         ["inspect", str(tmp_path)],
         ["verify", str(tmp_path / "absent")],
         ["verify", str(PARITY)],
+        ["build", str(SMALL_BUNDLE), "--target", "cpu", "--out", str(tmp_path / "out")],
+        ["verify", str(SMALL_BUNDLE), "--against", str(SMALL_BUNDLE)],
+        ["plan", "--device", "rtx4060", "--checkpoint", str(SMALL_BUNDLE)],
         ["build", str(PARITY), "--target", "cpu", "--out", "."],
         ["build", str(PARITY), "--target", "cpu", "--out", "/"],
         ["build", str(PARITY), "--target", "cpu", "--out", str(tmp_path / ("x" * 300))],
@@ -65,8 +71,8 @@ def test_a_users_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1, error
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-    assert "stopped" in (tmp_path / "out.build.log").read_text()
+        assert "is a bundle" in error or str(SMALL_BUNDLE) not in arguments
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -98,8 +104,11 @@ def test_a_refused_build_leaves_the_bundles_log_alone(
     arguments = ["build", str(PARITY), "--target", "cpu", "--out", str(out)]
     assert main(arguments) == 2
     assert capsys.readouterr().err.count("exists") == 1
-    assert main(["build", str(tmp_path / "absent"), *arguments[2:], "--overwrite"]) == 2
-    assert capsys.readouterr().err.count("absent") == 1
+    damaged = Path(shutil.copytree(PARITY, tmp_path / "damaged"))
+    (damaged / "connector.safetensors").write_bytes(b"")
+    assert main(["build", str(damaged), *arguments[2:], "--overwrite"]) == 2
+    assert capsys.readouterr().err.count("connector.safetensors") == 1
+    shutil.rmtree(damaged)
     assert log.read_text() == "of the good build"
     assert "stopped" in (tmp_path / "b.build-failed.log").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "b.build-failed.log", "b.build.log"]
@@ -280,3 +289,10 @@ def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path]
         sms=("sm_89",),
     )
     assert report.attention == stack.num_layers
+
+
+def test_a_hub_id_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: asked.append(name) or str(PARITY))
+    assert main(["plan", "--device", "rtx4060", "--checkpoint", "some/model"]) == 0
+    assert asked == ["some/model"] and capsys.readouterr().out
