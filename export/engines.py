@@ -179,8 +179,14 @@ class MappedWeights:
         """Address and bytes of a tensor."""
         name = place["location"]
         if name not in self._files:
-            self._files[name] = np.memmap(self._folder / name, np.uint8, "r")
-        return self._files[name].ctypes.data + int(place["offset"]), int(place["length"])
+            try:
+                self._files[name] = np.memmap(self._folder / name, np.uint8, "r")
+            except (OSError, ValueError) as error:
+                raise EngineBuildError(f"{name}: weights of the graph that cannot be read: {error}") from error
+        begin, length = int(place["offset"]), int(place["length"])
+        if begin + length > self._files[name].size:
+            raise EngineBuildError(f"{name} has {self._files[name].size} bytes; the graph reads up to {begin + length}")
+        return self._files[name].ctypes.data + begin, length
 
 
 def _with_fixed_axes(path: Path, spec: GraphSpec, profile: Profile, inline: bool) -> bytes:
