@@ -75,7 +75,6 @@ def test_edit_understand_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         [],
         ["paint"],
-        ["generate", "x"],
         ["generate", "", *MODEL],
         ["generate", "x", *MODEL, "--size", "100x100"],
         ["generate", "x", *MODEL, "--size", "big"],
