@@ -183,7 +183,8 @@ class MappedWeights:
                 self._files[name] = np.memmap(self._folder / name, np.uint8, "r")
             except (OSError, ValueError) as error:
                 raise EngineBuildError(f"{name}: weights of the graph that cannot be read: {error}") from error
-        begin, length = int(place["offset"]), int(place["length"])
+        begin = int(place.get("offset", 0))
+        length = int(place.get("length", self._files[name].size - begin))
         if begin + length > self._files[name].size:
             raise EngineBuildError(f"{name} has {self._files[name].size} bytes; the graph reads up to {begin + length}")
         return self._files[name].ctypes.data + begin, length

@@ -26,7 +26,7 @@ from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
 from .commands import front_door
-from .demo import DEMO_MODELS, DEMO_NAME, DEMO_SETTINGS, tell_small
+from .demo import DEMO_MODELS, DEMO_NAME, DEMO_SETTINGS, runnable_demo, tell_small
 from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
@@ -236,10 +236,9 @@ def _demo(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise BadRequestError(f"--out {shown(options.out)}: {getattr(error, 'strerror', error)}") from error
     paths = _targets(options.out, 1)
-    for model, package in DEMO_MODELS:
-        if model.is_dir() and importlib.util.find_spec(package) is not None:
-            prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
-            return _demo_on(model, prompt, paths, options)
+    if model := runnable_demo():
+        prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
+        return _demo_on(model, prompt, paths, options)
     from .model.tiny import write_random_checkpoint
 
     with _temporary_folder() as folder:

@@ -18,14 +18,17 @@ DEMO_NAME = "demo"
 DEMO_SETTINGS: dict[str, Any] = dict(max_new_tokens=48)  # its thoughts are short; the rest is its own
 
 
+def runnable_demo() -> Path | None:
+    """The small model in the form that the installed packages can run."""
+    found = (folder for folder, package in DEMO_MODELS if folder.is_dir() and find_spec(package) is not None)
+    return next(found, None)
+
+
 def demo_folder() -> Path:
-    """The small model in the form that the installed packages can run. Raises BadCheckpointError where it is not."""
-    present = [(folder, package) for folder, package in DEMO_MODELS if folder.is_dir()]
-    for folder, package in present:
-        if find_spec(package) is not None:
-            return folder
-    if present:
-        return present[0][0]  # loading it names the package that is missing
+    """The same; where a package is missing, the first form: loading it names the package. Raises BadCheckpointError."""
+    found = runnable_demo() or next((folder for folder, _ in DEMO_MODELS if folder.is_dir()), None)
+    if found is not None:
+        return found
     raise BadCheckpointError("this installation has no small model; give a folder or a hub id")
 
 

@@ -41,11 +41,11 @@ def load(
     precision (torch on CUDA): "fp8", "int8", "int4" or pairs such as "decoder=fp8,attention=int8" (`precision`). With a
     memory_budget and no precision, the most exact one that fits is taken and logged. fast: our kernels and CUDA graphs;
     None is on for CUDA.
-    path_or_repo_id: a folder; "demo", the small model of the package; or a hub id, for which
-    revision, token and local_files_only mean what they do in
-    huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None is bfloat16 on CUDA (float16
-    before Ampere); on a CPU the stored type, computed in float32 where the CPU has no fast products of it. Raises
-    BadCheckpointError, BadBundleError, OutOfMemoryError, UnsupportedDeviceError, MissingExtraError.
+    path_or_repo_id: a folder; "demo", the small model of the package; or a hub id, for which revision, token and
+    local_files_only mean what they do in huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None
+    is bfloat16 on CUDA (float16 before Ampere); on a CPU the stored type, computed in float32 where the CPU has no fast
+    products of it. Raises BadCheckpointError, BadBundleError, OutOfMemoryError, UnsupportedDeviceError,
+    MissingExtraError.
     """
     if backend not in BACKENDS:
         raise BadRequestError(f"backend {shown(backend)}: expected one of {', '.join(BACKENDS)}")

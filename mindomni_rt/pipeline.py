@@ -202,8 +202,10 @@ class Pipeline(Calls, AdapterCalls):
     @contextmanager
     def _changed_weights(self) -> Iterator[None]:
         with self._turn.alone():
-            yield
-            self._negatives.clear()
+            try:
+                yield
+            finally:
+                self._negatives.clear()
 
     @property
     def recommended(self) -> RecommendedConfig:

@@ -6,7 +6,6 @@ import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from mindomni_rt.checkpoint.config import PUBLISHED, RecommendedConfig
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.checks import shown
-from mindomni_rt.demo import DEMO_MODELS, DEMO_SETTINGS
+from mindomni_rt.demo import DEMO_SETTINGS, runnable_demo
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError, MindOmniError
 from mindomni_rt.files import parse_json
@@ -115,12 +114,12 @@ def chosen(options: argparse.Namespace) -> Model:
     found: dict[str, Any] = {}
     path = options.model
     if path is None:
-        path = next((str(f) for f, package in DEMO_MODELS if f.is_dir() and find_spec(package) is not None), None)
-        if path is None:
+        small = runnable_demo()
+        if small is None:
             raise BadRequestError(
                 "the small model needs onnxruntime or torch: pip install 'mindomni-rt[onnx]'; or give a MODEL"
             )
-        found = dict(DEMO_SETTINGS)
+        path, found = str(small), dict(DEMO_SETTINGS)
     return Model(
         path=path,
         options={

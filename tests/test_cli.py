@@ -164,7 +164,7 @@ def test_demo_thinks_right_and_paints_what_it_thought(tmp_path: Path) -> None:
 def test_demo_without_the_small_model_says_that_it_is_random(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mindomni_rt.cli.DEMO_MODELS", ())
+    monkeypatch.setattr("mindomni_rt.demo.DEMO_MODELS", ())
     assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 0
     assert "RANDOM" in capsys.readouterr().out and (tmp_path / "demo.png").exists()
 

@@ -130,7 +130,7 @@ def cpu_needs(
     mapped = {part: stored[part] == ("float32" if part == "vae" else dtype) for part in weights}
     own = HOST_RESERVE + WIDE * wide + sum(size for part, size in weights.items() if not mapped[part])
     found = []
-    for stage in stage_memory(config, work, computed):
+    for stage in stage_memory(config, work, computed, on_host=True):
         if stage.stage == "vision" and not work.patches[0]:
             continue
         part = PART_OF[stage.stage]

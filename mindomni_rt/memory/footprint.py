@@ -136,7 +136,7 @@ def _denoiser(config: ModelConfig, work: Workload, element: int) -> int:
     return _block(stack, rows, element) + buffers + latents + tables
 
 
-def _vae(vae: VAEConfig, work: Workload, element: int) -> int:
+def _vae(vae: VAEConfig, work: Workload, element: int, on_host: bool) -> int:
     """The largest step of the decoder: a layer's input and output, the residual kept beside them, and a copy of input
     and output in the layout that the convolution wants; pixels of all images in float32."""
     scale = vae.downscale
@@ -146,12 +146,12 @@ def _vae(vae: VAEConfig, work: Workload, element: int) -> int:
     pixels = work.images * work.height * work.width * vae.out_channels * 4
     if max(work.height, work.width) <= VAE_TILE * scale:
         return largest * element + 3 * pixels
-    return largest * element + 5 * pixels + (0 if work.joint else _parked(vae, work, element))
+    return largest * element + 5 * pixels + (_parked(vae, work, element) if on_host else 0)
 
 
 def _parked(vae: VAEConfig, work: Workload, element: int) -> int:
-    """Input and output of the decoder's largest layer for a whole picture, which stripes keep on the host: counted
-    where the device is the host, as plans without the fast path may be. One picture is decoded at a time."""
+    """Input and output of the decoder's largest layer for a whole picture, which stripes keep in memory of the host.
+    One picture is decoded at a time."""
     return sum(vae.block_out_channels[:2]) * work.height * work.width * element
 
 
@@ -165,8 +165,13 @@ def _layer(layer: Layer, following: Layer) -> int:
     return places * (2 * layer.inputs + layer.outputs + kept)
 
 
-def stage_memory(config: ModelConfig, work: Workload, precision: Precision) -> tuple[StageMemory, ...]:
-    """Bytes of each stage, in order."""
+def stage_memory(
+    config: ModelConfig, work: Workload, precision: Precision, *, on_host: bool = False
+) -> tuple[StageMemory, ...]:
+    """Bytes of each stage on its device, in order.
+
+    on_host: the device is the host, so what the VAE keeps there of a large picture counts. Bundles run tiles instead.
+    """
     element = COMPUTE[precision.compute]
     weights = weight_bytes(config, precision)
     lengths = [n for n in work.branches if n]
@@ -188,7 +193,7 @@ def stage_memory(config: ModelConfig, work: Workload, precision: Precision) -> t
         "connector": (said + conditions, _block(connector, longest, element)),
         "prefix": (said + conditions + kept, max(extra for _, extra in passes) + unpacked),
         "denoiser": (kept + latents, step + unpacked),
-        "vae": (kept + latents, _vae(config.vae, work, COMPUTE[precision.vae])),
+        "vae": (kept + latents, _vae(config.vae, work, COMPUTE[precision.vae], on_host)),
     }
     held = {"language": language + token, "denoiser": step + unpacked} if work.joint else {}
     return tuple(

@@ -55,7 +55,7 @@ def test_refusal_names_what_fits():
         plan(CONFIG, precision=Precision(), budget=parse_bytes("8GB"))
     with pytest.raises(OutOfMemoryError, match=r"nothing fits; the least"):
         plan(CONFIG, budget=parse_bytes("1GB"))
-    with pytest.raises(OutOfMemoryError, match=r"this fits: 1536x1536"):
+    with pytest.raises(OutOfMemoryError, match=r"this fits: 2304x2304"):
         plan(scaled("small"), Workload(height=3072, width=3072), budget=parse_bytes("0.8GB"))
 
 
