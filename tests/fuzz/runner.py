@@ -53,11 +53,12 @@ class Outcome:
 
 
 class Runner:
-    """Everything that mutants share. Use with `with`: the temporary folder goes at the end."""
+    """Everything that mutants share. Use with `with`: the temporary folder goes at the end, and the cache is as before."""
 
     def __init__(self, verbose: bool = False) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_memory_folder()))
         self._verbose = verbose
+        self._cache = os.environ.get("XDG_CACHE_HOME")
         os.environ["XDG_CACHE_HOME"] = "/proc/none"  # nothing is kept from one mutant for the next
         self.sources = make_sources(self._root / "sources")
         self._outside = self._root / "outside"
@@ -81,6 +82,10 @@ class Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.environ.pop("XDG_CACHE_HOME")
+        if self._cache is not None:
+            os.environ["XDG_CACHE_HOME"] = self._cache
+        gc.unfreeze()
         shutil.rmtree(self._root, ignore_errors=True)
 
     def run(self, seed: int, numbers: Iterable[int]) -> Iterator[Outcome]:

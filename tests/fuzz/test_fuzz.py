@@ -145,3 +145,10 @@ def test_the_record() -> None:
     assert set(record["outcomes"]) == set(OUTCOMES)
     assert sum(record["outcomes"].values()) == record["mutants"]
     assert sum(sum(counts.values()) for counts in record["by_kind"].values()) == record["mutants"]
+
+
+def test_the_cache_of_other_tests_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with Runner():
+        assert os.environ["XDG_CACHE_HOME"] != str(tmp_path)
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path)
