@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint folder; default: random weights")
     parser.add_argument("--preset", choices=tuple(_SIZES), default="toy", help="sizes of the model and the requests")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs for onnxruntime")
+    parser.add_argument("--rounded", type=Path, metavar="BUNDLE", help="ours from a bundle of the same checkpoint")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=tuple(BOUNDS), help="default: float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--layers", type=int, help="blocks of random weights to keep of each stack; default: all")
@@ -84,11 +85,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return random_model(preset.config, preset.torch_dtype, device)
 
     groups: dict[str, Callable[[], Group]] = {
-        "language": lambda: language_group(preset, model(), device),
-        "decoder": lambda: decoder_group(preset, model(), device),
+        "language": lambda: language_group(preset, model(), device, options.rounded),
+        "decoder": lambda: decoder_group(preset, model(), device, options.rounded),
         "graphs": partial(onnx_group, options.bundle, device.type),
     }
     layers = [f"{options.layers} layers"] if options.layers else []
+    name = options.model.name if options.model else ", ".join(["random weights", options.preset, *layers])
+    name += f", ours from {options.rounded.name}" if options.rounded else ""
     data = {
         **header("peers"),
         "machine": describe_machine(str(device)),
@@ -96,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": str(device),
         "preset": options.preset,
         "model": {
-            "name": options.model.name if options.model else ", ".join(["random weights", options.preset, *layers]),
+            "name": name,
             "config": preset.config.to_dict(),
             "dtype": preset.dtype,
         },
@@ -125,6 +128,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def preset_of(options: argparse.Namespace, device: str) -> Preset:
     """Sizes of the model and the requests. Raises BadRequestError, BadCheckpointError."""
+    if options.rounded and not options.model:
+        raise BadRequestError("--rounded: the checkpoint it was built from is missing; give it as MODEL")
     if options.model and options.layers:
         raise BadRequestError("--layers cuts random weights; a checkpoint is taken whole: leave one of the two out")
     for name in ("layers", "side", "steps"):

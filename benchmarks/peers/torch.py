@@ -7,13 +7,19 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise, takewhile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mindomni_rt.backends.compiled.backend import CompiledBackend
+from mindomni_rt.backends.compiled.onnx import load_onnx
 from mindomni_rt.backends.torch.backend import TorchBackend
 from mindomni_rt.backends.torch.widen import widen
+from mindomni_rt.bundle.manifest import open_bundle
+from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.machine import read_machine
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.schedule import guide, timesteps
@@ -22,12 +28,20 @@ from ..machine import free_memory
 from ..measure import relative_error
 from ..stages import GUIDANCE, Preset, Stages, dtype_of, make_backend, mean_velocity, noise, random_conditions
 from .baselines import language_generate, omnigen_decoder, omnigen_inputs, omnigen_step, transformers_language
-from .pairs import BOUNDS, Group, Match, Pair, after_first, timed
+from .pairs import BOUNDS, ROUNDED, Group, Match, Pair, after_first, timed
 
 
-def backend_of(model: MindOmniModel, device: torch.device) -> TorchBackend:
+def backend_of(model: MindOmniModel, device: torch.device, bundle: Path | None = None) -> Any:
     """Ours as `load` chooses it: the fast path on CUDA, the reference on the CPU, with 16-bit weights widened where the
-    CPU has no products of them. Changes the model, so a peer that shares its weights has to be made before."""
+    CPU has no products of them. Changes the model, so a peer that shares its weights has to be made before.
+
+    bundle: ONNX graphs of the same checkpoint instead. Raises BadRequestError for another model's.
+    """
+    if bundle is not None:
+        opened = open_bundle(bundle)
+        if opened.manifest.model != model.config:
+            raise BadRequestError(f"--rounded {bundle}: a bundle of another model than the checkpoint")
+        return load_onnx(opened, device.type)
     if device.type != "cpu":
         return make_backend(model, str(device))
     if read_machine(with_gpus=False).widens(dtype_of(model)):
@@ -45,30 +59,45 @@ def _in_float32(theirs: Any, run: Callable[[Any], Tensor]) -> Tensor:
     return found
 
 
-def _match(dtype: str, theirs: Tensor, ours: Tensor, exact: Tensor | None, **more: Any) -> Match:
-    """In 16 bits by distances from `exact`, in float32 by the distance from the peer."""
+def _match(dtype: str, theirs: Tensor, ours: Tensor, exact: Tensor | None, rounded: bool, **more: Any) -> Match:
+    """By distances from `exact`, and without one (float32) by the distance from the peer. Rounded weights cannot be as
+    near as the peer, so they are not held against it."""
     if exact is None:
         return Match(error=relative_error(theirs, ours), bound=BOUNDS[dtype], **more)
-    baseline = relative_error(theirs.cpu(), exact)
-    return Match(error=relative_error(ours.cpu(), exact), bound=BOUNDS[dtype], baseline=baseline, exact=False, **more)
+    baseline = None if rounded else relative_error(theirs.cpu(), exact)
+    bound = ROUNDED if rounded else BOUNDS[dtype]
+    return Match(error=relative_error(ours.cpu(), exact), bound=bound, baseline=baseline, exact=False, **more)
 
 
-def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -> Group:
+def _kept(found: Any) -> Tensor:
+    """A result as a tensor that later work does not change."""
+    return found.clone() if isinstance(found, Tensor) else torch.from_numpy(np.array(found, np.float32))
+
+
+def _given(stages: Stages, condition: Tensor) -> Any:
+    """A condition as the backend takes it."""
+    backend = stages.backend
+    if isinstance(backend, CompiledBackend):
+        return backend.put(condition.float().numpy(), backend.manifest.dtype)
+    return condition.to(backend.torch_dtype)
+
+
+def language_group(preset: Preset, model: MindOmniModel, device: torch.device, bundle: Path | None = None) -> Group:
     """Prefill and greedy decoding. Raises ImportError without transformers.
 
     Hidden states of the prompt are compared behind the peer's final norm, which ours leaves out; texts token by token.
     """
     theirs = transformers_language(model.language, preset.config)
-    stages = Stages(backend_of(model, device), preset.work())
+    stages = Stages(backend_of(model, device, bundle), preset.work())
     ids = torch.from_numpy(stages.text(preset.prompt)).to(device)[None]
-    same = preset.dtype == "float32"
+    same = preset.dtype == "float32" and bundle is None
 
     @torch.inference_mode()
     def their_states(peer: Any) -> Tensor:
         return peer.model(input_ids=ids).last_hidden_state
 
     with torch.inference_mode():
-        ours = model.language.norm(stages.hidden())
+        ours = model.language.norm(_kept(stages.hidden()))
     text = language_generate(theirs, ids, preset.new, False)[0, ids.shape[1] :].tolist()
     equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, stages.write(), strict=True)))
     match = _match(
@@ -76,6 +105,7 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
         their_states(theirs),
         ours,
         None if same else _in_float32(theirs, their_states),
+        rounded=bundle is not None,
         tokens_equal=equal == preset.new if same else None,
     )
 
@@ -95,7 +125,7 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device) -
     )
 
 
-def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) -> Group:
+def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device, bundle: Path | None = None) -> Group:
     """The denoising loop with guidance. Raises ImportError without diffusers.
 
     First velocities are compared, the mean of both branches, and in float32 the latents at the loop's end too.
@@ -104,8 +134,8 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     work = preset.work()
     conditions = sorted(random_conditions(preset.config, work, preset.torch_dtype, device), key=lambda c: -c.shape[1])
     theirs = omnigen_decoder(model.decoder, conditions)
-    stages, times = Stages(backend_of(model, device), work), timesteps(preset.steps)
-    own = [c.to(stages.backend.torch_dtype) for c in conditions]
+    stages, times = Stages(backend_of(model, device, bundle), work), timesteps(preset.steps)
+    own = [_given(stages, c) for c in conditions]
     inputs = omnigen_inputs([c.shape[1] for c in conditions], work.image_tokens, device)
     start = torch.from_numpy(noise(preset.config, work)).to(device)
 
@@ -120,10 +150,11 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device) ->
     def their_velocity(peer: Any) -> Tensor:
         return mean_velocity(omnigen_step(peer, start, 0.0, inputs))
 
-    ready, same = stages.prefixes(own), preset.dtype == "float32"
-    ours = stages.first_velocity(ready).clone()
-    match = _match(preset.dtype, their_velocity(theirs), ours, None if same else _in_float32(theirs, their_velocity))
-    latents = relative_error(their_loop(), stages.paint(ready).clone())
+    ready, same = stages.prefixes(own), preset.dtype == "float32" and bundle is None
+    ours = _kept(stages.first_velocity(ready))
+    exact = None if same else _in_float32(theirs, their_velocity)
+    match = _match(preset.dtype, their_velocity(theirs), ours, exact, rounded=bundle is not None)
+    latents = relative_error(their_loop(), _kept(stages.paint(ready)))
     extra = {"error_velocities": match.error, "error_latents": latents}
     if same:
         match = Match(error=max(match.error, latents), bound=match.bound)

@@ -134,10 +134,19 @@ class StepBuffers:
         self.velocities[: branches * self.shape.images] = velocity.float()
 
     def graph(self, key: Any, step: Callable[[], None]) -> Replay:
-        """A captured step by key; captured on first use, when every buffer it reads is filled."""
+        """A captured step by key; captured on first use, when every buffer it reads is filled.
+
+        A new step runs once before its capture. The others' graphs leave for that and are captured anew: their pool
+        beside the intermediate tensors of that run would be twice what a plan counts.
+        """
         if key not in self._graphs:
+            known = {name: graph.step for name, graph in self._graphs.items()}
+            self._graphs.clear()
             self._graphs[key] = Replay(step, self.device, self._pool)
             self._graphs[key].prepare()
+            for name, other in known.items():
+                self._graphs[name] = Replay(other, self.device, self._pool, warm=True)
+                self._graphs[name].prepare()
         return self._graphs[key]
 
     def velocity(self, branches: int, with_image: bool = True) -> Tensor:

@@ -41,14 +41,19 @@ class Replay:
     """Runs `step`, which reads and writes tensors that never move and reads nothing back to the host.
 
     On CUDA the first call warms up, restores nothing (`step` must be repeatable), captures, and replays; the graphs of
-    one `pool` share their memory. Without a graph (CPU, or capture=False) every call runs `step`.
+    one `pool` share their memory. Without a graph (CPU, or capture=False) every call runs `step`. warm: it ran before.
     """
 
     def __init__(
-        self, step: Callable[[], None], device: str, pool: GraphPool | None = None, capture: bool = True
+        self,
+        step: Callable[[], None],
+        device: str,
+        pool: GraphPool | None = None,
+        capture: bool = True,
+        warm: bool = False,
     ) -> None:
-        self._step, self._pool = step, pool or GraphPool()
-        self._capture = capture and is_cuda(device)
+        self.step, self._pool = step, pool or GraphPool()
+        self._capture, self._warm = capture and is_cuda(device), warm
         self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -57,7 +62,7 @@ class Replay:
         if not self._capture or self._graph is not None:
             return
         try:
-            self._graph = captured(self._step, index_of(self._device), self._pool.handle(self))
+            self._graph = captured(self.step, index_of(self._device), self._pool.handle(self), self._warm)
         except BaseException:
             self._pool.leave(self)
             raise
@@ -66,18 +71,20 @@ class Replay:
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._step()
+            self.step()
 
 
-def captured(step: Callable[[], object], index: int, pool: Any = None) -> torch.cuda.CUDAGraph:
-    """`step` as a graph of device `index`, after a run outside of it. An error leaves no capture open."""
+def captured(
+    step: Callable[[], object], index: int, pool: Any = None, warm: bool = False
+) -> torch.cuda.CUDAGraph:
+    """`step` as a graph of device `index`, after a run outside of it unless `warm`. An error leaves no capture open."""
     pool = pool or torch.cuda.graph_pool_handle()
     with torch.cuda.device(index):
         stream, before = side_stream(index), torch.cuda.current_stream()
         stream.wait_stream(before)
         # A capture that fails to end leaves its stream the current one, so the stream is set around it too.
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for _ in range(0 if warm else WARM_UP):
                 step()
             before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
