@@ -55,7 +55,7 @@ def _share(memory_budget: str | float, device: str) -> float:
 
 def check_device(precision: Precision, capability: tuple[int, int]) -> None:
     """Raises UnsupportedDeviceError when a GPU lacks a type that the precision names."""
-    if precision.decoder == "fp8" and capability < (8, 9):
+    if precision.decoder in ("fp8", "fp8fast") and capability < (8, 9):
         raise UnsupportedDeviceError(
             f"fp8 needs compute capability 8.9 (Ada) or later, this GPU has {capability[0]}.{capability[1]}; use int8"
         )
