@@ -160,9 +160,9 @@ def test_what_stays_in_the_compute_type() -> None:
 )
 def test_budgets_of_real_cards(budget: str, language: str, decoder: str) -> None:
     """The published model at 1024²: what `load(memory_budget=…)` keeps, by the planner."""
-    precision, resident = choose(published(), "bfloat16", None, budget, "cuda")
-    assert resident is not None
-    assert (len(resident) == 5) == (budget == "40GB")
+    precision, found = choose(published(), "bfloat16", None, budget, "cuda")
+    assert found is not None
+    assert (len(found.resident) == 5) == (budget == "40GB")
     assert (precision.language, precision.decoder) == (language, decoder)
 
 
