@@ -21,6 +21,7 @@ from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.inputs.images import ImagePatches
 from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.planner import Plan
 from mindomni_rt.memory.precision import Precision
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.sampling.decode import generate_tokens
@@ -187,12 +188,8 @@ def dtype_of(model: MindOmniModel) -> str:
 
 
 def make_backend(
-    model: MindOmniModel,
-    device: str,
-    precision: Precision | None = None,
-    resident: tuple[str, ...] | None = None,
-    impl: str = "auto",
+    model: MindOmniModel, device: str, precision: Precision | None = None, plan: Plan | None = None, impl: str = "auto"
 ) -> TorchCudaBackend:
     """The fast path over a model, whose block weights it takes; unquantized unless a precision is given."""
     precision = precision or Precision.uniform(dtype_of(model))
-    return TorchCudaBackend(model, device, options=FastOptions(precision=precision, resident=resident, impl=impl))
+    return TorchCudaBackend(model, device, options=FastOptions(precision=precision, plan=plan, impl=impl))

@@ -16,7 +16,7 @@ from mindomni_rt.memory.precision import FLOATS, KINDS
 from mindomni_rt.stages import STAGES
 
 # "mixed" is of stage vae alone: float32 with the attention's matrices in float16, where there are no float32 products.
-PRECISIONS = (*(k.short for k in KINDS.values()), "mixed")
+PRECISIONS = (*(k.short for k in KINDS.values() if k.exported), "mixed")
 # Stages whose matrices are quantized; the others keep the bundle's own type. The vision tower runs once an image and
 # the connector is 3 % of the weights: nothing to gain. The VAE is convolutions, and float16 overflows in SDXL's.
 QUANTIZED = ("language", "prefix", "denoiser")

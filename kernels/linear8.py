@@ -1,6 +1,8 @@
 """Matrix products of 8-bit rows: (a · scale_a) (w · scale_w)ᵀ with one scale a token and one a channel.
 
-int8 accumulates exactly in int32; fp8 in float32. The scales and the bias are applied while the result is in registers,
+int8 accumulates exactly in int32; fp8 in float32. Ada's and Hopper's tensor cores keep 13 bits of an fp8 sum's
+fraction, so there a sum leaves them every BLOCK_K products and goes on in float32, unless `fast` is asked for. Left to
+itself Triton never does that. The scales and the bias are applied while the result is in registers,
 which torch._int_mm cannot do (it writes int32, twice the bytes of the bfloat16 wanted). cuBLAS' products are
 a third implementation: torch._scaled_mm (fp8, Ada and later) and torch._int_mm, the only one on Turing (Triton has no
 int8 product there).
@@ -9,6 +11,8 @@ int8 product there).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +31,9 @@ LAUNCHES = {
     90: Launch(block_m=128, block_n=256, warps=8, stages=4),
     120: Launch(block_m=128, block_n=128, warps=8, stages=3),
 }
+SHORT_SUMS = {75: False, 89: True, 100: False}
+"""Whether the tensor cores sum fp8 products in fewer bits than float32's."""
+PROMOTED_N = 128  # columns of a tile at most where sums are held twice: 256 on Hopper spill registers
 
 
 @triton.jit
@@ -46,6 +53,7 @@ def linear8_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     INTEGER: tl.constexpr,
+    PROMOTE: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
     rows_of, columns_of = tl.cdiv(m, BM), tl.cdiv(n, BN)
@@ -67,7 +75,11 @@ def linear8_kernel(
         else:
             x = tl.load(a, mask=inner[None, :] < k - start, other=0.0)
             y = tl.load(w, mask=inner[:, None] < k - start, other=0.0)
-        acc = tl.dot(x, y, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
+        if PROMOTE:
+            # With a limit, the compiler does not fold the addition into the product.
+            acc += tl.dot(x, y, max_num_imprecise_acc=BK)
+        else:
+            acc = tl.dot(x, y, acc, out_dtype=tl.int32 if INTEGER else tl.float32)
         a += BK
         w += BK
     scale_a = tl.load(scale_a_ptr + rows, mask=rows < m, other=0.0)
@@ -94,7 +106,7 @@ def linear8_torch(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None
 def linear8_cublas(a: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None, fast: bool = False) -> Tensor:
     """The same by torch._int_mm or torch._scaled_mm, on CUDA cuBLASLt's. K and N must be multiples of 16.
 
-    fast: fp8 sums in the tensor cores' own, shorter registers (Hopper), at some precision.
+    fast: as `linear8`.
     """
     flat = a.values.reshape(-1, a.values.shape[-1])
     scale, channels = a.scale.reshape(-1, 1), weight.scale.reshape(1, -1)
@@ -113,8 +125,8 @@ def _int8_cublas(
     rows: Tensor, scale: Tensor, weight: Tensor, channels: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
     short = max(17 - rows.shape[0], 0)  # _int_mm on CUDA wants more than 16 rows
-    product = torch._int_mm(F.pad(rows, (0, 0, 0, short)) if short else rows, weight.T)[: rows.shape[0]]
-    wide = (product * scale).mul_(channels)
+    sums = torch._int_mm(F.pad(rows, (0, 0, 0, short)) if short else rows, weight.T)[: rows.shape[0]]
+    wide = (sums * scale).mul_(channels)
     out.copy_(wide if bias is None else wide.add_(bias.float()))
 
 
@@ -125,11 +137,13 @@ def linear8(
     bias: Tensor | None = None,
     impl: str = "auto",
     launch: Launch | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """a (…, K) times weight (N, K) transposed, both `Rows` of one type -> (…, N) of dtype.
 
     impl: "triton", "torch" (the reference), "cublas", or "auto": on CUDA cuBLAS for fp8 to bfloat16 and int8 on
-    Turing, else Triton; the reference elsewhere. Raises ValueError for shapes or types that do not fit.
+    Turing, else Triton; the reference elsewhere. fast: fp8 sums stay in the tensor cores to the end, faster and less
+    exact on Ada and Hopper, the same elsewhere. Raises ValueError for shapes or types that do not fit.
     """
     if a.values.dtype != weight.values.dtype or a.values.shape[-1] != weight.values.shape[1]:
         raise ValueError(
@@ -141,10 +155,12 @@ def linear8(
     # With a scale a row cuBLAS' fp8 product gives bfloat16 alone (all but some builds, on Hopper).
     ours = tensor_cores(device) if integer else dtype != torch.bfloat16
     if impl == "cublas" or (impl == "auto" and a.values.is_cuda and not ours):
-        return linear8_cublas(a, weight, dtype, bias)
+        return linear8_cublas(a, weight, dtype, bias, fast)
     if not use_triton(impl, a.values):
         return linear8_torch(a, weight, dtype, bias)
-    launch = launch or for_sm(LAUNCHES, sm_of(a.values))
+    sm = sm_of(a.values)
+    promote = promotes(sm, integer, fast)
+    launch = launch or launch_of(sm, promote)
     n, k = weight.values.shape
     m = a.values.numel() // k
     out = torch.empty((*a.values.shape[:-1], n), dtype=dtype, device=a.values.device)
@@ -153,25 +169,39 @@ def linear8(
         a.values.contiguous(), weight.values, a.scale, weight.scale, weight.scale if bias is None else bias, out,
         m, n, k,
         BIAS=bias is not None, BM=launch.block_m, BN=launch.block_n, BK=BLOCK_K, GROUP=GROUP, INTEGER=integer,
-        EVEN=k % BLOCK_K == 0, num_warps=launch.warps, num_stages=launch.stages,
+        PROMOTE=promote, EVEN=k % BLOCK_K == 0, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out
+
+
+def promotes(sm: int, integer: bool, fast: bool) -> bool:
+    """Whether the kernel takes sums out of the tensor cores on the way."""
+    return not integer and not fast and for_sm(SHORT_SUMS, sm)
+
+
+def launch_of(sm: int, promote: bool) -> Launch:
+    """The tile of the table, narrower where sums are held twice."""
+    launch = for_sm(LAUNCHES, sm)
+    return replace(launch, block_n=min(launch.block_n, PROMOTED_N)) if promote else launch
 
 
 def specs(sm: int, dtype: str) -> Iterator[Spec]:
     """What `kernels.aot` compiles: one kernel serves all four products of a block. Nothing on Turing."""
     if sm < TENSOR_CORES:
         return
-    launch = for_sm(LAUNCHES, sm)
-    for kind, element in eight_bit_types(sm):
+    for (kind, element), fast in product(eight_bit_types(sm), (False, True)):
         assert kind in LARGEST
+        promote = promotes(sm, kind == "int8", fast)
+        if fast and not promotes(sm, kind == "int8", False):
+            continue
+        launch = launch_of(sm, promote)
         yield make_spec(
-            f"linear8_{kind}",
+            f"linear8_{kind}" + "_fast" * fast,
             linear8_kernel,
             pointers(linear8_kernel, dtype, a=element, w=element, scale_a="fp32", scale_w="fp32"),
             dict(
                 BIAS=False, BM=launch.block_m, BN=launch.block_n, BK=BLOCK_K, GROUP=GROUP, INTEGER=kind == "int8",
-                EVEN=True,
+                PROMOTE=promote, EVEN=True,
             ),
             launch.warps,
             launch.stages,

@@ -38,9 +38,9 @@ def load(
     A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
     agree with it. memory_budget: "auto" is what is free now, "8GiB" or bytes no more than that, None does not look;
     parts of the model that do not fit at once take turns, and what cannot fit is an error before anything is read.
-    precision (torch on CUDA): "fp8", "int8", "int4" or pairs such as "decoder=fp8,attention=int8" (`precision`). With a
-    memory_budget and no precision, the most exact one that fits is taken and logged. fast: our kernels and CUDA graphs;
-    None is on for CUDA.
+    precision (torch on CUDA): "fp8", "fp8fast", "int8", "int4" or pairs such as "decoder=fp8,attention=int8"
+    (`precision`). With a memory_budget and no precision, the most exact one that fits is taken and logged. fast: our
+    kernels and CUDA graphs; None is on for CUDA.
     path_or_repo_id: a folder; "demo", the small model of the package; or a hub id, for which revision, token and
     local_files_only mean what they do in huggingface_hub. device: "auto", "cpu", "cuda", "cuda:N". dtype by name; None
     is bfloat16 on CUDA (float16 before Ampere); on a CPU the stored type, computed in float32 where the CPU has no fast

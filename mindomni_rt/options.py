@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--backend", default="auto")
     model.add_argument("--device", default="auto")
     model.add_argument("--dtype", help="float32, bfloat16 or float16")
-    model.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
+    model.add_argument("--precision", help="fp8, fp8fast, int8, int4, or pairs: decoder=fp8,language=int4 (torch)")
     model.add_argument(
         "--memory-budget", metavar="SIZE", default="auto", help="such as 8GiB (default: what is free): parts take turns"
     )

@@ -312,7 +312,7 @@ class Pipeline(Calls, AdapterCalls):
             messages = generate_messages(prompt, request.think, patches is not None, latent_tokens)
             tokens = request.max_new_tokens if request.think else 0
             language = self.language_request(
-                messages, patches, embeds, tokens, request.temperature, seed, cancel, request.draft_tokens
+                messages, patches, embeds, tokens, request.temperature, seed, cancel, request.draft_tokens, True
             )
             written, hidden = yield from self._write(language, index, clock)
             rounds += [written] if request.think else []
@@ -524,6 +524,7 @@ class Pipeline(Calls, AdapterCalls):
         seed: int = 0,
         cancel: threading.Event | None = None,
         draft_tokens: int = 0,
+        paints: bool = False,
     ) -> LanguageRequest:
         """A chat as stage `language` takes it: token ids, positions, and the checkpoint's generation settings."""
         ids = np.array(self.chat.encode(messages, [patches.tokens] if patches else []), np.int64)
@@ -555,6 +556,7 @@ class Pipeline(Calls, AdapterCalls):
             uniforms=uniforms(seed, max_new_tokens) if temperature > 0 else np.zeros(0),
             draft_tokens=draft_tokens,
             cancel=cancel,
+            paints=paints,
         )
 
     def _image_tokens(self, request: CompleteRequest) -> int:

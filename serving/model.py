@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, flag: bool = False) -> Non
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
-    parser.add_argument("--precision", help="fp8, int8, int4, or pairs such as decoder=fp8,language=int4 (torch)")
+    parser.add_argument("--precision", help="fp8, fp8fast, int8, int4, or pairs: decoder=fp8,language=int4 (torch)")
     parser.add_argument("--memory-budget", metavar="SIZE", default="auto", help="such as 8GiB (default: what is free)")
 
 

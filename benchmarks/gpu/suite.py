@@ -258,14 +258,15 @@ class Suite:
     def budget(self, budget: int) -> dict[str, Any]:
         """A whole request within a budget, twice: parts come and go, and the peak must stay below."""
         config, device = self.preset.config, str(self.device)
-        precision, resident = choose(config, self.preset.dtype, None, budget, device, self.preset.work())
-        backend = make_backend(self.model(), device, precision, resident)
+        precision, chosen = choose(config, self.preset.dtype, None, budget, device, self.preset.work())
+        backend = make_backend(self.model(), device, precision, chosen)
         gc.collect()
         found = self.request(backend)
         del found["latents"]
         room = budget - (DEDICATED if self.cuda else 0)
-        return {**found, "precision": str(precision), "resident": resident, "loads": backend.residency.loads,
-                "room_bytes": room, "under": found["peak_bytes"] <= room}  # fmt: skip
+        return {**found, "precision": str(precision), "resident": chosen.resident if chosen else None,
+                "moved_bytes": backend.residency.moved_bytes, "hidden_bytes": backend.residency.hidden_bytes,
+                "room_bytes": room, "loads": backend.residency.loads, "under": found["peak_bytes"] <= room}  # fmt: skip
 
     def baseline(self, name: str) -> dict[str, Any]:
         """A peer of `benchmarks peers` on the same weights; fewer tokens and steps, for it recomputes much."""

@@ -42,7 +42,8 @@ class LanguageRequest:
     token_ids (S,); positions (3, S) and next_position as `positions.mrope_positions` gives them; image_embeds from
     stage `vision`, in the order of the image tokens. temperature 0 is greedy; above it each token is sampled with its
     entry of `uniforms` (max_new_tokens,), so that every backend chooses alike. draft_tokens: guesses verified at once
-    (`sampling.drafts`); the text is the same. Setting `cancel` ends the text with GenerationCancelled.
+    (`sampling.drafts`); the text is the same. Setting `cancel` ends the text with GenerationCancelled. paints: images
+    are made of the text, so their weights may be brought while it is written.
     """
 
     token_ids: NDArray[np.int64]
@@ -56,6 +57,7 @@ class LanguageRequest:
     uniforms: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     draft_tokens: int = 0
     cancel: threading.Event | None = None
+    paints: bool = False
 
 
 class LanguageSession(Protocol):

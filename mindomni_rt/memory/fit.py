@@ -43,7 +43,8 @@ class Fit:
     """How to load. dtype, precision, budget: arguments of the torch backend; stays: stages of a bundle that stay
     loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most, a prediction, of which
     `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for;
-    needs: bytes at most of a request as loaded here, a prediction (None: unknown)."""
+    needs: bytes at most of a request as loaded here, a prediction (None: unknown); moved_bytes: of weights that a
+    request uploads on a GPU, of which hidden_bytes while its text is written."""
 
     device: str
     dtype: str | None
@@ -56,6 +57,8 @@ class Fit:
     free: int | None = None
     why: str = ""
     lossy: bool = False
+    moved_bytes: int = 0
+    hidden_bytes: int = 0
     needs: Callable[[Workload], int] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -284,7 +287,7 @@ def _fit_gpu(
         default = place == 0 and not asked and not found.moved
         pairs = [] if default else [precision_text(choice)] if asked is None else [asked]
         pairs += [f"attention={attention}"] if attention != "auto" else []
-        moved = f", {gigabytes(found.moved)} move in each request" if found.moved else ""
+        moved = f", {gigabytes(found.moved)} move in each request, {found.behind()}" if found.moved else ""
         return Fit(
             device=device,
             dtype=dtype,
@@ -294,6 +297,8 @@ def _fit_gpu(
             free=limit,
             why=f"{choice}{moved}",
             lossy=not asked and bool(place or found.moved),
+            moved_bytes=found.moved,
+            hidden_bytes=found.hidden,
         )
     assert limit is not None
     try:

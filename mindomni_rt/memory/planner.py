@@ -1,7 +1,9 @@
 """Will it fit? What to keep loaded within a memory budget, and what to swap between stages.
 
 `load(..., memory_budget=)`, `export plan` and `benchmarks plan` share it. Weights move between stages and never inside
-one: streaming them in every denoising step would cost more than the step.
+one: streaming them in every denoising step would cost more than the step. Where the budget leaves room beside the
+language model, the fast path uploads blocks of the decoder while text is written: those bytes are moved as well, but
+nothing waits for them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from ..checkpoint.config import ModelConfig
 from ..checks import shown
@@ -18,7 +21,7 @@ from ..errors import BadRequestError, OutOfMemoryError
 from ..stages import PART_OF, PARTS
 from .footprint import StageMemory, stage_memory
 from .layers import Workload
-from .precision import Precision
+from .precision import BITS, COMPUTE, Precision
 
 # From the most exact to the smallest; a refusal names the first that fits.
 LADDER = (
@@ -29,12 +32,15 @@ LADDER = (
     Precision(language="int4", head="int8wo", decoder="int8", vae="bfloat16"),
     Precision(language="int4", head="int8wo", decoder="int4", vae="bfloat16"),
 )
+BESIDE = ("language", "connector")
+"""Stages that run while blocks of the decoder arrive, or after that and before the decoder does."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """Before a stage: parts to drop, then parts to load. peak: bytes in use at most while the stage runs."""
+    """Before a stage: parts to drop, then parts to load. peak: bytes in use at most while the stage runs, those that
+    arrive meanwhile included."""
 
     stage: str
     drop: tuple[str, ...]
@@ -44,7 +50,8 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Where every byte goes. resident: parts that stay loaded across requests; schedule: the stages of one request."""
+    """Where every byte goes. resident: parts that stay loaded across requests; schedule: the stages of one request;
+    hidden: of the bytes `moved`, those that are uploaded while text is written."""
 
     precision: Precision
     work: Workload
@@ -53,6 +60,7 @@ class Plan:
     resident: tuple[str, ...]
     reserve: int
     budget: int | None = None
+    hidden: int = 0
 
     @property
     def peak(self) -> int:
@@ -67,8 +75,22 @@ class Plan:
 
     def summary(self) -> str:
         """One line."""
-        kept = "everything stays loaded" if not self.moved else f"swaps {gigabytes(self.moved)} a request"
+        kept = f"swaps {gigabytes(self.moved)} a request, {self.behind()}" if self.moved else "everything stays loaded"
         return f"peak {gigabytes(self.peak)}, {kept}; {self.precision}"
+
+    def behind(self) -> str:
+        """How much of what moves is hidden, in words."""
+        return f"{gigabytes(self.hidden) if self.hidden else 'none'} of it while text is written"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the choice, its peak and the bytes of weights that a request moves."""
+        return {
+            "precision": str(self.precision),
+            "resident": list(self.resident),
+            "peak": self.peak,
+            "moved_bytes": self.moved,
+            "hidden_bytes": self.hidden,
+        }
 
 
 def gigabytes(count: float) -> str:
@@ -96,9 +118,12 @@ def _held(stages: tuple[StageMemory, ...], running: str, resident: tuple[str, ..
 
 
 def schedule_of(
-    stages: tuple[StageMemory, ...], work: Workload, resident: tuple[str, ...], reserve: int
+    stages: tuple[StageMemory, ...], work: Workload, resident: tuple[str, ...], reserve: int, hidden: int = 0
 ) -> tuple[Move, ...]:
-    """The moves of one request when `resident` parts stay and the others come and go."""
+    """The moves of one request when `resident` parts stay and the others come and go.
+
+    hidden: bytes of the decoder that arrive while text is written.
+    """
     weights = {PART_OF[s.stage]: s.weights for s in stages}
     base = sum(weights[part] for part in resident) + reserve
     moves, loaded = list[Move](), ""
@@ -109,8 +134,37 @@ def schedule_of(
         loaded = part if part not in resident else "" if drop else loaded
         guest = weights[loaded] if loaded else 0
         peak = base + guest + stage.state + stage.activations + _held(stages, stage.stage, resident)
+        peak += hidden if stage.stage in BESIDE else 0
         moves.append(Move(stage=stage.stage, drop=drop, load=load, peak=peak))
     return tuple(moves)
+
+
+def block_bytes(config: ModelConfig, precision: Precision) -> int:
+    """One block of the decoder as the fast path stores it: four products with their scales, two norms."""
+    stack, kind = config.decoder.stack, precision.decoder
+    width, inner, element = stack.hidden_size, stack.intermediate_size, COMPUTE[precision.compute]
+    qkv = width + 2 * stack.num_kv_heads * stack.head_dim
+    weights, channels = width * (qkv + width + 3 * inner), qkv + 2 * width + 2 * inner
+    if kind == "int4":  # a scale and a minimum for 128 weights
+        return weights // 2 + weights // 128 * 2 * element + 2 * width * element
+    scales = 0 if kind in COMPUTE else 4 * channels
+    return round(weights * BITS[kind] / 8) + scales + 2 * width * element
+
+
+def blocks_ahead(config: ModelConfig, work: Workload, found: Plan) -> int:
+    """Blocks of the decoder that a plan's budget leaves room for while a request of this size writes its text."""
+    if found.budget is None or "decoder" in found.resident or not work.joint or not work.new_tokens:
+        return 0
+    schedule = schedule_of(stage_memory(config, work, found.precision), work, found.resident, found.reserve)
+    room = found.budget - max(move.peak for move in schedule if move.stage in BESIDE)
+    return min(max(room, 0) // block_bytes(config, found.precision), config.decoder.stack.num_layers)
+
+
+def _ahead(config: ModelConfig, found: Plan) -> Plan:
+    """The plan with what it hides."""
+    hidden = blocks_ahead(config, found.work, found) * block_bytes(config, found.precision)
+    schedule = schedule_of(found.stages, found.work, found.resident, found.reserve, hidden)
+    return replace(found, hidden=hidden, schedule=schedule)
 
 
 def _choices(stages: tuple[StageMemory, ...]) -> Iterator[tuple[str, ...]]:
@@ -125,7 +179,7 @@ def _fit(config: ModelConfig, work: Workload, precision: Precision, budget: int 
     for kept in _choices(stages):
         schedule = schedule_of(stages, work, kept, reserve)
         if budget is None or max(move.peak for move in schedule) <= budget:
-            return Plan(
+            found = Plan(
                 precision=precision,
                 work=work,
                 stages=stages,
@@ -134,6 +188,7 @@ def _fit(config: ModelConfig, work: Workload, precision: Precision, budget: int 
                 reserve=reserve,
                 budget=budget,
             )
+            return _ahead(config, found)
     return None
 
 

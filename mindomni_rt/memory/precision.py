@@ -14,7 +14,8 @@ from ..errors import BadRequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One precision of matrix products. bits: of a stored weight, scales included; activations: what multiplies it."""
+    """One precision of matrix products. bits: of a stored weight, scales included; activations: what multiplies it;
+    exported: whether bundles have it, whose runtimes choose how they sum."""
 
     name: str
     short: str
@@ -22,6 +23,7 @@ class Kind:
     activations: str
     bits: float
     calibrated: bool = False
+    exported: bool = True
 
     @property
     def floating(self) -> bool:
@@ -40,6 +42,10 @@ _KINDS = (
     Kind(name="int8", short="int8", weights="int8, a scale a channel", activations="int8", bits=8, calibrated=True),
     Kind(name="int8wo", short="int8wo", weights="int8, a scale a channel", activations="the compute type", bits=8),
     Kind(name="fp8", short="fp8", weights="e4m3, a scale a channel", activations="e4m3", bits=8, calibrated=True),
+    # Sums stay in the tensor cores' registers, which are shorter than float32 on Ada and Hopper.
+    Kind(
+        name="fp8fast", short="fp8fast", weights="e4m3, a scale a channel", activations="e4m3", bits=8, exported=False
+    ),
     # One 16-bit scale and zero for 128 weights.
     Kind(name="int4", short="int4", weights="int4 in groups of 128", activations="the compute type", bits=4.25),
     # One 8-bit scale for 16 weights.
@@ -52,7 +58,7 @@ COMPUTE: Mapping[str, int] = {name: round(BITS[name]) // 8 for name in FLOATS}
 """Bytes of a number of each type that is computed in."""
 ATTENTIONS = ("auto", "segment", "sdpa", "flash", "cudnn", "int8")
 KEYS = ("language", "decoder", "head", "vae")
-PRESETS = ("bfloat16", "float16", "float32", "fp8", "int8", "int4")
+PRESETS = ("bfloat16", "float16", "float32", "fp8", "fp8fast", "int8", "int4")
 _SPELLINGS = {spelling: k for k in _KINDS for spelling in (k.name, k.short)}
 
 
@@ -123,7 +129,8 @@ def plain_vae(compute: str, device: str) -> str:
 def parse_precision(text: str, compute: str, vae: str = "float32") -> Precision:
     """`load(precision=…)`: a preset, or "part=kind" pairs joined by commas, over a compute type.
 
-    Presets: "fp8" has the decoder in fp8 and the language model in the compute type; "int8" has the decoder in int8,
+    Presets: "fp8" has the decoder in fp8 and the language model in the compute type, "fp8fast" is the same with sums in
+    fewer bits on Ada and Hopper; "int8" has the decoder in int8,
     language and head in int8wo; "int4" has language in int4, head in int8wo, decoder in int8; a floating type has
     everything in it. Pairs, such as "language=int4,decoder=fp8", change single parts: language, decoder, head, vae.
     The VAE is bfloat16 with every preset but the floating ones; pairs that do not name it leave it in `vae`, as loading
@@ -133,6 +140,7 @@ def parse_precision(text: str, compute: str, vae: str = "float32") -> Precision:
     small = replace(base, vae="float32" if compute == "float32" else "bfloat16")
     presets = {
         "fp8": replace(small, decoder="fp8"),
+        "fp8fast": replace(small, decoder="fp8fast"),
         "int8": replace(small, language="int8wo", head="int8wo", decoder="int8"),
         "int4": replace(small, language="int4", head="int8wo", decoder="int8"),
     }
@@ -171,7 +179,7 @@ def split_attention(text: str | None) -> tuple[str | None, str]:
 
 # What the fast path has a product for. Decoding is bound by reading weights, so the language model's activations are
 # never rounded; the decoder is bound by arithmetic and takes 8-bit activations.
-_FAST = {"language": ("int8wo", "int4"), "head": ("int8wo", "int4"), "decoder": ("int8", "fp8", "int4")}
+_FAST = {"language": ("int8wo", "int4"), "head": ("int8wo", "int4"), "decoder": ("int8", "fp8", "fp8fast", "int4")}
 
 
 def stored(precision: Precision) -> dict[str, str]:

@@ -19,7 +19,15 @@ from .roofline import bound
 
 # Of the copy bandwidth, what decoding on a CPU reaches; measured once, on two cores with bfloat16 products.
 _CPU_DECODING = 0.33
-_SCHEMES = {"float32": "fp32", "float16": "bf16", "bfloat16": "bf16", "int8": "w8a8", "fp8": "w8a8", "int4": "w4a16"}
+_SCHEMES = {
+    "float32": "fp32",
+    "float16": "bf16",
+    "bfloat16": "bf16",
+    "int8": "w8a8",
+    "fp8": "w8a8",
+    "fp8fast": "w8a8",
+    "int4": "w4a16",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

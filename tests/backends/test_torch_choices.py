@@ -110,7 +110,7 @@ def test_fused_rows(precision: str | None) -> None:
 
 
 def test_types_that_a_gpu_lacks() -> None:
-    check_device(Precision(decoder="fp8"), (8, 9))
+    check_device(Precision(decoder="fp8fast"), (8, 9))
     with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="use int8"):
         check_device(Precision(decoder="fp8"), (8, 6))
     with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="float16"):

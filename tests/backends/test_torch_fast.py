@@ -22,7 +22,7 @@ from mindomni_rt.backends.fast.pinned import pack, pinned
 from mindomni_rt.backends.fast.residency import Residency
 from mindomni_rt.memory.footprint import Precision, stage_memory
 from mindomni_rt.memory.layers import Workload
-from mindomni_rt.memory.planner import plan
+from mindomni_rt.memory.planner import block_bytes, blocks_ahead, plan
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.sampling.decode import generate_tokens
 from mindomni_rt.sampling.denoise import denoise
@@ -198,6 +198,45 @@ def test_residency_moves_and_tells() -> None:
     assert residency.loaded == {"a"}
     for name, modules in parts.items():
         assert torch.equal(modules[0].weight, values[name])
+
+
+def test_what_was_brought_is_taken_or_let_go() -> None:
+    torch.manual_seed(0)
+    two = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    parts: dict[str, list[nn.Module]] = {"a": [nn.Linear(4, 4)], "b": list(two), "c": [nn.Linear(4, 4)]}
+    values = [module.weight.detach().clone() for module in two]
+    residency = Residency(parts, "cpu", [])
+    home = two[0].weight.data_ptr()
+    residency.need("a")
+    residency.bring("b", two[:1], beside=("a",))
+    residency.bring("b", two, beside=("a",))  # once is enough
+    residency.need("a")
+    assert two[0].weight.data_ptr() == home and residency.hidden_bytes == 0  # nobody sees half a part
+    residency.need("b")
+    assert residency.hidden_bytes == 80 and residency.moved_bytes == 80 + 160
+    residency.bring("b", two, beside=())  # it is there
+    residency.need("a")
+    residency.bring("b", two, beside=("a",))
+    residency.need("c")  # not beside it: there may be no room
+    residency.need("b")
+    assert residency.hidden_bytes == 80 and residency.moved_bytes == 80 + 160 + 80 + 80 + 160
+    assert all(torch.equal(module.weight, value) for module, value in zip(two, values, strict=True))
+
+
+def test_blocks_brought_beside_the_text_change_nothing(slow: Pipeline) -> None:
+    """The language model stays, the decoder visits and there is room for all its blocks beside the text."""
+    everything = plan(slow.config, Workload(joint=True), precision=_float32())
+    found = replace(everything, resident=("vision", "language", "connector", "vae"), budget=everything.peak)
+    blocks = blocks_ahead(slow.config, Workload(joint=True), found)
+    assert blocks == slow.config.decoder.stack.num_layers
+    model, _ = load_model(PARITY, torch.float32)
+    backend = TorchCudaBackend(model, "cpu", options=FastOptions(precision=_float32(), plan=found))
+    pipe = Pipeline(backend, PARITY)
+    for count in (1, 2):
+        same(slow.generate("two cats", **SMALL), pipe.generate("two cats", **SMALL))
+        assert backend.residency.hidden_bytes == count * blocks * block_bytes(slow.config, _float32())
+    pipe.generate("two cats", **{**SMALL, "think": False})
+    assert backend.residency.hidden_bytes == 2 * blocks * block_bytes(slow.config, _float32())
 
 
 def test_pinned_blocks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,10 @@ def test_all_kernels(sm: int, tmp_path: Path) -> None:
         present = any(name.startswith(prefix) for name in found)
         assert present or (sm < TENSOR_CORES and module in ("linear8", "int8_linear", "int8_attention")), module
     assert ("quantize_rows_fp8" in found) == (sm >= 89)
+    if sm in (89, 90):  # sums of fp8 products leave the tensor cores, to be added in float32
+        texts = [(tmp_path / f"{name}.sm{sm}.ptx").read_text() for name in ("linear8_fp8", "linear8_fp8_fast")]
+        assert [len(re.findall(r"\badd(\.rn)?\.f32", text)) > 0 for text in texts] == [True, False]
+    assert ("linear8_fp8_fast" in found) == (sm in (89, 90))
     for name, artifact in found.items():
         assert artifact["shared"] <= SHARED_LIMIT[sm] and artifact["fits"], name
         assert artifact["registers"] <= 255

@@ -25,6 +25,7 @@ from mindomni_rt.sampling.schedule import timesteps
 
 def test_names() -> None:
     assert parse_precision("fp8", "bfloat16") == Precision(decoder="fp8", vae="bfloat16")
+    assert parse_precision("fp8fast", "bfloat16") == Precision(decoder="fp8fast", vae="bfloat16")
     assert parse_precision("int8", "bfloat16") == Precision(
         language="int8wo", head="int8wo", decoder="int8", vae="bfloat16"
     )
@@ -94,6 +95,7 @@ def test_what_is_kept_how() -> None:
 @pytest.mark.parametrize(
     ("kept", "low", "high", "bits"),
     [("float32", 0, 1e-6, 32), ("int8", 3e-3, 2e-2, 8), ("int8wo", 2e-3, 1.5e-2, 8), ("fp8", 1e-2, 6e-2, 8),
+     ("fp8fast", 1e-2, 6e-2, 8),
      ("int4", 3e-2, 0.12, 4)],
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True])
@@ -158,9 +160,9 @@ def test_what_stays_in_the_compute_type() -> None:
 )
 def test_budgets_of_real_cards(budget: str, language: str, decoder: str) -> None:
     """The published model at 1024²: what `load(memory_budget=…)` keeps, by the planner."""
-    precision, resident = choose(published(), "bfloat16", None, budget, "cuda")
-    assert resident is not None
-    assert (len(resident) == 5) == (budget == "40GB")
+    precision, found = choose(published(), "bfloat16", None, budget, "cuda")
+    assert found is not None
+    assert (len(found.resident) == 5) == (budget == "40GB")
     assert (precision.language, precision.decoder) == (language, decoder)
 
 

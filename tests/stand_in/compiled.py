@@ -33,7 +33,7 @@ REQUESTS: list[Any] = [
 def loads(sm: int) -> list[dict[str, Any]]:
     """Options of `load` whose kernels an SM may run."""
     dtype = {"dtype": "float16"} if sm < 80 else {}
-    precisions = [None, "int8", "int4"] + (["fp8", "language=int4,decoder=fp8,attention=int8"] if sm >= 89 else [])
+    precisions = [None, "int8", "int4"] + (["fp8", "language=int4,decoder=fp8fast,attention=int8"] if sm >= 89 else [])
     if 80 <= sm < 89:
         precisions.append("int8,attention=int8")
     return [{"device": "cuda:0", **dtype, **({"precision": p} if p else {})} for p in precisions]

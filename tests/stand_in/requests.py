@@ -61,6 +61,10 @@ class Seen:
     ahead: list[int] = field(default_factory=list)  # steps queued and not waited for, at each step
     pools: list[dict[str, int]] = field(default_factory=list)
     work: dict[str, Any] = field(default_factory=dict)
+    moved: int = 0
+    hidden: int = 0
+    beside: dict[str, int] = field(default_factory=dict)  # copies off the default stream: their bytes, by phase
+    read: list[int] = field(default_factory=list)  # tokens that were read when they were queued
     error: str = ""
 
 
@@ -112,6 +116,7 @@ class StandIn:
         def written(request: Any) -> Any:
             self.prompts.append(len(request.token_ids))
             self.token_waits.clear()
+            self.stand.read = 0
             return _Session("language", language(request), call, self._read)
 
         backend.language = written
@@ -119,6 +124,7 @@ class StandIn:
 
     def _read(self) -> None:
         """A token or a verified draft was read."""
+        self.stand.read += 1
         self.token_waits.append(self._waits("language", self._since))
         self._since = len(self.stand.syncs)
 
@@ -127,7 +133,10 @@ class StandIn:
         seen, runtime = Seen(name), self.runtime
         self.values.begin(end)
         self.stand.syncs.clear()
+        self.stand.uploads.clear()
         self.prompts.clear()
+        residency = pipeline.backend.residency
+        before = residency.moved_bytes, residency.hidden_bytes
         runtime.allocator.reset_peaks(self.index)
         marks, since, self._since = list[int](), [0], 0
 
@@ -156,6 +165,11 @@ class StandIn:
         except Exception as error:  # noqa: BLE001  # a test reports it
             seen.error = "".join(traceback.format_exception(error))[-3000:]
         gc.collect()
+        seen.moved, seen.hidden = residency.moved_bytes - before[0], residency.hidden_bytes - before[1]
+        beside = [upload for upload in self.stand.uploads if upload.stream]
+        for upload in beside:
+            seen.beside[upload.phase] = seen.beside.get(upload.phase, 0) + upload.bytes
+        seen.read = sorted({upload.read for upload in beside})
         allocator = runtime.allocator
         seen.peak, seen.left = allocator.devices[self.index].used_top, allocator.used(self.index)
         seen.stages = dict(allocator.stages)

@@ -35,6 +35,16 @@ class Sync:
     capturing: bool
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A copy to a device that the host does not wait for. read: tokens of the text read before."""
+
+    phase: str
+    stream: int
+    bytes: int
+    read: int
+
+
 @dataclass
 class Stand:
     """What is chosen for a run, and what was seen."""
@@ -51,6 +61,8 @@ class Stand:
     streams: Counter = field(default_factory=Counter)
     captures: int = 0  # of steps
     timings: int = 0  # captures that were made to be timed
+    read: int = 0  # tokens of the text that runs
+    uploads: list[Upload] = field(default_factory=list)
     plans: set[Any] = field(default_factory=set)  # shapes of attention that cuDNN may have been asked for
 
 
@@ -128,6 +140,11 @@ class Runtime:
         self.issued += 1
         self.launched += launches
         self.stand.streams[(self.device, self.stream(self.device))] += 1
+
+    def upload(self, count: int) -> None:
+        """A copy from pinned memory was queued on the current stream."""
+        self.work()
+        self.stand.uploads.append(Upload(self.stand.phase, self.stream(self.device), count, self.stand.read))
 
     def wait(self, kind: str, up_to: int | None = None) -> None:
         """The host waits. Not allowed in a capture."""

@@ -118,6 +118,8 @@ class Operations(TorchDispatchMode):
         pinned = host is not None and allocator.is_pinned(host.untyped_storage())
         if not (non_blocking and pinned):
             self._runtime.wait("upload" if up else "download")
+        elif up:
+            self._runtime.upload(source.nbytes)
         else:
             self._runtime.work()
 
@@ -213,6 +215,11 @@ def _generator(device: Any = "cpu") -> torch.Generator:
     return torch._C.Generator("cpu")
 
 
+def _record_stream(tensor: Tensor, stream: Any) -> None:
+    """The parser of arguments wants a stream of its own make."""
+    assert tensor.is_cuda and isinstance(stream, torch.cuda.Stream)
+
+
 def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
     """`Module._apply` as it is for real tensors: parameters keep their identity and take new data.
 
@@ -265,6 +272,7 @@ class Fake:
         with (
             _patched(torch.nn.Module, "_apply", _apply),
             _patched(torch, "Generator", _generator),
+            _patched(Tensor, "record_stream", _record_stream),
             self.entered(),
         ):
             yield

@@ -80,16 +80,16 @@ class Worker:
 
         allocator, index = self.runtime.allocator, self._index(job)
         load = job["load"]
-        precision, resident = chosen(
+        found = chosen(
             pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), DEDICATED
         )
-        self.plan = (pipeline.config, precision, resident)
+        self.plan = (pipeline.config, found)
         vae = pipeline.backend.model.vae.post_quant_conv.weight.dtype
         return {
             "error": "", "used": allocator.used(index), "peak": allocator.devices[index].used_top,
             "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": DEDICATED,
             "fraction": list(allocator.fractions), "vae": str(vae).removeprefix("torch."),
-            "resident": list(resident), "precision": str(precision),
+            "resident": list(found.resident), "precision": str(found.precision), "plan": found.to_dict(),
         }  # fmt: skip
 
     @staticmethod

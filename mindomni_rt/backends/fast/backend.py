@@ -20,7 +20,8 @@ from ...checkpoint.layout import LoadReport
 from ...errors import UnsupportedDeviceError
 from ...inputs.images import ImagePatches
 from ...memory.footprint import Precision, capacity
-from ...memory.layers import PARTS
+from ...memory.layers import PARTS, Workload
+from ...memory.planner import BESIDE, Plan, blocks_ahead
 from ...memory.precision import stored
 from ...model.decoder import PrefixKV
 from ...model.mindomni import MindOmniModel
@@ -45,14 +46,23 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class FastOptions:
     """How the fast path runs. impl: which kernels ("auto", "triton", "torch"); attention: "auto" measures, else one of
-    `precision.ATTENTIONS`; resident: parts that stay on the device, None for all; limited: a budget limits the memory
-    of this process, until `close`."""
+    `precision.ATTENTIONS`; resident: parts that stay on the device, None for the plan's, without one all; plan: its
+    budget may have room for blocks of the decoder while text is written; limited: a budget limits the memory of this
+    process, until `close`."""
 
     precision: Precision = field(default_factory=Precision)
     impl: str = "auto"
     attention: str = "auto"
     resident: tuple[str, ...] | None = None
+    plan: Plan | None = None
     limited: bool = False
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Parts that stay on the device."""
+        if self.resident is not None:
+            return self.resident
+        return self.plan.resident if self.plan else PARTS
 
 
 class TorchCudaBackend(TorchBackend):
@@ -72,7 +82,7 @@ class TorchCudaBackend(TorchBackend):
         self.options = options or FastOptions(precision=Precision.uniform(self.dtype))
         kept, impl = stored(self.options.precision), self.options.impl
         language, decoder = model.language, model.decoder
-        resident = PARTS if self.options.resident is None else self.options.resident
+        resident = self.options.kept
 
         def stack(config: StackConfig, blocks: torch.nn.ModuleList, part: str) -> FastStack:
             return FastStack(config, blocks, kept[part], impl, device, device if part in resident else None)
@@ -153,7 +163,22 @@ class TorchCudaBackend(TorchBackend):
         self.residency.need("language")
         # A guess may reach past the last token wanted.
         needed = len(request.token_ids) + max(request.max_new_tokens, 1) + request.draft_tokens
-        return FastLanguageSession(self._decode_state(needed), request)
+        return FastLanguageSession(self._decode_state(needed), request, lambda: self._bring_decoder(request))
+
+    def _bring_decoder(self, request: LanguageRequest) -> None:
+        """Begins to upload the blocks of the decoder that there is room for beside this text."""
+        if self.options.plan is None or not request.paints:
+            return
+        embeds = request.image_embeds
+        work = Workload(
+            prompt_tokens=len(request.token_ids),
+            new_tokens=request.max_new_tokens + request.draft_tokens,
+            patches=(0, 0) if embeds is None else (2, 2 * len(embeds)),
+            joint=True,
+        )
+        blocks = blocks_ahead(self.config, work, self.options.plan)
+        if blocks:
+            self.residency.bring("decoder", list(self.decoder_stack.blocks)[:blocks], BESIDE)
 
     def _decode_state(self, needed: int) -> DecodeState:
         """Buffers for this many tokens or more: they grow and never shrink, so that graphs over them serve on."""

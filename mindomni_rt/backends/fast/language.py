@@ -10,7 +10,7 @@ Axes: S new tokens, C hidden, D head_dim, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -171,13 +171,20 @@ class DecodeState:
 
 
 class FastLanguageSession:
-    """`LanguageSession` over a `DecodeState`, which the next session uses again."""
+    """`LanguageSession` over a `DecodeState`, which the next session uses again.
+
+    meanwhile: called once, when the first replay is queued. A capture waits for the device, so what is to run beside
+    the text begins after it.
+    """
 
     lag = LAG
 
     @torch.inference_mode()
-    def __init__(self, state: DecodeState, request: LanguageRequest) -> None:
+    def __init__(
+        self, state: DecodeState, request: LanguageRequest, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         self.request, self.room, self._state = request, request.max_new_tokens, state
+        self._meanwhile: Callable[[], None] | None = meanwhile
         self.device = state.device
         self._prompt, self._sampled = len(request.token_ids), request.temperature > 0
         self._counted = 0  # tokens that the device counts as text
@@ -199,6 +206,9 @@ class FastLanguageSession:
             if draft:
                 state.inputs(count).copy_(torch.tensor([[self._chosen[-1], *draft]]))
             state.replay(count, self._sampled)()
+            if self._meanwhile:
+                self._meanwhile()
+                self._meanwhile = None
         place = slice(self._counted, self._counted + count)
         self._copies[place].copy_(state.chosen[place], non_blocking=True)
         event = torch.cuda.Event() if self._cuda else None

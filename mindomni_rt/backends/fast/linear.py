@@ -17,7 +17,7 @@ from mindomni_rt.kernels.quantize import Rows, quantize_rows
 
 from ...errors import BadRequestError
 
-QUANTIZED = ("int8", "int8wo", "fp8", "int4")
+QUANTIZED = ("int8", "int8wo", "fp8", "fp8fast", "int4")
 STORED = ("float32", "float16", "bfloat16", *QUANTIZED)
 
 
@@ -61,15 +61,15 @@ class LinearDense(Linear):
 
 
 class LinearW8A8(Linear):
-    """8-bit weights and activations: for layers that are bound by arithmetic (the decoder's)."""
+    """8-bit weights and activations: for layers that are bound by arithmetic (the decoder's). fast: as `linear8`."""
 
     values: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, impl: str, kind: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, impl: str, kind: str, fast: bool = False) -> None:
         super().__init__(bias, impl)
         quantized = quantize_weight(weight, kind)
-        self.rows, self.dtype = kind, weight.dtype
+        self.rows, self.dtype, self.fast = kind, weight.dtype, fast
         self.how = impl  # "cublas" or "triton" once `tune` has measured
         self.register_buffer("values", quantized.values)
         self.register_buffer("scale", quantized.scale)
@@ -77,7 +77,7 @@ class LinearW8A8(Linear):
     def forward(self, x: Tensor | Rows) -> Tensor:
         assert isinstance(self.rows, str)
         rows = x if isinstance(x, Rows) else quantize_rows(x, self.rows, impl=self.impl)
-        return linear8(rows, Rows(self.values, self.scale), self.dtype, self.bias, impl=self.how)
+        return linear8(rows, Rows(self.values, self.scale), self.dtype, self.bias, impl=self.how, fast=self.fast)
 
 
 class LinearW8A16(Linear):
@@ -147,8 +147,9 @@ def make_linear(
     if stored not in QUANTIZED:
         return LinearDense(weight, bias, impl)
     home, weight = weight.device, weight.to(work or weight.device)
-    if stored in ("int8", "fp8"):
-        return LinearW8A8(weight, bias, impl, stored).to(home)
+    if stored in ("int8", "fp8", "fp8fast"):
+        fast = stored == "fp8fast"
+        return LinearW8A8(weight, bias, impl, "fp8" if fast else stored, fast).to(home)
     return (LinearW8A16 if stored == "int8wo" else LinearW4A16)(weight, bias, impl).to(home)
 
 

@@ -14,7 +14,7 @@ from ...devices.table import RESERVE
 from ...errors import UnsupportedDeviceError
 from ...memory.footprint import Precision
 from ...memory.layers import Workload
-from ...memory.planner import LADDER, gigabytes, parse_bytes, plan
+from ...memory.planner import LADDER, Plan, gigabytes, parse_bytes, plan
 from ...memory.precision import parse_precision, plain_vae, split_attention
 from ...model.mindomni import load_model
 from ..torch.backend import DTYPES
@@ -35,14 +35,17 @@ def load_fast(
     """
     checkpoint, device = open_checkpoint(Path(path)), with_index(device)
     precision, attention = split_attention(precision)
-    chosen, resident = choose(checkpoint.config, dtype, precision, memory_budget, device)
+    chosen, found = choose(checkpoint.config, dtype, precision, memory_budget, device)
     if is_cuda(device):
         check_device(chosen, torch.cuda.get_device_capability(device))
         limit_memory(device, 1.0 if memory_budget is None else _share(memory_budget, device))
     model, report = load_model(checkpoint, DTYPES[dtype], "cpu", vae_dtype=torch.float32)
     logger.info("%s", report)
     options = FastOptions(
-        precision=chosen, resident=resident, attention=attention, limited=memory_budget is not None and is_cuda(device)
+        precision=chosen,
+        plan=found,
+        attention=attention,
+        limited=memory_budget is not None and is_cuda(device),
     )
     with working_on(device):
         return TorchCudaBackend(model, device, report, options)
@@ -55,7 +58,7 @@ def _share(memory_budget: str | float, device: str) -> float:
 
 def check_device(precision: Precision, capability: tuple[int, int]) -> None:
     """Raises UnsupportedDeviceError when a GPU lacks a type that the precision names."""
-    if precision.decoder == "fp8" and capability < (8, 9):
+    if precision.decoder in ("fp8", "fp8fast") and capability < (8, 9):
         raise UnsupportedDeviceError(
             f"fp8 needs compute capability 8.9 (Ada) or later, this GPU has {capability[0]}.{capability[1]}; use int8"
         )
@@ -73,8 +76,8 @@ def choose(
     memory_budget: str | float | None,
     device: str,
     work: Workload | None = None,
-) -> tuple[Precision, tuple[str, ...] | None]:
-    """(how weights are kept, parts that stay loaded or None for all). work: the largest request, 1024² unless given.
+) -> tuple[Precision, Plan | None]:
+    """(how weights are kept, the plan of a budget). work: the largest request, 1024² unless given.
 
     Raises OutOfMemoryError when nothing fits.
     """
@@ -93,4 +96,4 @@ def choose(
     found = plan(config, work, precision=wanted, budget=budget, reserve=reserve)
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
     log("memory budget %s: %s", gigabytes(budget), found.summary())
-    return found.precision, found.resident
+    return found.precision, found

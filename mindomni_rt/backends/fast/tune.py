@@ -109,7 +109,8 @@ def choose_w8a8(products: Iterable[LinearW8A8], rows: int, clock: Clock = millis
     for (n, k), group in groups.items():
         x = _rows(rows, k, group[0].values, group[0].dtype)
         few = group[:4]  # bound by arithmetic, not by reading the weight
-        _fastest(few, f"{few[0].rows} rows of {n}x{k}", ("cublas", "triton"), choose, x, clock)
+        kind = f"{few[0].rows}{' fast' * few[0].fast}"
+        _fastest(few, f"{kind} rows of {n}x{k}", ("cublas", "triton"), choose, x, clock)
         for product in group[4:]:
             product.how = few[0].how
 

@@ -64,6 +64,12 @@ def side_stream(index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)
 
 
+@cache
+def copy_stream(index: int) -> torch.cuda.Stream:
+    """A device's stream for copies beside its work; nothing is computed on it."""
+    return torch.cuda.Stream(index)
+
+
 def limit_memory(device: str, share: float) -> None:
     """Lets this process have `share` of a CUDA device's memory, all of it with 1."""
     torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), index_of(device))
