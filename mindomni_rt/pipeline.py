@@ -119,7 +119,7 @@ def _at(place: int, events: Generator[Event, None, Thought]) -> Generator[Event,
 
 
 def _work(group: Sequence[CompleteRequest]) -> Workload:
-    """The sizes of requests of equal settings that are painted together."""
+    """The sizes of requests of equal settings that are painted together. Lengths of texts are guessed."""
     first = group[0]
     return Workload(
         height=first.height, width=first.width, steps=first.num_inference_steps,
@@ -250,6 +250,7 @@ class Pipeline(Calls, AdapterCalls):
             seed = request.seed if request.seed is not None else secrets.randbits(32)
             thoughts.append((yield from _at(place, self.think(request, seed=seed, cancel=cancel, clock=clock))))
             seeds.append(seed)
+        self._check_memory([one for _, one in group], max(thought.hidden.shape[1] for thought in thoughts), 0)
         jobs, unguided = self._connect_all(group, seeds, thoughts, clock)
         each = tuple(job.guided for job in jobs for _ in range(job.request.num_images))
         latents = np.concatenate([job.latents() for job in jobs])
@@ -314,6 +315,7 @@ class Pipeline(Calls, AdapterCalls):
             language = self.language_request(
                 messages, patches, embeds, tokens, request.temperature, seed, cancel, request.draft_tokens, True
             )
+            self._check_memory([request], len(language.token_ids), min(tokens, Workload.new_tokens))
             written, hidden = yield from self._write(language, index, clock)
             rounds += [written] if request.think else []
             prompt = cascade_prompt(written.text) or prompt
@@ -323,6 +325,11 @@ class Pipeline(Calls, AdapterCalls):
             spans = [(int(np.argmax(language.token_ids == pad)), latents)]
         text = CASCADE_SEPARATOR.join(r.text for r in rounds) if request.think else request.prompt
         return Thought(text, hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
+
+    def _check_memory(self, group: Sequence[CompleteRequest], prompt: int, new: int) -> None:
+        """Raises OutOfMemoryError before the work of a request whose prompt, once its length is known, does not fit."""
+        if self._fit is not None:
+            self._fit.check(replace(_work(group), prompt_tokens=prompt, new_tokens=new))
 
     def _write(
         self, language: LanguageRequest, index: int, clock: Clock

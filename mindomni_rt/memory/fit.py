@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from ..checkpoint.config import ModelConfig
@@ -25,7 +26,7 @@ from .bundle_need import predicted_need
 from .footprint import Precision, stage_memory, weight_bytes
 from .layers import PART_OF, Workload, parameters
 from .machine import Machine
-from .planner import LADDER, gigabytes, parse_bytes, plan
+from .planner import LADDER, Plan, gigabytes, parse_bytes, plan, schedule_of
 from .precision import parse_precision, plain_vae, split_attention
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,11 @@ class Fit:
         assert self.needs is not None and self.free is not None
         needed = self.needs(work)
         fits = [side for side in SIDES if self.fits(replace(work, height=side, width=side, images=1))]
-        advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "close other programs and load again"
+        advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "shorten the prompt or load with more memory"
         what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
         raise OutOfMemoryError(
-            f"{what}: {gigabytes(needed)} of memory needed, {gigabytes(self.free)} were free at loading; {advice}"
+            f"{what}: {gigabytes(needed)} of memory needed after {work.condition_tokens} tokens of text, "
+            f"{gigabytes(self.free)} may be used (memory_budget, or what was free at loading); {advice}"
         )
 
     def summary(self) -> str:
@@ -299,6 +301,7 @@ def _fit_gpu(
             lossy=not asked and bool(place or found.moved),
             moved_bytes=found.moved,
             hidden_bytes=found.hidden,
+            needs=partial(_gpu_needs, config, found),
         )
     assert limit is not None
     try:
@@ -309,6 +312,16 @@ def _fit_gpu(
     raise OutOfMemoryError(
         f"{checkpoint.path} does not fit {device} ({gpu.name}): {reason}. {_on_cpu(checkpoint, machine)}"
     )
+
+
+def _gpu_needs(config: ModelConfig, found: Plan, work: Workload) -> int:
+    """Bytes at most of a request on the fast path with the parts of a plan loaded, the reserve included.
+
+    What a plan hides is left out: fewer blocks are uploaded ahead where a request needs their room.
+    """
+    work = replace(work, joint=True)
+    stages = stage_memory(config, work, found.precision)
+    return max(move.peak for move in schedule_of(stages, work, found.resident, found.reserve))
 
 
 def _on_cpu(checkpoint: Checkpoint, machine: Machine) -> str:

@@ -175,6 +175,22 @@ def test_parts_that_wait_need_room_on_the_host() -> None:
     assert parse_precision(str(poor.precision), "bfloat16").language != "bfloat16"
 
 
+@pytest.mark.parametrize("budget", ["auto", "7.5GB"])
+def test_a_request_on_a_gpu_is_checked_before_its_work(budget: str) -> None:
+    """`memory_budget` limits as much as what is free."""
+    free = 7.5 if budget == "auto" else 80
+    found = fit_checkpoint(
+        checkpoint(), host(64, True, card(free)), device="cuda", precision="int4", memory_budget=budget
+    )
+    found.check(Workload())  # what was planned for
+    for larger in (dict(height=2048, width=2048), dict(prompt_tokens=6000), dict(images=8)):
+        with pytest.raises(OutOfMemoryError, match=r"of memory needed after \d+ tokens of text, 7\.50 GB may be used"):
+            found.check(Workload(**larger))
+    # Without a limit nothing is known to be too large.
+    free_of = fit_checkpoint(checkpoint(), host(64, True, card(80)), device="cuda", memory_budget=None)
+    free_of.check(Workload(height=4096, width=4096))
+
+
 def test_a_gpu_that_is_too_small_names_what_fits() -> None:
     with pytest.raises(OutOfMemoryError, match=r"does not fit cuda \(card\).*On the CPU this fits: cpu, bfloat16"):
         fit_checkpoint(checkpoint(), host(21, True, card(2)))

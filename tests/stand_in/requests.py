@@ -45,6 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "understand": dict(understand="what is it", image=True),
 }
 """Every public option."""
+SEVERAL_GRAPHS = ("step cache", "multistep", "condition only")
+"""Those whose steps are not all one captured graph."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 
 from mindomni_rt.memory.planner import parse_bytes
 
-from .requests import OPTIONS, PLAIN
+from .requests import OPTIONS, PLAIN, SEVERAL_GRAPHS
 from .runs import Runs
 
 PRECISIONS = (None, "bfloat16", "fp8", "int8", "int4")
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 def job(precision: str | None, budget: str | None) -> dict[str, Any]:
     options = {k: v for k, v in (("precision", precision), ("memory_budget", budget)) if v}
-    requests = [*PLAIN, *(OPTIONS if budget is None else ())]
+    some = SEVERAL_GRAPHS[:1] if (precision, budget) in QUICK else SEVERAL_GRAPHS
+    requests = [*PLAIN, *(OPTIONS if budget is None else some)]
     return {"load": {"device": "cuda:0", **options}, "requests": requests}
 
 
