@@ -217,9 +217,15 @@ def test_what_was_brought_is_taken_or_let_go() -> None:
     residency.bring("b", two, beside=())  # it is there
     residency.need("a")
     residency.bring("b", two, beside=("a",))
+    residency.hold(two)
+    residency.hold(two[:1])  # less room than there was
+    residency.need("b")
+    assert residency.hidden_bytes == 80
+    residency.need("a")
+    residency.bring("b", two, beside=("a",))
     residency.need("c")  # not beside it: there may be no room
     residency.need("b")
-    assert residency.hidden_bytes == 80 and residency.moved_bytes == 80 + 160 + 80 + 80 + 160
+    assert residency.hidden_bytes == 80 and residency.moved_bytes == 80 + 160 + 80 + 160 + 80 + 80 + 160
     assert all(torch.equal(module.weight, value) for module, value in zip(two, values, strict=True))
 
 

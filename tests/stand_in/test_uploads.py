@@ -28,8 +28,8 @@ REQUESTS: list[Any] = [
 ]
 CASES = [
     ("int4", "12GB"),  # all blocks
-    pytest.param(None, "24GB", marks=pytest.mark.slow),  # some, and the language model itself comes and goes
-    pytest.param("int8", "12GB", marks=pytest.mark.slow),  # few
+    pytest.param("int8", "16GB", marks=pytest.mark.slow),  # all
+    pytest.param("int8", "12GB", marks=pytest.mark.slow),  # some, and the language model itself comes and goes
 ]
 
 
@@ -57,7 +57,8 @@ def test_blocks_arrive_beside_the_text(runs: Runs, precision: str | None, budget
         assert request["beside"] == {"language": request["hidden"]}, request["name"]
         assert request["read"] == [int(request["name"] == "drafts")], request["name"]
         assert request["hidden"] == planned["hidden_bytes"], request["name"]
-        assert abs(request["moved"] / planned["moved_bytes"] - 1) < 0.005 or request["name"] == "first"
+        if request["name"] != "cancelled":  # which needs no VAE; the scales of 8-bit weights are not in the plan
+            assert abs(request["moved"] / planned["moved_bytes"] - 1) < 0.005, request["name"]
 
 
 @pytest.mark.parametrize(("precision", "budget"), CASES)

@@ -160,25 +160,25 @@ class TorchCudaBackend(TorchBackend):
     @on_device
     def language(self, request: LanguageRequest) -> FastLanguageSession:
         self._between()
-        self.residency.need("language")
         # A guess may reach past the last token wanted.
         needed = len(request.token_ids) + max(request.max_new_tokens, 1) + request.draft_tokens
-        return FastLanguageSession(self._decode_state(needed), request, lambda: self._bring_decoder(request))
+        blocks = list(self.decoder_stack.blocks)[: self._blocks_ahead(request, needed)]
+        self.residency.hold(blocks)  # a text that was cancelled may have left more
+        self.residency.need("language")
+        state = self._decode_state(needed)
+        if not request.paints or not blocks:
+            return FastLanguageSession(state, request)
+        return FastLanguageSession(state, request, lambda: self.residency.bring("decoder", blocks, BESIDE))
 
-    def _bring_decoder(self, request: LanguageRequest) -> None:
-        """Begins to upload the blocks of the decoder that there is room for beside this text."""
-        if self.options.plan is None or not request.paints:
-            return
-        embeds = request.image_embeds
-        work = Workload(
-            prompt_tokens=len(request.token_ids),
-            new_tokens=request.max_new_tokens + request.draft_tokens,
-            patches=(0, 0) if embeds is None else (2, 2 * len(embeds)),
-            joint=True,
-        )
-        blocks = blocks_ahead(self.config, work, self.options.plan)
-        if blocks:
-            self.residency.bring("decoder", list(self.decoder_stack.blocks)[:blocks], BESIDE)
+    def _blocks_ahead(self, request: LanguageRequest, needed: int) -> int:
+        """Blocks of the decoder that the budget has room for beside this text and buffers for this many tokens."""
+        if self.options.plan is None:
+            return 0
+        room = max(capacity(needed), self._state.capacity if self._state else 0)
+        embeds, prompt = request.image_embeds, len(request.token_ids)
+        patches = (0, 0) if embeds is None else (2, 2 * len(embeds))  # as many as these were merged from
+        work = Workload(prompt_tokens=prompt, new_tokens=room - prompt, patches=patches, joint=True)
+        return blocks_ahead(self.config, work, self.options.plan)
 
     def _decode_state(self, needed: int) -> DecodeState:
         """Buffers for this many tokens or more: they grow and never shrink, so that graphs over them serve on."""

@@ -83,7 +83,7 @@ class Residency:
         """
         if part in self.loaded or self._arriving.part:
             return
-        wanted = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+        wanted = _ids(modules)
         hosts = {id(tensor): host for tensor, host in self._host[part] if id(tensor) in wanted}
         try:
             copies = dict(zip(hosts, self._uploaded(list(hosts.values())), strict=True))
@@ -92,6 +92,11 @@ class Residency:
             return
         self._arriving = Arriving(part, frozenset(beside), copies)
         logger.debug("%d tensors of part %s are on their way", len(copies), part)
+
+    def hold(self, modules: Iterable[nn.Module]) -> None:
+        """Lets go of what was brought unless all of it is of these modules."""
+        if not _ids(modules).issuperset(self._arriving.copies):
+            self._arriving = Arriving()
 
     def _uploaded(self, hosts: list[Tensor]) -> list[Tensor]:
         if not is_cuda(self._device):
@@ -144,3 +149,7 @@ class Residency:
         for tensor, host in self._host[self._guest]:
             tensor.data = host
         self._guest = ""
+
+
+def _ids(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
