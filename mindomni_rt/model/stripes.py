@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .norm import GroupNorm
+
 Block = Any
 """A block of `vae`, which imports this module."""
 Prepare = Callable[[Tensor], Tensor]
@@ -27,11 +29,10 @@ class _Parked:
     def __init__(self, height: int, width: int, device: torch.device) -> None:
         self.height, self.width, self.device = height, width, device
         self._stripes: list[tuple[int, Tensor]] = []  # first row, (B, C, rows, W)
-        self._moments: list[tuple[int, Tensor, Tensor]] = []  # count, variance, mean
+        self._moments: list[tuple[int, Tensor, Tensor]] = []  # rows, variance, mean
 
-    def add(self, top: int, stripe: Tensor, groups: int) -> None:
-        grouped = stripe.float().reshape(stripe.shape[0], groups, -1)
-        self._moments.append((grouped.shape[-1], *torch.var_mean(grouped, dim=-1, correction=0)))
+    def add(self, top: int, stripe: Tensor, norm: GroupNorm) -> None:
+        self._moments.append((stripe.shape[2], *norm.moments(stripe)))
         self._stripes.append((top, stripe.cpu()))
 
     def rows(self, top: int, bottom: int) -> Tensor:
@@ -47,30 +48,26 @@ class _Parked:
         """Drops the stripes that lie above row `bottom`."""
         self._stripes = [(first, stripe) for first, stripe in self._stripes if first + stripe.shape[2] > bottom]
 
-    def norm(self, layer: nn.GroupNorm) -> Prepare:
+    def norm(self, layer: GroupNorm) -> Prepare:
         """The layer, with the statistics of the whole picture, and the SiLU after it."""
-        counts = [count for count, _, _ in self._moments]
-        total = sum(counts)
-        shares = torch.tensor([count / total for count in counts], device=self.device)[:, None, None]
+        rows = torch.tensor([rows for rows, _, _ in self._moments], device=self.device)
+        shares = (rows / self.height)[:, None, None]
         variances = torch.stack([variance for _, variance, _ in self._moments])
         means = torch.stack([mean for _, _, mean in self._moments])
         mean = (shares * means).sum(0)
-        variance = (shares * (variances + (means - mean).square())).sum(0)
-        each = layer.num_channels // layer.num_groups
-        scale = torch.rsqrt(variance + layer.eps).repeat_interleave(each, 1) * layer.weight.float()
-        shift = layer.bias.float() - mean.repeat_interleave(each, 1) * scale
-        scale, shift = scale[..., None, None], shift[..., None, None]
-        return lambda x: F.silu(torch.addcmul(shift, x.float(), scale).to(x.dtype))
+        moments = (shares * (variances + (means - mean).square())).sum(0), mean
+        return lambda x: layer.of_part(x, moments)
 
 
 class Stripes:
     """Runs the decoder or encoder of an AutoencoderKL in stripes of a quarter of a tile (two rows at least).
 
-    tile: side of a tile in latents; downscale: pixels a latent along a side; groups: of every norm.
+    tile: side of a tile in latents; downscale: pixels a latent along a side; norm: any of the norms, all of which have
+    the same groups.
     """
 
-    def __init__(self, tile: int, downscale: int, groups: int) -> None:
-        self.area, self.groups = (tile * downscale) ** 2 // 4, groups
+    def __init__(self, tile: int, downscale: int, norm: GroupNorm) -> None:
+        self.area, self.norm = (tile * downscale) ** 2 // 4, norm
         self.scores = tile**4
 
     def decode(self, decoder: Block, latents: Tensor) -> Tensor:
@@ -83,11 +80,11 @@ class Stripes:
         x = _Parked(pixels.shape[2], pixels.shape[3], pixels.device)
         for top, bottom in self._ranges(x.height, x.width):
             above, below = max(top - 1, 0), min(bottom + 1, x.height)
-            x.add(top, _between(encoder.conv_in, pixels[:, :, above:below], top == 0, bottom == x.height), self.groups)
+            x.add(top, _between(encoder.conv_in, pixels[:, :, above:below], top == 0, bottom == x.height), self.norm)
         for level in encoder.down_blocks:
             x = self._level(level, x)
         whole = self._middle(encoder.mid_block, x.rows(0, x.height))
-        return encoder.conv_out(F.silu(encoder.conv_norm_out(whole)))
+        return encoder.conv_out(encoder.conv_norm_out(whole, silu=True))
 
     def _ranges(self, height: int, width: int) -> list[tuple[int, int]]:
         rows = max(2, self.area // width // 2 * 2)  # even, so that halving the rows never splits a pair
@@ -95,7 +92,7 @@ class Stripes:
 
     def _park(self, x: Tensor) -> _Parked:
         parked = _Parked(x.shape[2], x.shape[3], x.device)
-        parked.add(0, x, self.groups)
+        parked.add(0, x, self.norm)
         return parked
 
     def _middle(self, block: Block, x: Tensor) -> Tensor:
@@ -121,11 +118,11 @@ class Stripes:
         h, out = (_Parked(x.height, x.width, x.device) for _ in range(2))
         ranges = self._ranges(x.height, x.width)
         for (top, _), part in zip(ranges, self._convolved(x, block.conv1, x.norm(block.norm1), keep=True), strict=True):
-            h.add(top, part, self.groups)
+            h.add(top, part, self.norm)
         convolved = self._convolved(h, block.conv2, h.norm(block.norm2))
         for (top, bottom), part in zip(ranges, convolved, strict=True):
             kept = x.rows(top, bottom)
-            out.add(top, part + (block.conv_shortcut(kept) if hasattr(block, "conv_shortcut") else kept), self.groups)
+            out.add(top, part + (block.conv_shortcut(kept) if hasattr(block, "conv_shortcut") else kept), self.norm)
             x.free(bottom)
         return out
 
@@ -143,7 +140,7 @@ class Stripes:
             part = F.interpolate(x.rows(max(top - 1, 0), min(bottom + 1, x.height)), scale_factor=2.0, mode="nearest")
             part = part[:, :, 0 if first else 1 : part.shape[2] - (0 if last else 1)]
             x.free(bottom - 1)
-            out.add(2 * top, _between(conv, part, first, last), self.groups)
+            out.add(2 * top, _between(conv, part, first, last), self.norm)
         return out
 
     def _halved(self, conv: nn.Conv2d, x: _Parked) -> _Parked:
@@ -152,7 +149,7 @@ class Stripes:
             last = bottom == x.height
             part = F.pad(x.rows(top, bottom if last else bottom + 1), (0, 1, 0, 1 if last else 0))
             x.free(bottom)
-            out.add(top // 2, conv(part), self.groups)
+            out.add(top // 2, conv(part), self.norm)
         return out
 
 

@@ -7,8 +7,11 @@ import torch
 from kernel_checks import DEVICE, FLOATS, TOLERANCE, error
 from torch.nn import functional as F
 
+from mindomni_rt.backends.fast.picture_norm import PictureNorm, lay_channels_last
+from mindomni_rt.checkpoint.config import VAEConfig
 from mindomni_rt.kernels import group_norm as module
 from mindomni_rt.kernels.group_norm import channels_last, group_moments, group_norm
+from mindomni_rt.model.vae import AutoencoderKL
 
 
 def picture(*shape: int, dtype: torch.dtype = torch.float32, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -104,3 +107,24 @@ def test_only_channels_last_pictures() -> None:
         group_norm(x, 4, weight, bias, 1e-6, impl="triton")
     expected = F.silu(F.group_norm(x, 4, weight, bias, 1e-6))
     torch.testing.assert_close(group_norm(x, 4, weight, bias, 1e-6), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_the_vae_is_the_same(tile: int | None) -> None:
+    """Whole and in stripes, coded and decoded, against plain PyTorch over contiguous pictures."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 24), layers_per_block=1, norm_num_groups=4)).to(DEVICE)
+    for norm in (m for m in vae.modules() if isinstance(m, torch.nn.GroupNorm)):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    latents, pixels = torch.randn(1, 4, 9, 7, device=DEVICE) + 3, torch.randn(1, 3, 18, 14, device=DEVICE)
+    with torch.no_grad():
+        expected = vae.decode(latents, tile=None), *vae.encode(pixels, tile=None)
+        names = list(vae.state_dict())
+        lay_channels_last(vae, "triton")
+        found = vae.decode(latents, tile=tile), *vae.encode(pixels, tile=tile)
+    assert list(vae.state_dict()) == names
+    assert sum(isinstance(m, PictureNorm) for m in vae.modules()) == 24  # 10 of the encoder, 14 of the decoder
+    assert channels_last(found[0])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -33,6 +33,7 @@ from .denoise import FastDenoiseSession
 from .graph import GraphPool, memory_of
 from .language import DecodeState, FastLanguageSession
 from .linear import Linear, LinearDense, LinearW8A8, PatchLinear, make_linear
+from .picture_norm import lay_channels_last
 from .prefix import FastPrefix
 from .residency import Residency
 from .stack import FastBlock, FastStack
@@ -86,7 +87,7 @@ class TorchCudaBackend(TorchBackend):
         for name in ("x_embedder", "input_x_embedder"):
             setattr(decoder, name, PatchLinear(getattr(decoder, name).proj))
         if self.options.precision.vae == "bfloat16":
-            model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            lay_channels_last(model.vae.to(torch.bfloat16), impl)
         # Apart, so that a token's graph does not hold what the graphs of a large image took.
         self.language_pool, self.step_pool = GraphPool(), GraphPool()
         self._buffers: dict[Shape, StepBuffers] = {}
