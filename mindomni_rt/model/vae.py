@@ -133,10 +133,14 @@ class _Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder; `encoder` and `quant_conv` are None when a checkpoint has only the decoder."""
+    """Encoder and decoder; `encoder` and `quant_conv` are None when a checkpoint has only the decoder.
+
+    room: bytes of the device that a large picture's activations may take between layers; the host has those of others.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        self.room = 0
         self.config = config
         self.encoder: _Encoder | None = _Encoder(config)
         self.decoder = _Decoder(config)
@@ -175,4 +179,7 @@ class AutoencoderKL(nn.Module):
             raise BadRequestError(f"image of {width}x{height} pixels: sides must be multiples of {unit}")
         if max(height, width) <= tile * unit:
             return None
-        return Stripes(tile, self.config.downscale, self.decoder.conv_norm_out)
+        pixels = height * width * (self.config.downscale // unit) ** 2
+        widths, weight = self.config.block_out_channels, self.post_quant_conv.weight
+        waiting = (widths[0] + max(widths[:2])) * x.shape[0] * pixels * weight.element_size()  # of the largest layer
+        return Stripes(tile, self.config.downscale, self.decoder.conv_norm_out, on_host=waiting > self.room)

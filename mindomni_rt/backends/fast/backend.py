@@ -280,14 +280,19 @@ class TorchCudaBackend(TorchBackend):
         tried = candidates(torch.device(self.device), stack.head_dim, self.options.impl)
         return tried[choose(tried, q, k, v, buffers.segments(0, buffers.shape.branches, True))]
 
+    def _need_vae(self) -> None:
+        self.residency.need("vae")
+        if is_cuda(self.device) and not self.options.limited:  # plans of a budget count no activations between layers
+            self.model.vae.room = torch.cuda.mem_get_info(self.device)[0] // 2
+
     @on_device
     def vae(self, latents: Tensor) -> NDArray[np.float32]:
-        self.residency.need("vae")
+        self._need_vae()
         return super().vae(latents)
 
     @on_device
     def vae_encode(self, pixels: NDArray[np.float32]) -> Tensor:
-        self.residency.need("vae")
+        self._need_vae()
         return super().vae_encode(pixels)
 
     @on_device
