@@ -41,6 +41,7 @@ MODULES = (
     "int8_linear",
     "norm_gemv",
     "int8_attention",
+    "group_norm",
 )
 """Modules with a `specs(sm, dtype)` generator of what is compiled ahead of time."""
 

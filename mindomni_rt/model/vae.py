@@ -12,22 +12,23 @@ from torch.nn import functional as F
 from ..checkpoint.config import VAEConfig
 from ..errors import BadCheckpointError, BadRequestError
 from ..stages import VAE_TILE as TILE
+from .norm import GroupNorm
 from .stripes import Stripes
 
 
 class _Resnet(nn.Module):
     def __init__(self, channels_in: int, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, channels_in, eps=1e-6)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, channels, eps=1e-6)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         if channels_in != channels:
             self.conv_shortcut = nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.norm2(h, silu=True))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -36,7 +37,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -99,14 +100,14 @@ class _Encoder(nn.Module):
             )
         )
         self.mid_block = _MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
 
 
 class _Decoder(nn.Module):
@@ -121,21 +122,25 @@ class _Decoder(nn.Module):
                 (widths[0], *widths[:-1]), widths, [False] * (len(widths) - 1) + [True], strict=True
             )
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder; `encoder` and `quant_conv` are None when a checkpoint has only the decoder."""
+    """Encoder and decoder; `encoder` and `quant_conv` are None when a checkpoint has only the decoder.
+
+    room: bytes of the device that a large picture's activations may take between layers; the host has those of others.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        self.room = 0
         self.config = config
         self.encoder: _Encoder | None = _Encoder(config)
         self.decoder = _Decoder(config)
@@ -174,4 +179,7 @@ class AutoencoderKL(nn.Module):
             raise BadRequestError(f"image of {width}x{height} pixels: sides must be multiples of {unit}")
         if max(height, width) <= tile * unit:
             return None
-        return Stripes(tile, self.config.downscale, self.config.norm_num_groups)
+        pixels = height * width * (self.config.downscale // unit) ** 2
+        widths, weight = self.config.block_out_channels, self.post_quant_conv.weight
+        waiting = (widths[0] + max(widths[:2])) * x.shape[0] * pixels * weight.element_size()  # of the largest layer
+        return Stripes(tile, self.config.downscale, self.decoder.conv_norm_out, on_host=waiting > self.room)

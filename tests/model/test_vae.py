@@ -121,9 +121,9 @@ def test_stripes_hold_one_layers_input_and_output(monkeypatch: pytest.MonkeyPatc
     live, peak, largest = weakref.WeakSet[torch.Tensor](), 0, 0
     park, convolve = stripes._Parked.add, torch.nn.functional.conv2d
 
-    def add(self: Any, top: int, stripe: torch.Tensor, groups: int) -> None:
+    def add(self: Any, top: int, stripe: torch.Tensor, norm: Any) -> None:
         nonlocal peak
-        park(self, top, stripe.clone(), groups)
+        park(self, top, stripe.clone(), norm)
         live.add(self._stripes[-1][1])
         peak = max(peak, sum(part.numel() for part in live))
 

@@ -9,6 +9,7 @@ It runs the fast path at the published sizes on a CPU-only build of torch and co
 | `tensors`    | what tensors do: fake operations, host synchronizations, values the host asks |
 | `launches`   | Triton: every launch is bound and recorded, none runs                         |
 | `checkpoint` | a checkpoint folder of the published sizes: true headers, no data             |
+| `layouts`    | cuDNN: which operands and results of convolutions are NHWC, and what is copied |
 | `requests`   | a pipeline and the requests of the tests; `worker` runs them in a process     |
 
 A stand-in takes the whole process, so the tests call `worker` in processes of their own.

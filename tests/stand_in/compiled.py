@@ -1,9 +1,9 @@
 """Registers, spills and shared memory of every launch of a request, for every SM: compiled, never run.
 
-    PYTHONPATH=tests:. python -m stand_in.compiled [--sm 90] [--out benchmarks/results/kernel-resources.json]
+    PYTHONPATH=tests:. python -m stand_in.compiled [--sm 90] [--module group_norm]
 
 Records the launches of requests at the published widths (`worker`), compiles each, and writes the table that
-`test_compiled.py` holds later states against. SMs that are not named keep their part of the table.
+`test_compiled.py` holds later states against. SMs that are not named keep their part of the table, and so do kernels of other modules where one is named.
 """
 
 from __future__ import annotations
@@ -109,13 +109,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sm", type=int, nargs="+", default=list(SMS), choices=SMS)
     parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--launches", type=Path, help="launches of one SM as `worker` printed them, not recorded anew")
+    parser.add_argument("--module", default="", help="only kernels of this module of `kernels`")
     options = parser.parse_args(arguments)
     table = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     given = json.loads(options.launches.read_text(encoding="utf-8")) if options.launches else None
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
         for sm in options.sm:
-            table[f"sm_{sm}"] = resources(launches(runs, sm) if given is None else given, sm)
+            recorded = launches(runs, sm) if given is None else given
+            wanted = [it for it in recorded if not options.module or it["kernel"].startswith(f"{options.module}.")]
+            kept = table.get(f"sm_{sm}", {}) if options.module else {}
+            kept = {name: sizes for name, sizes in kept.items() if not name.startswith(f"{options.module}.")}
+            table[f"sm_{sm}"] = dict(sorted((kept | resources(wanted, sm)).items()))
             sys.stdout.write(f"sm_{sm}: {len(table[f'sm_{sm}'])} launches\n")
             options.out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         runs.close()

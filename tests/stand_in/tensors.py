@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .layouts import Layouts
 from .runtime import CUDA, Runtime
 
 aten = torch.ops.aten
@@ -60,6 +61,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, runtime: Runtime, values: Values) -> None:
         super().__init__()
         self._runtime, self._values = runtime, values
+        self.layouts = Layouts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -77,7 +79,7 @@ class Operations(TorchDispatchMode):
         if func in (aten._pin_memory.default, aten.pin_memory.default):
             found, pinned = torch.empty_like(args[0]), True
         else:
-            found = func(*args, **kwargs)
+            found = self.layouts.after(func, args, func(*args, **kwargs), self._runtime.stand.phase)
         self._account(found, bool(pinned))
         return found
 
@@ -167,6 +169,15 @@ class Functions(TorchFunctionMode):
         batch, heads, rows, _ = query.shape
         return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 
+    def _nearest(self, x: Tensor, size: Any = None, scale_factor: float = 1.0, mode: str = "nearest", **_: Any) -> Any:
+        """One kernel for either layout; FakeTensor gathers, then lays out."""
+        if not x.is_cuda or mode != "nearest" or size is not None or x.dim() != 4:
+            return NotImplemented
+        shape = (*x.shape[:2], *(int(side * scale_factor) for side in x.shape[2:]))
+        last = x.shape[1] >= 4 and not x.is_contiguous() and x.stride(1) == 1
+        layout = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
     def _numpy(self, tensor: Tensor, *_: Any, **__: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
             return NotImplemented
@@ -194,6 +205,7 @@ class Functions(TorchFunctionMode):
     _handlers: dict[Any, Callable[..., Any]] = {
         torch.nn.functional.scaled_dot_product_attention: _attention,
         torch._C._nn.scaled_dot_product_attention: _attention,
+        torch.nn.functional.interpolate: _nearest,
         Tensor.numpy: _numpy,
         Tensor.__array__: _numpy,
         Tensor.tolist: _tolist,
@@ -266,6 +278,7 @@ class Fake:
         _no_guard()
         self._runtime, self._values = runtime, values
         self._mode = _Mode(allow_non_fake_inputs=False)
+        self.operations = Operations(runtime, values)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -279,5 +292,5 @@ class Fake:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        with self._mode, Operations(self._runtime, self._values), Functions(self._runtime, self._values):
+        with self._mode, self.operations, Functions(self._runtime, self._values):
             yield

@@ -49,6 +49,7 @@ class Worker:
         found["streams"] = sorted({stream for _, stream in runtime.stand.streams})
         found["captures"], found["timings"] = runtime.stand.captures, runtime.stand.timings
         found["plans"] = len(runtime.stand.plans)
+        found["layouts"] = dict(self.stand_in.fake.operations.layouts.seen)
         found["launches"] = [{**it.to_json(), "count": n} for it, n in self.stand_in.recorder.seen.items()]
         return found
 

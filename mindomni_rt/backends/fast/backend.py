@@ -34,6 +34,7 @@ from .denoise import FastDenoiseSession
 from .graph import GraphPool, memory_of
 from .language import DecodeState, FastLanguageSession
 from .linear import Linear, LinearDense, LinearW8A8, PatchLinear, make_linear
+from .picture_norm import lay_channels_last
 from .prefix import FastPrefix
 from .residency import Residency
 from .stack import FastBlock, FastStack
@@ -96,7 +97,7 @@ class TorchCudaBackend(TorchBackend):
         for name in ("x_embedder", "input_x_embedder"):
             setattr(decoder, name, PatchLinear(getattr(decoder, name).proj))
         if self.options.precision.vae == "bfloat16":
-            model.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            lay_channels_last(model.vae.to(torch.bfloat16), impl)
         # Apart, so that a token's graph does not hold what the graphs of a large image took.
         self.language_pool, self.step_pool = GraphPool(), GraphPool()
         self._buffers: dict[Shape, StepBuffers] = {}
@@ -304,14 +305,19 @@ class TorchCudaBackend(TorchBackend):
         tried = candidates(torch.device(self.device), stack.head_dim, self.options.impl)
         return tried[choose(tried, q, k, v, buffers.segments(0, buffers.shape.branches, True))]
 
+    def _need_vae(self) -> None:
+        self.residency.need("vae")
+        if is_cuda(self.device) and not self.options.limited:  # plans of a budget count no activations between layers
+            self.model.vae.room = torch.cuda.mem_get_info(self.device)[0] // 2
+
     @on_device
     def vae(self, latents: Tensor) -> NDArray[np.float32]:
-        self.residency.need("vae")
+        self._need_vae()
         return super().vae(latents)
 
     @on_device
     def vae_encode(self, pixels: NDArray[np.float32]) -> Tensor:
-        self.residency.need("vae")
+        self._need_vae()
         return super().vae_encode(pixels)
 
     @on_device
