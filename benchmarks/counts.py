@@ -1,4 +1,4 @@
-"""`python -m benchmarks counts`: what a fixed request costs, in numbers that do not depend on the machine's speed.
+"""`mindomni bench counts`: what a fixed request costs, in numbers that do not depend on the machine's speed.
 
 Stage by stage through the torch backend on the CPU: floating-point operations, operators dispatched, bytes allocated
 and the most of them alive. Token ids, image and noise are fixed, nothing ends a text early, and weights change no

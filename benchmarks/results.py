@@ -1,4 +1,4 @@
-"""`python -m benchmarks check RESULT.json`: whether a result file is complete, before you send it to anyone.
+"""`mindomni bench check RESULT.json`: whether a result file is complete, before you send it to anyone.
 
 Here every result is written, whole or not at all, and read, with a clear error.
 """

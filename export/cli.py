@@ -1,4 +1,4 @@
-"""python -m export build | verify | inspect | plan | rehearse | products | cache."""
+"""mindomni export build | verify | inspect | plan | rehearse | products | cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from .targets import PRECISIONS, choose, parse_target, stages_of
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a bundle that fails verification, 2 for a mistake in what was asked, 130 for Ctrl-C."""
-    return front_door(lambda: _run(_parser().parse_args(arguments)))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return front_door(lambda: _run(_parser().parse_args(given, argparse.Namespace(given=given))))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m export", description="From a checkpoint to a bundle.")
+    parser = Parser(prog="mindomni export", description="From a checkpoint to a bundle.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
@@ -143,7 +144,7 @@ def _build(options: argparse.Namespace) -> int:
     with build_log(options.out) as log, watching() as peak:
         manifest = build(request)
     if options.record:
-        command = shlex.join(["python", "-m", "export", *sys.argv[1:]])
+        command = shlex.join(["mindomni", "export", *options.given])
         run = build_run(manifest, command, time.perf_counter() - began, peak["bytes"], resident_peak())
         append("builds of bundles", run, options.record)
     print(describe(manifest))

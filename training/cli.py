@@ -1,4 +1,4 @@
-"""`python -m training COMMAND`: the stages, evaluation, ablations, plots and the full-size dry run."""
+"""`mindomni train COMMAND`: the stages, evaluation, ablations, plots and the full-size dry run."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ _HELP = {
 }
 
 
-_MODULES = {
-    "evaluate": "evaluation.evaluate",
-    "ablate": "evaluation.ablate",
-    "pack": "pack",
-    "plot": "evaluation.plots",
+_MODULES = {  # name: (module of this package, what it does)
+    "evaluate": ("evaluation.evaluate", "a checkpoint's accuracy on the synthetic world, with confidence intervals"),
+    "ablate": ("evaluation.ablate", "the paper's ablations on the small model"),
+    "pack": ("pack", "a trained model as a checkpoint with its card"),
+    "plot": ("evaluation.plots", "curves of runs, results of ablations, accuracy by stage"),
+    "world": ("data.world.command", "the synthetic world's autoencoder and reward model"),
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m training", description=__doc__)
+    parser = Parser(prog="mindomni train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for stage in STAGES:
         run = commands.add_parser(stage, help=_HELP[stage])
@@ -53,16 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--out", type=Path, help="a JSON file for the result")
     new = commands.add_parser("new", help="the small model's untrained checkpoint, with the world's autoencoder")
     new.add_argument("folder", type=Path)
-    new.add_argument(
-        "--vae", type=Path, required=True, help="the folder `vae` that `python -m training.data.world` wrote"
-    )
+    new.add_argument("--vae", type=Path, required=True, help="the folder `vae` that `mindomni train world` wrote")
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
     page = commands.add_parser("config-reference", help="every configuration key, as docs/training-configuration.md")
     page.add_argument("--out", type=Path, help="a Markdown file; default: standard output")
-    for name in _MODULES:
-        commands.add_parser(name, add_help=False, help=f"see `python -m training {name} --help`")
+    for name, (_, text) in _MODULES.items():
+        commands.add_parser(name, add_help=False, help=text)
     return parser
 
 
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in _MODULES:  # imported only for its own command
-        return int(importlib.import_module(f".{_MODULES[arguments[0]]}", __package__).main(arguments[1:]))
+        return int(importlib.import_module(f".{_MODULES[arguments[0]][0]}", __package__).main(arguments[1:]))
     options = _parser().parse_args(arguments)
     if options.command in STAGES:
         return _train(options)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks gpu`: what is right and how fast it is, in one command, on one machine, in one run.
+"""`mindomni bench gpu`: what is right and how fast it is, in one command, on one machine, in one run.
 
-    python -m benchmarks gpu --minutes 9                      # one GPU, full size, random weights
-    python -m benchmarks gpu --only step,tokens               # some parts
-    python -m benchmarks gpu --device cpu --preset toy        # the same code at toy size, to see that it runs
+    mindomni bench gpu --minutes 9                      # one GPU, full size, random weights
+    mindomni bench gpu --only step,tokens               # some parts
+    mindomni bench gpu --device cpu --preset toy        # the same code at toy size, to see that it runs
 
 Parts run in order of value, each with a time limit; what does not fit into the minutes is left out, a part that fails
 is recorded, and the result is written after each part. Outputs are judged by their distance from a float32 reference:
@@ -348,7 +348,7 @@ def run(options: argparse.Namespace) -> int:
     data: dict[str, Any] = {
         **head,
         "date": now.isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks gpu --device {device} --preset {options.preset} "
+        "command": f"mindomni bench gpu --device {device} --preset {options.preset} "
         f"--minutes {options.minutes:g} --only {','.join(parts)}",
         "machine": machine,
         "preset": options.preset,

@@ -1,4 +1,4 @@
-"""`python -m benchmarks peers`: transformers, diffusers and onnxruntime beside ours, on the same weights, in one run.
+"""`mindomni bench peers`: transformers, diffusers and onnxruntime beside ours, on the same weights, in one run.
 
 Outputs are compared before anything is timed. Random weights of the published configuration ("full") or of its small
 copy ("toy", for a CPU: it times the overhead of the frameworks, not their kernels), or a checkpoint's.

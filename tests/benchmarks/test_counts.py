@@ -21,7 +21,7 @@ from mindomni_rt.benchmarks.counts import BASELINE, counting, counting_flops, me
 from mindomni_rt.benchmarks.results import read_checked
 from mindomni_rt.model.decoder import DiffusionDecoder
 
-RENEW = "; where that is meant: python -m benchmarks counts --out benchmarks/results/counts-baseline.json"
+RENEW = "; where that is meant: mindomni bench counts --out benchmarks/results/counts-baseline.json"
 
 
 @pytest.fixture(scope="module")

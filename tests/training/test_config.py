@@ -90,9 +90,7 @@ def test_rewards_without_weights_weigh_one_each():
 
 def test_the_reference_page_is_current_and_complete(capsys, tmp_path):
     page = Path(__file__).parents[2] / "docs" / "training-configuration.md"
-    assert page.read_text(encoding="utf-8") == reference(), "run `python -m training config-reference --out " + str(
-        page
-    )
+    assert page.read_text(encoding="utf-8") == reference(), "run `mindomni train config-reference --out " + str(page)
     keys = [f"`{name}`" for name in _flat(load_config(None, ["stage=sft", "model=m", "out=o"]).to_dict())]
     assert all(f"| {key} |" in reference() for key in keys) and len(keys) > 60
     assert main(["config-reference"]) == 0 and capsys.readouterr().out == reference()
