@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
+from mindomni_rt.extras import install
 from mindomni_rt.memory.layers import Workload
 
 from .machine import header
@@ -168,7 +169,7 @@ def count_graphs(bundle: Path) -> dict[str, dict[str, int]]:
     try:
         import onnx
     except ImportError:
-        sys.stderr.write("graphs are not counted: onnx is not installed: pip install mindomni-rt[export]\n")
+        sys.stderr.write(f"graphs are not counted: onnx is not installed: {install('export')}\n")
         return {}
     if not is_bundle(bundle):
         sys.stderr.write(f"graphs are not counted: no bundle at {bundle.name}\n")
