@@ -17,7 +17,7 @@ from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.outputs import write_atomic, write_json
 
-from .config import STAGES, load_config
+from .config import STAGES, load_config, named_configs
 from .errors import BadConfigError
 from .outputs import check_target, save_checkpoint
 
@@ -41,13 +41,14 @@ _MODULES = {  # name: (module of this package, what it does)
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mindomni train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    named = f"a TOML file, or one of the package: {', '.join(named_configs())}"
     for stage in STAGES:
         run = commands.add_parser(stage, help=_HELP[stage])
-        run.add_argument("--config", type=Path, required=True, help="a TOML file")
+        run.add_argument("--config", type=Path, required=True, metavar="FILE_OR_NAME", help=named)
         run.add_argument("--quiet", action="store_true", help="no progress bar")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 data.paths=['a.jsonl']")
     dry = commands.add_parser("dry-run", help="parameters by name and memory by GPU, at the published sizes")
-    dry.add_argument("--config", type=Path, required=True)
+    dry.add_argument("--config", type=Path, required=True, metavar="FILE_OR_NAME", help=named)
     dry.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
     dry.add_argument("overrides", nargs="*", metavar="key=value")
     step = commands.add_parser("gpu-step", help="one full-size step of stage 1 and of RGPO, measured on this GPU")
@@ -125,11 +126,10 @@ def _gpu_step(options: argparse.Namespace) -> int:
 
     if options.out:
         check_target(options.out)
-    folder = Path(__file__).parent / "configs"
     small = ["data.image_size=256", "optim.batch=4", "data.source=world"]
-    pretrain = load_config(folder / "pretrain-full.toml", small)
+    pretrain = load_config(Path("pretrain-full"), small)
     rollouts = ["optim.batch=1", "rgpo.max_new_tokens=64", "rgpo.image_steps=10"]
-    rgpo = load_config(folder / "rgpo-full.toml", [*small, *rollouts])
+    rgpo = load_config(Path("rgpo-full"), [*small, *rollouts])
     result: dict[str, Any] = gpu_step(pretrain, rgpo)
     print(json.dumps(result, indent=2))
     if options.out:

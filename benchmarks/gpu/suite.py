@@ -45,7 +45,7 @@ from ..peers.baselines import EagerDecoder
 from ..peers.command import cuda_or_cpu
 from ..peers.pairs import BOUNDS, marked, run_group
 from ..peers.torch import decoder_group, language_group
-from ..results import FOLDER, write_result
+from ..results import FOLDER, IN_CHECKOUT, write_result
 from ..stages import Preset, Stages, make_backend, mean_velocity, noise, random_conditions
 from .kernels import CASES, Sizes, run_case, sweep
 from .report import markdown
@@ -319,7 +319,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="full", help="sizes of the model and the requests")
     parser.add_argument("--minutes", type=float, default=9, help="parts that would end later are left out")
     parser.add_argument("--only", metavar="PARTS", help=f"some of {', '.join(PARTS)}; default: all but sweep")
-    parser.add_argument("--out", type=Path, help="folder; default at full size on a GPU: benchmarks/results")
+    parser.add_argument(
+        "--out", type=Path, help="folder; default at full size on a GPU: benchmarks/results of a checkout, else here"
+    )
 
 
 def _parts(only: str | None) -> list[str]:
@@ -338,7 +340,7 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     preset, began, now = presets(options.preset), time.perf_counter(), datetime.datetime.now(datetime.UTC)
     kept = device.type == "cuda" and options.preset == "full"
-    folder = options.out or ((FOLDER if FOLDER.is_dir() else Path()) if kept else None)
+    folder = options.out or ((FOLDER if IN_CHECKOUT else Path()) if kept else None)
     head = header("gpu")
     machine = {**describe_machine(str(device)), "gpu": None, "versions": head.pop("versions")}
     if device.type == "cuda":
