@@ -58,6 +58,7 @@ def _parser() -> Parser:
     build.add_argument("--out", required=True, type=Path)
     build.add_argument("--overwrite", action="store_true")
     build.add_argument("--no-cache", action="store_true", help="make graphs, ranges and engines anew, keep none")
+    build.add_argument("-q", "--quiet", action="store_true", help="no line for each graph and engine")
     build.add_argument("--record", type=Path, help="a JSON file to append time, memory and bytes of the build to")
     build.set_defaults(run=_build)
 
@@ -136,8 +137,8 @@ def _build(options: argparse.Namespace) -> int:
         calibration_size=options.calibration_size,
         cache=None if options.no_cache else default_cache(),
         overwrite=options.overwrite,
-        progress=_progress if sys.stderr.isatty() else None,
-        say=_say if sys.stderr.isatty() else None,
+        progress=_progress if sys.stderr.isatty() and not options.quiet else None,
+        say=None if options.quiet or options.verbose else _say,  # -v shows the log, which has the same lines
     )
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     began = time.perf_counter()
