@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: how fast, will it fit, how good."""
+"""`mindomni bench COMMAND`: how fast, will it fit, how good."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ _COMMANDS = {  # name: (module of this package, what it does)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a regression, 2 for a mistake in what was asked, 130 when interrupted."""
     commands = {name: (f"mindomni_rt.benchmarks.{module}", text) for name, (module, text) in _COMMANDS.items()}
-    return run_package(arguments, "python -m benchmarks", __doc__, commands, extra="bench")
+    return run_package(arguments, "mindomni bench", __doc__, commands, extra="bench")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare A.json B.json`: what changed between two results of one kind, latency or counts.
+"""`mindomni bench compare A.json B.json`: what changed between two results of one kind, latency or counts.
 
 Times scatter, so of latency it says how sure the change is. Counts do not: any rise is a failure.
 """
@@ -149,6 +149,6 @@ def run(options: argparse.Namespace) -> int:
             for name, count in by_name.items()
             if a["torch"] == b["torch"] and count > (before := a["operators"].get(stage, {}).get(name, 0))
         ]
-        lines.append(f"where the rise is meant, renew the baseline: python -m benchmarks counts --out {options.a}")
+        lines.append(f"where the rise is meant, renew the baseline: mindomni bench counts --out {options.a}")
     sys.stdout.write("\n".join(lines) + "\n")
     return int(failed)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks counts`: what a fixed request costs, in numbers that do not depend on the machine's speed.
+"""`mindomni bench counts`: what a fixed request costs, in numbers that do not depend on the machine's speed.
 
 Stage by stage through the torch backend on the CPU: floating-point operations, operators dispatched, bytes allocated
 and the most of them alive. Token ids, image and noise are fixed, nothing ends a text early, and weights change no
@@ -28,6 +28,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
+from mindomni_rt.demo import DEMO_MODELS
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.extras import install
 from mindomni_rt.memory.layers import Workload
 
 from .machine import header
@@ -36,7 +39,7 @@ from .stages import Stages
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "fixtures" / "parity"
-BUNDLE = ROOT / "assets" / "shapes-world-bundle"
+BUNDLE = DEMO_MODELS[0][0]
 BASELINE = FOLDER / "counts-baseline.json"
 REQUEST: dict[str, Any] = {"patches": [8, 8], "prompt": 20, "negative": 6, "new_tokens": 5, "side": 96, "steps": 3}
 """Patches of the reference image, tokens of both prompts, tokens written, pixels a side, steps."""
@@ -46,7 +49,9 @@ UNITS = {"vision": 1, "language.prefill": 1, "language.decode": 4, "connector": 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("model", nargs="?", type=Path, default=MODEL, help="a checkpoint folder; default: the tests'")
+    parser.add_argument(
+        "model", nargs="?", type=Path, default=MODEL, help="a checkpoint folder; default, in a checkout: the tests'"
+    )
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs to count")
     parser.add_argument("--out", type=Path, help="a .json file")
 
@@ -54,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Counts and reports."""
     check_out(options.out)
+    if options.model == MODEL and not MODEL.is_dir():
+        raise BadRequestError(
+            "the checkpoint of the baseline's counts comes with a checkout's tests, not with an installation: give a "
+            "folder, for example one that `mindomni random-checkpoint` wrote"
+        )
     data = measure(options.model, options.bundle)
     sys.stdout.write(report(data))
     if options.out:
@@ -168,7 +178,7 @@ def count_graphs(bundle: Path) -> dict[str, dict[str, int]]:
     try:
         import onnx
     except ImportError:
-        sys.stderr.write("graphs are not counted: onnx is not installed: pip install mindomni-rt[export]\n")
+        sys.stderr.write(f"graphs are not counted: onnx is not installed: {install('export')}\n")
         return {}
     if not is_bundle(bundle):
         sys.stderr.write(f"graphs are not counted: no bundle at {bundle.name}\n")

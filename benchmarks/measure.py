@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mindomni_rt.errors import MindOmniError, MissingExtraError
+from mindomni_rt.extras import install
 
 from .machine import device_peak
 
@@ -161,7 +162,7 @@ def _why(error: Exception) -> dict[str, str]:
     """Why a part found nothing: a peer that is not installed is "missing", all else "failed"."""
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if module in PEERS or isinstance(error, MissingExtraError):
-        return {"missing": "not installed: pip install mindomni-rt[bench]"}
+        return {"missing": f"not installed: {install('bench')}"}
     return {"failed": described(error)}
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks plan --memory-budget 8GiB`: what `load(memory_budget=…)` would keep loaded on a GPU.
+"""`mindomni bench plan --memory-budget 8GiB`: what `load(memory_budget=…)` would keep loaded on a GPU.
 
 The planner, the bytes of each stage and the reserve for the system are those of `export plan`. Two choices differ, and
 `--precision` sets the first: without one this takes the most exact precision that fits, as loading does, where

@@ -1,4 +1,4 @@
-"""`python -m benchmarks check RESULT.json`: whether a result file is complete, before you send it to anyone.
+"""`mindomni bench check RESULT.json`: whether a result file is complete, before you send it to anyone.
 
 Here every result is written, whole or not at all, and read, with a clear error.
 """
@@ -22,6 +22,8 @@ from mindomni_rt.outputs import write_atomic as write_atomic
 from mindomni_rt.outputs import write_json as write_json
 
 FOLDER = Path(__file__).with_name("results")
+IN_CHECKOUT = (FOLDER.resolve().parents[1] / "pyproject.toml").is_file()
+"""Whether FOLDER is the repository's, to which results are added; that of an installation is left as it is."""
 FORMAT = 1
 NUMBER, OPTIONAL_TEXT = (int, float), (str, type(None))
 Shape = Any

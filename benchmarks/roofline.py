@@ -1,4 +1,4 @@
-"""`python -m benchmarks roofline`: floors and predictions, the cost model times the device sheet, beside results."""
+"""`mindomni bench roofline`: floors and predictions, the cost model times the device sheet, beside results."""
 
 from __future__ import annotations
 

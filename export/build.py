@@ -91,7 +91,7 @@ def build(request: BuildRequest) -> Manifest:
 def _cache_note(cache: Path | None) -> str:
     if cache is None:
         return "not used"
-    return f"{cache} (empty it with: python -m export cache --clear)"
+    return f"{cache} (empty it with: mindomni export cache --clear)"
 
 
 def _wanted(name: str, request: BuildRequest) -> bool:

@@ -1,4 +1,4 @@
-"""python -m export build | verify | inspect | plan | rehearse | products | cache."""
+"""mindomni export build | verify | inspect | plan | rehearse | products | cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from .targets import PRECISIONS, choose, parse_target, stages_of
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a bundle that fails verification, 2 for a mistake in what was asked, 130 for Ctrl-C."""
-    return front_door(lambda: _run(_parser().parse_args(arguments)))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return front_door(lambda: _run(_parser().parse_args(given, argparse.Namespace(given=given))))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m export", description="From a checkpoint to a bundle.")
+    parser = Parser(prog="mindomni export", description="From a checkpoint to a bundle.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
@@ -57,6 +58,7 @@ def _parser() -> Parser:
     build.add_argument("--out", required=True, type=Path)
     build.add_argument("--overwrite", action="store_true")
     build.add_argument("--no-cache", action="store_true", help="make graphs, ranges and engines anew, keep none")
+    build.add_argument("-q", "--quiet", action="store_true", help="no line for each graph and engine")
     build.add_argument("--record", type=Path, help="a JSON file to append time, memory and bytes of the build to")
     build.set_defaults(run=_build)
 
@@ -135,15 +137,15 @@ def _build(options: argparse.Namespace) -> int:
         calibration_size=options.calibration_size,
         cache=None if options.no_cache else default_cache(),
         overwrite=options.overwrite,
-        progress=_progress if sys.stderr.isatty() else None,
-        say=_say if sys.stderr.isatty() else None,
+        progress=_progress if sys.stderr.isatty() and not options.quiet else None,
+        say=None if options.quiet or options.verbose else _say,  # -v shows the log, which has the same lines
     )
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     began = time.perf_counter()
     with build_log(options.out) as log, watching() as peak:
         manifest = build(request)
     if options.record:
-        command = shlex.join(["python", "-m", "export", *sys.argv[1:]])
+        command = shlex.join(["mindomni", "export", *options.given])
         run = build_run(manifest, command, time.perf_counter() - began, peak["bytes"], resident_peak())
         append("builds of bundles", run, options.record)
     print(describe(manifest))

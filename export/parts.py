@@ -138,7 +138,8 @@ class Parts:
         self._progress.spend("tracing", seconds)
         self._progress.spend("weights", written)
         how = f"traced in {seconds:.1f} s" if seconds else "trace from the cache"
-        self._progress.done(name, f"{how}, weights written in {written:.1f} s", seconds + written)
+        size = sum(report["bytes_by_type"].values()) / 1e6
+        self._progress.done(name, f"{how}, {size:.1f} MB of weights written in {written:.1f} s", seconds + written)
         return report
 
     def _held(self, spec: GraphSpec, file: Path) -> dict[str, Any]:

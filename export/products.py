@@ -2,7 +2,7 @@
 
 The products of the published language model's layers in each form, run in turn: other work slows all of them alike.
 
-    python -m export products --layers 1 --out result.json
+    mindomni export products --layers 1 --out result.json
 
 forms: float32; DequantizeLinear before MatMul in int4 and int8 ("dq"); MatMulNBits ("packed"), also with its weights
 packed for the processor on disk ("saved"); int8 with the input rounded by a fixed range ("static") or by its own

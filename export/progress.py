@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class Progress:
-    """Steps of a build. say: receives a line after each step, for a terminal; the log gets it always."""
+    """Steps of a build. say: receives a line after each step, for standard error; the log gets it always."""
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self._say = say

@@ -21,7 +21,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from . import __version__, doctor, load
+from . import __version__, doctor, extras, load
 from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
@@ -262,8 +262,9 @@ def _demo_on(model: Path, prompt: str, paths: list[Path], options: argparse.Name
     pipe = load(model, device="cpu")
     _finish(_follow(pipe.stream(prompt, seed=7, **DEMO_SETTINGS), options), paths, options)
     if not (options.json or options.quiet):
-        print("Next: `mindomni ui` opens a page to try it on (pip install '.[onnx,ui]'), and `mindomni serve` answers")
-        print("OpenAI's clients at http://127.0.0.1:8000/v1 (pip install '.[onnx,serve]').")
+        page, server = (f" ({extras.install(extra)})" * bool(extras.lacking(extra)) for extra in ("ui", "serve"))
+        print(f"Next: `mindomni ui` opens a page to try it on{page}, and `mindomni serve` answers OpenAI's clients at")
+        print(f"http://127.0.0.1:8000/v1{server}.")
     return 0
 
 

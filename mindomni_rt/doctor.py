@@ -13,6 +13,7 @@ from typing import Any
 
 from . import checkout
 from .errors import MindOmniError
+from .extras import install
 from .memory.machine import Machine, read_machine
 from .memory.planner import gigabytes
 
@@ -25,7 +26,7 @@ _VERSIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Something that works only with certain modules. extra: of mindomni-rt, which installs them."""
+    """Something that works only with certain modules. extra: what installs them."""
 
     name: str
     serves: str
@@ -40,7 +41,7 @@ _PARTS = (
         modules=("torch", "safetensors", "huggingface_hub"),
         extra="torch",
     ),
-    Part(name="fast path", serves="kernels of the torch backend on a GPU", modules=("torch", "triton"), extra="all"),
+    Part(name="fast path", serves="kernels of the torch backend on a GPU", modules=("torch", "triton"), extra="fast"),
     Part(name="onnx", serves="bundles built for cpu", modules=("onnxruntime",), extra="onnx"),
     Part(
         name="tensorrt",
@@ -136,7 +137,7 @@ def _state(part: Part) -> dict[str, Any]:
     return {
         "serves": part.serves,
         "lacks": [module for module in part.modules if not _present(module)],
-        "install": f"pip install 'mindomni-rt[{part.extra}]'",
+        "install": install(part.extra),
     }
 
 
@@ -166,7 +167,7 @@ def _notes(machine: Machine) -> list[str]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, install one"
         )
     if machine.gpus and _present("onnxruntime") and "onnxruntime-gpu" not in installed():
-        notes.append("onnx bundles run on the CPU; for CUDA uninstall onnxruntime and install 'mindomni-rt[onnx-gpu]'")
+        notes.append(f"onnx bundles run on the CPU; for CUDA pip uninstall onnxruntime, then {install('onnx-gpu')}")
     return notes
 
 

@@ -1,5 +1,7 @@
 """The error family. A message says what was wrong, what was expected, and what to do."""
 
+from .extras import install
+
 
 class MindOmniError(Exception):
     """Base of every error that a caller can act on."""
@@ -38,10 +40,10 @@ class NotFiniteError(MindOmniError, ArithmeticError):
 
 
 class MissingExtraError(MindOmniError, ImportError):
-    """An optional dependency that is not installed. The message names the extra."""
+    """An optional dependency that is not installed. The message names the packages to install."""
 
     def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
-        advice = advice or f"pip install 'mindomni-rt[{extra}]'"
+        advice = advice or f"{install(extra)} (the extra {extra})"
         super().__init__(f"{package} is not installed: {advice}")
         self._given = (package, extra, advice)
 

@@ -33,7 +33,7 @@ def load(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Pipeline:
-    """Loads a checkpoint in the published layout, or a bundle that `python -m export build` made of one.
+    """Loads a checkpoint in the published layout, or a bundle that `mindomni export build` made of one.
 
     A bundle names its own runtime (onnxruntime or TensorRT) and type, and needs no torch; backend and dtype may only
     agree with it. memory_budget: "auto" is what is free now, "8GiB" or bytes no more than that, None does not look;
@@ -65,7 +65,7 @@ def load(
     if backend not in ("auto", "torch"):
         raise BadRequestError(
             f"{folder} is a checkpoint, which the torch backend runs; for backend {backend!r} build a bundle of it: "
-            f"python -m export build {folder} --target cpu --out BUNDLE"
+            f"mindomni export build {folder} --target cpu --out BUNDLE"
         )
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "torch")

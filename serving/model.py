@@ -17,6 +17,7 @@ from mindomni_rt.checks import shown
 from mindomni_rt.demo import DEMO_SETTINGS, runnable_demo
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError, MindOmniError
+from mindomni_rt.extras import install
 from mindomni_rt.files import parse_json
 from mindomni_rt.loading import load
 from mindomni_rt.options import parse_size
@@ -116,9 +117,7 @@ def chosen(options: argparse.Namespace) -> Model:
     if path is None:
         small = runnable_demo()
         if small is None:
-            raise BadRequestError(
-                "the small model needs onnxruntime or torch: pip install 'mindomni-rt[onnx]'; or give a MODEL"
-            )
+            raise BadRequestError(f"the small model needs onnxruntime or torch: {install('onnx')}; or give a MODEL")
         path, found = str(small), dict(DEMO_SETTINGS)
     return Model(
         path=path,

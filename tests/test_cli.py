@@ -18,8 +18,10 @@ import pytest
 from conftest import PARITY
 from PIL import Image
 
+from mindomni_rt import extras
 from mindomni_rt.cli import main
 from mindomni_rt.inputs.images import read_settings, save_image
+from mindomni_rt.options import HANDED_OVER
 
 MODEL = ["--model", str(PARITY), "--device", "cpu"]
 SMALL = ["--size", "48x32", "--steps", "2", "--max-new-tokens", "6", "--seed", "5"]
@@ -264,7 +266,9 @@ def test_the_packages_commands(command: str) -> None:
     before = f"sys.modules['mindomni_rt.{module}.cli'] = None"
     done = run(command, "--help", before=before)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and "pip install 'mindomni-rt[" in lines[0], done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and ": pip install " in lines[0], done.stderr
+    extra = HANDED_OVER[command][2]
+    assert any(package in lines[0] for package in extras.packages(extra)) and f"the extra {extra})" in lines[0]
 
 
 def test_help_has_an_example_a_command(capsys: pytest.CaptureFixture[str]) -> None:

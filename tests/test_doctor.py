@@ -55,10 +55,12 @@ def test_a_card_and_a_small_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     present = {"numpy", "onnxruntime"}
     monkeypatch.setattr(doctor, "_present", lambda module: module in present)
+    monkeypatch.setattr("mindomni_rt.extras.satisfied", lambda _: False)
     found = doctor.examine(machine=LAPTOP)
     assert found.backends["onnx"]["lacks"] == []
     assert found.backends["torch"]["lacks"] == ["torch", "safetensors", "huggingface_hub"]
-    assert "tensorrt  lacks tensorrt_rtx, cuda.core, cuda.bindings: pip install 'mindomni-rt[trt]'" in str(found)
+    install = 'pip install "tensorrt-rtx>=1.7" "cuda-core>=1.0" "cuda-bindings>=13" tqdm'
+    assert f"tensorrt  lacks tensorrt_rtx, cuda.core, cuda.bindings: {install} (" in str(found)
 
 
 def test_folders_follow_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ MISSING: dict[str, tuple[Main, dict[str, list[str]]]] = {
             "ablate": [NOT],
             "pack": [NOT, "x"],
             "plot": [NOT, "--out", "x.png"],
+            "world": ["/proc/none"],
             "config-reference": ["--out", "/proc/none/x.md"],
         },
     ),

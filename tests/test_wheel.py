@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from mindomni_rt import extras
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 SUBPACKAGES = ("export", "kernels", "training", "benchmarks", "serving")
@@ -114,6 +116,21 @@ def test_export_is_installed_under_each_name(installed: Path, tmp_path: Path, co
     start = [installed.with_name(command[0]), *command[1:]] if command[0] == "mindomni" else [installed, *command]
     assert "inspect" in run([*start, "--help"], tmp_path)
     assert "language" in run([*start, "inspect", bundle(installed, tmp_path)], tmp_path)
+
+
+def test_configurations_and_extras_are_known(installed: Path, tmp_path: Path) -> None:
+    """Files of a checkout are not at hand: configurations come with the package, extras from its metadata."""
+    script = (
+        "import json, pathlib; from mindomni_rt import extras; from mindomni_rt.training.config import *\n"
+        "stages = {name: load_config(pathlib.Path(name)).stage for name in named_configs()}\n"
+        "found = {name: sorted(extras.packages(name)) for name in ('onnx', 'fast', 'bench', 'ui')}\n"
+        "print(json.dumps([stages, found]))"
+    )
+    stages, found = json.loads(run([installed, "-c", script], tmp_path))
+    assert set(stages) == {p.stem for p in (ROOT / "training" / "configs").glob("*.toml")}
+    assert stages["shapes-sft"] == "sft"
+    expected = {name: sorted(p.replace("_", "-") for p in extras.packages(name)) for name in found}
+    assert found == expected
 
 
 @pytest.mark.parametrize("command", [["mindomni", "bench"], ["-m", "mindomni_rt.benchmarks"]])

@@ -1,4 +1,4 @@
-"""`python -m training COMMAND`: the stages, evaluation, ablations, plots and the full-size dry run."""
+"""`mindomni train COMMAND`: the stages, evaluation, ablations, plots and the full-size dry run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.outputs import write_atomic, write_json
 
-from .config import STAGES, load_config
+from .config import STAGES, load_config, named_configs
 from .errors import BadConfigError
 from .outputs import check_target, save_checkpoint
 
@@ -29,40 +29,40 @@ _HELP = {
 }
 
 
-_MODULES = {
-    "evaluate": "evaluation.evaluate",
-    "ablate": "evaluation.ablate",
-    "pack": "pack",
-    "plot": "evaluation.plots",
+_MODULES = {  # name: (module of this package, what it does)
+    "evaluate": ("evaluation.evaluate", "a checkpoint's accuracy on the synthetic world, with confidence intervals"),
+    "ablate": ("evaluation.ablate", "the paper's ablations on the small model"),
+    "pack": ("pack", "a trained model as a checkpoint with its card"),
+    "plot": ("evaluation.plots", "curves of runs, results of ablations, accuracy by stage"),
+    "world": ("data.world.command", "the synthetic world's autoencoder and reward model"),
 }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m training", description=__doc__)
+    parser = Parser(prog="mindomni train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    named = f"a TOML file, or one of the package: {', '.join(named_configs())}"
     for stage in STAGES:
         run = commands.add_parser(stage, help=_HELP[stage])
-        run.add_argument("--config", type=Path, required=True, help="a TOML file")
+        run.add_argument("--config", type=Path, required=True, metavar="FILE_OR_NAME", help=named)
         run.add_argument("--quiet", action="store_true", help="no progress bar")
         run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-4 data.paths=['a.jsonl']")
     dry = commands.add_parser("dry-run", help="parameters by name and memory by GPU, at the published sizes")
-    dry.add_argument("--config", type=Path, required=True)
+    dry.add_argument("--config", type=Path, required=True, metavar="FILE_OR_NAME", help=named)
     dry.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
     dry.add_argument("overrides", nargs="*", metavar="key=value")
     step = commands.add_parser("gpu-step", help="one full-size step of stage 1 and of RGPO, measured on this GPU")
     step.add_argument("--out", type=Path, help="a JSON file for the result")
     new = commands.add_parser("new", help="the small model's untrained checkpoint, with the world's autoencoder")
     new.add_argument("folder", type=Path)
-    new.add_argument(
-        "--vae", type=Path, required=True, help="the folder `vae` that `python -m training.data.world` wrote"
-    )
+    new.add_argument("--vae", type=Path, required=True, help="the folder `vae` that `mindomni train world` wrote")
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--width", type=int, default=128)
     new.add_argument("--connector-layers", type=int, default=2)
     page = commands.add_parser("config-reference", help="every configuration key, as docs/training-configuration.md")
     page.add_argument("--out", type=Path, help="a Markdown file; default: standard output")
-    for name in _MODULES:
-        commands.add_parser(name, add_help=False, help=f"see `python -m training {name} --help`")
+    for name, (_, text) in _MODULES.items():
+        commands.add_parser(name, add_help=False, help=text)
     return parser
 
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in _MODULES:  # imported only for its own command
-        return int(importlib.import_module(f".{_MODULES[arguments[0]]}", __package__).main(arguments[1:]))
+        return int(importlib.import_module(f".{_MODULES[arguments[0]][0]}", __package__).main(arguments[1:]))
     options = _parser().parse_args(arguments)
     if options.command in STAGES:
         return _train(options)
@@ -126,11 +126,10 @@ def _gpu_step(options: argparse.Namespace) -> int:
 
     if options.out:
         check_target(options.out)
-    folder = Path(__file__).parent / "configs"
     small = ["data.image_size=256", "optim.batch=4", "data.source=world"]
-    pretrain = load_config(folder / "pretrain-full.toml", small)
+    pretrain = load_config(Path("pretrain-full"), small)
     rollouts = ["optim.batch=1", "rgpo.max_new_tokens=64", "rgpo.image_steps=10"]
-    rgpo = load_config(folder / "rgpo-full.toml", [*small, *rollouts])
+    rgpo = load_config(Path("rgpo-full"), [*small, *rollouts])
     result: dict[str, Any] = gpu_step(pretrain, rgpo)
     print(json.dumps(result, indent=2))
     if options.out:

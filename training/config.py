@@ -19,6 +19,8 @@ from .errors import BadConfigError
 
 STAGES = ("prior", "pretrain", "sft", "rgpo")
 SFT_RANK = 16  # of LoRA on the decoder, as released
+CONFIGS = Path(__file__).with_name("configs")
+"""Configurations that the package holds: NAME.toml. `load_config` takes their names as paths."""
 
 
 def _choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -243,12 +245,13 @@ class Config:
 def load_config(path: Path | None, overrides: Sequence[str] = (), **defaults: Any) -> Config:
     """A configuration from a TOML file, `key=value` overrides (dots reach into tables) and defaults below both.
 
+    path: a file, or the name of one in `CONFIGS`, such as "shapes-sft".
     Values are read as TOML; what does not parse is a string. Raises BadConfigError naming the key, and the file or
     override that holds it.
     """
     data: dict[str, Any] = dict(defaults)
     if path is not None:
-        data.update(_read(path))
+        data.update(_read(_find(path)))
     given: dict[str, str] = {}
     for item in overrides:
         key, sign, value = item.partition("=")
@@ -268,11 +271,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), **defaults: An
     return built
 
 
+def named_configs() -> list[str]:
+    """Names of the configurations that the package holds."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def _find(path: Path) -> Path:
+    """The file itself, or the package's one of that name where there is no such file."""
+    named = CONFIGS / f"{path.name}.toml"
+    return named if not path.is_file() and path.name == str(path) and named.is_file() else path
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadConfigError(f"{path}: {error.strerror}") from error
+        names = ", ".join(named_configs())
+        raise BadConfigError(f"{path}: {error.strerror}; expected a TOML file or one of {names}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfigError(f"{path} is not valid TOML: {error}") from error
     except RecursionError as error:

@@ -32,7 +32,7 @@ Images have 96x96 pixels. It knows {words} words in lower case; any other is `<u
 ## How it was made
 {making}
 
-Autoencoder and reward model: `python -m training.data.world`. Times are of one thread beside other work.
+Autoencoder and reward model: `mindomni train world`. Times are of one thread beside other work.
 
 Ours, not the paper's: stage 0 (`prior`), which stands for the pretrained weights of the published model; the feature
 distillation in stage 2; captions replayed in stage 3's image KL. The consistency reward is a small CLIP trained on
@@ -44,7 +44,7 @@ for, though stages 0 and 2 have seen them); 95 % Wilson intervals. `riddles` and
 same riddles without thinking. `image`: the picture shows what was asked for. `text`: the answer names it.
 `image_of_text`: the picture shows what the answer names.
 
-`python -m training evaluate FOLDER --against FOLDER/evaluation.json` repeats it and fails if intervals do not overlap.
+`mindomni train evaluate FOLDER --against FOLDER/evaluation.json` repeats it and fails if intervals do not overlap.
 Without thinking the model is as good as stage 2 had time to make it: longer stages 2 close a part of the gap
 (`docs/log.md`).
 
@@ -135,7 +135,7 @@ def _cell(score: dict[str, Any] | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Raises MindOmniError for what a user can mend."""
-    parser = Parser(prog="python -m training pack", description=__doc__)
+    parser = Parser(prog="mindomni train pack", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", default="float32", help="float32 (the default), float16 or bfloat16")

@@ -14,7 +14,7 @@ from .config import Config
 _FIELD = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)
 _HEAD = """# Training configuration
 
-Every key of a TOML file, or of `key=value` on the command line (`optim.lr=1e-4`). `python -m training config-reference`
+Every key of a TOML file, or of `key=value` on the command line (`optim.lr=1e-4`). `mindomni train config-reference`
 writes this page from `training/config.py`.
 """
 

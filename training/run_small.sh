@@ -16,7 +16,7 @@ exec 9> "$RUNS/.lock"
 flock 9
 
 [ -f "$RUNS/vae/world_vae.safetensors" ] && [ -f "$RUNS/reward/world_clip.safetensors" ] ||
-    $PYTHON -m training.data.world "$RUNS" --seed "$SEED"
+    $PYTHON -m training world "$RUNS" --seed "$SEED"
 [ -f "$RUNS/fresh/connector.safetensors" ] ||
     $PYTHON -m training new "$RUNS/fresh" --vae "$RUNS/vae" --seed "$SEED"
 

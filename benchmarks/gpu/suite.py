@@ -1,8 +1,8 @@
-"""`python -m benchmarks gpu`: what is right and how fast it is, in one command, on one machine, in one run.
+"""`mindomni bench gpu`: what is right and how fast it is, in one command, on one machine, in one run.
 
-    python -m benchmarks gpu --minutes 9                      # one GPU, full size, random weights
-    python -m benchmarks gpu --only step,tokens               # some parts
-    python -m benchmarks gpu --device cpu --preset toy        # the same code at toy size, to see that it runs
+    mindomni bench gpu --minutes 9                      # one GPU, full size, random weights
+    mindomni bench gpu --only step,tokens               # some parts
+    mindomni bench gpu --device cpu --preset toy        # the same code at toy size, to see that it runs
 
 Parts run in order of value, each with a time limit; what does not fit into the minutes is left out, a part that fails
 is recorded, and the result is written after each part. Outputs are judged by their distance from a float32 reference:
@@ -45,7 +45,7 @@ from ..peers.baselines import EagerDecoder
 from ..peers.command import cuda_or_cpu
 from ..peers.pairs import BOUNDS, marked, run_group
 from ..peers.torch import decoder_group, language_group
-from ..results import FOLDER, write_result
+from ..results import FOLDER, IN_CHECKOUT, write_result
 from ..stages import Preset, Stages, make_backend, mean_velocity, noise, random_conditions
 from .kernels import CASES, Sizes, run_case, sweep
 from .report import markdown
@@ -320,7 +320,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="full", help="sizes of the model and the requests")
     parser.add_argument("--minutes", type=float, default=9, help="parts that would end later are left out")
     parser.add_argument("--only", metavar="PARTS", help=f"some of {', '.join(PARTS)}; default: all but sweep")
-    parser.add_argument("--out", type=Path, help="folder; default at full size on a GPU: benchmarks/results")
+    parser.add_argument(
+        "--out", type=Path, help="folder; default at full size on a GPU: benchmarks/results of a checkout, else here"
+    )
 
 
 def _parts(only: str | None) -> list[str]:
@@ -339,7 +341,7 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     preset, began, now = presets(options.preset), time.perf_counter(), datetime.datetime.now(datetime.UTC)
     kept = device.type == "cuda" and options.preset == "full"
-    folder = options.out or ((FOLDER if FOLDER.is_dir() else Path()) if kept else None)
+    folder = options.out or ((FOLDER if IN_CHECKOUT else Path()) if kept else None)
     head = header("gpu")
     machine = {**describe_machine(str(device)), "gpu": None, "versions": head.pop("versions")}
     if device.type == "cuda":
@@ -349,7 +351,7 @@ def run(options: argparse.Namespace) -> int:
     data: dict[str, Any] = {
         **head,
         "date": now.isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks gpu --device {device} --preset {options.preset} "
+        "command": f"mindomni bench gpu --device {device} --preset {options.preset} "
         f"--minutes {options.minutes:g} --only {','.join(parts)}",
         "machine": machine,
         "preset": options.preset,

@@ -1,4 +1,4 @@
-"""`python -m benchmarks latency MODEL`: how long one request takes, stage by stage, as MLPerf's single stream does it.
+"""`mindomni bench latency MODEL`: how long one request takes, stage by stage, as MLPerf's single stream does it.
 
 One request at a time, warm-up runs first and not counted, then n runs: p50, p90, p99. Clocks and throttling are read
 before and after them. The cold start comes last, in other processes (`cold`).

@@ -1,4 +1,4 @@
-"""`python -m benchmarks load MODEL`: a server of the small model under many clients, each answer checked.
+"""`mindomni bench load MODEL`: a server of the small model under many clients, each answer checked.
 
 Starts `mindomni serve` on this machine, sends requests of four kinds, so many at once, and lets a share of the clients
 leave early. Every answer must equal the same request alone, the server must account for every request, and its memory

@@ -1,4 +1,4 @@
-"""`python -m benchmarks peers`: transformers, diffusers and onnxruntime beside ours, on the same weights, in one run.
+"""`mindomni bench peers`: transformers, diffusers and onnxruntime beside ours, on the same weights, in one run.
 
 Outputs are compared before anything is timed. Random weights of the published configuration ("full") or of its small
 copy ("toy", for a CPU: it times the overhead of the frameworks, not their kernels), or a checkpoint's.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mindomni_rt.checkpoint.layout import open_checkpoint
+from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.errors import BadRequestError, MissingExtraError, UnsupportedDeviceError
 from mindomni_rt.figures import COLOURS, new_figure, save
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
@@ -34,7 +35,6 @@ from .onnx import onnx_group
 from .pairs import BOUNDS, Group, run_group
 from .torch import decoder_group, language_group
 
-BUNDLE = Path(__file__).resolve().parents[2] / "assets" / "shapes-world-bundle"
 _SIZES: dict[str, dict[str, Any]] = {
     "full": dict(sides=(1024,), steps=20, prompt=100, new=64, negative=100),
     "toy": dict(sides=(96,), steps=4, prompt=24, new=24, negative=12),
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint folder; default: random weights")
     parser.add_argument("--preset", choices=tuple(_SIZES), default="toy", help="sizes of the model and the requests")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs for onnxruntime")
+    parser.add_argument("--bundle", type=Path, default=DEMO_MODELS[0][0], help="ONNX graphs for onnxruntime")
     parser.add_argument("--rounded", type=Path, metavar="BUNDLE", help="ours from a bundle of the same checkpoint")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=tuple(BOUNDS), help="default: float32 on a CPU, bfloat16 on CUDA")

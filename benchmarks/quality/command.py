@@ -1,4 +1,4 @@
-"""`python -m benchmarks quality SUITE MODEL --prompts PATH --out FOLDER`: images for official evaluators.
+"""`mindomni bench quality SUITE MODEL --prompts PATH --out FOLDER`: images for official evaluators.
 
 Prompts are your own copies: none is bundled or downloaded. The same command continues a run that ended early;
 `--shard i/n` in n processes shares one folder. No official score is computed here: `report.md` says what to run next.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks lossy MODEL`: what each lossy option of `generate` costs, against the exact 50 steps.
+"""`mindomni bench lossy MODEL`: what each lossy option of `generate` costs, against the exact 50 steps.
 
 Same riddles, same seeds, one run: PSNR of the picture, cosine of the latents, share of right pictures (`shapes` reads
 them), and the time of the denoising loop as a share of the exact one's on this machine.

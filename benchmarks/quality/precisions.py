@@ -1,4 +1,4 @@
-"""`python -m benchmarks lossy MODEL --precisions`: what rounding costs, alone and with the other lossy options.
+"""`mindomni bench lossy MODEL --precisions`: what rounding costs, alone and with the other lossy options.
 
 The same riddles, seeds and noise for every arm. Besides PSNR and cosine, as in `lossy`, the share of right pictures has
 a 95 % interval, and `passes` is how much of the exact run's denoising is still computed: whole passes of one branch

@@ -173,7 +173,7 @@ class Manifest:
         if self.targets and sm not in self.targets:
             raise UnsupportedDeviceError(
                 f"this bundle was built for {', '.join(self.targets)}; this GPU is {sm}. "
-                f"Build one with: python -m export build CHECKPOINT --target {sm} --out BUNDLE"
+                f"Build one with: mindomni export build CHECKPOINT --target {sm} --out BUNDLE"
             )
 
     def check_runtime(self, runtime: str, version: str) -> None:

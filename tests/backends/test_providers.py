@@ -33,7 +33,7 @@ def test_devices(packages: dict[str, str], caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_cuda_without_its_provider_names_the_extra(packages: dict[str, str]) -> None:
-    with pytest.raises(UnsupportedDeviceError, match=r"offers Azure.*CPUExec.*mindomni-rt\[onnx-gpu\]"):
+    with pytest.raises(UnsupportedDeviceError, match=r"offers Azure.*CPUExec.*pip install .*onnxruntime-gpu"):
         choose_device("cuda", CPU)
 
 

@@ -21,7 +21,7 @@ from mindomni_rt.benchmarks.counts import BASELINE, counting, counting_flops, me
 from mindomni_rt.benchmarks.results import read_checked
 from mindomni_rt.model.decoder import DiffusionDecoder
 
-RENEW = "; where that is meant: python -m benchmarks counts --out benchmarks/results/counts-baseline.json"
+RENEW = "; where that is meant: mindomni bench counts --out benchmarks/results/counts-baseline.json"
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +160,12 @@ def test_no_bundle_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(command, "count", lambda *_: {})  # the stages are not asked about
     assert measure(bundle=tmp_path)["graphs"] == {}
     assert "graphs are not counted" in capsys.readouterr().err
+
+
+def test_an_installation_lacks_the_tests_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "MODEL", tmp_path / "none")
+    assert main(["counts"]) == 2
+    error = capsys.readouterr().err
+    assert "give a folder" in error and "mindomni random-checkpoint" in error and error.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.export import traces
 from mindomni_rt.export.cli import main
+from mindomni_rt.export.request import BuildRequest
+from mindomni_rt.export.weights import BuildError
 from mindomni_rt.model.tiny import write_random_checkpoint
 
 SMALL_BUNDLE = DEMO_MODELS[0][0]
@@ -127,6 +130,21 @@ def test_a_full_disk_is_one_line(
     error = capsys.readouterr().err
     assert "No space left on device" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["b.build.log"]
+
+
+@pytest.mark.parametrize(("option", "lines"), [([], ["graph 1 of 1"]), (["--quiet"], []), (["-v"], [])])
+def test_progress_is_said_once(
+    option: list[str], lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def build(request: BuildRequest) -> None:
+        if request.say is not None:
+            request.say("graph 1 of 1")
+        raise BuildError("stopped here")
+
+    monkeypatch.setattr("mindomni_rt.export.build.build", build)
+    assert main(["build", str(PARITY), "--target", "cpu", "--out", str(tmp_path / "b"), *option]) == 2
+    assert capsys.readouterr().err.splitlines() == [*lines, "error: stopped here"]
 
 
 def test_inspect(bundles: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +277,9 @@ def test_a_budget_lets_stages_take_turns(bundles: Callable[[str], Path]) -> None
 
 
 @pytest.mark.timeout(900)
-def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_our_attention_as_a_function_of_the_graph(
+    bundles: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """--attention triton: one node a layer, which onnxruntime runs by its body and TensorRT-RTX builds inlined."""
     import numpy as np
 
@@ -270,15 +290,22 @@ def test_our_attention_as_a_function_of_the_graph(bundles: Callable[[str], Path]
     assert main(["build", str(PARITY), "--target", "cpu", "--attention", "triton", "--out", str(out)]) == 0
     log = (tmp_path / "ours.build.log").read_text()
     assert "denoiser: trace" in log and "time: " in log and "export cache --clear" in log
-    config = read_manifest(out).model
+    manifest = read_manifest(out)
+    lines = capsys.readouterr().err.splitlines()  # no terminal
+    form = r"graph (\d+) of (\d+), (\w+): tr.*, [\d.]+ MB of weights written in [\d.]+ s(; about \d+ \w+ left of .*)?"
+    found = [re.fullmatch(form, line) for line in lines]
+    assert all(found), lines
+    assert sorted(m[3] for m in found if m) == sorted(manifest.graphs)
+    assert [bool(m[4]) for m in found if m] == [True] * (len(found) - 1) + [False]
+    config = manifest.model
     nodes = onnx.load(str(out / "denoiser.onnx"), load_external_data=False).graph.node
     assert sum(n.domain == "mindomni" for n in nodes) == config.decoder.stack.num_layers
     stack = config.decoder.stack
     assert plugin_node(out / "denoiser.onnx") == {"heads": stack.num_heads, "head_dim": stack.head_dim}
     assert plugin_node(bundles("fp32") / "denoiser.onnx") is None
     options = dict(height=32, width=48, num_inference_steps=3, max_new_tokens=6, seed=1, output="numpy")
-    found, wanted = (mindomni_rt.load(b).generate("two cats", **options) for b in (out, bundles("fp32")))
-    assert np.abs(found.images - wanted.images).max() < 1 / 255
+    ours, wanted = (mindomni_rt.load(b).generate("two cats", **options) for b in (out, bundles("fp32")))
+    assert np.abs(ours.images - wanted.images).max() < 1 / 255
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT for RTX")
     report = build_engine(
         out / "denoiser.onnx",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mindomni_rt.training.cli import main
-from mindomni_rt.training.config import load_config
+from mindomni_rt.training.config import load_config, named_configs
 from mindomni_rt.training.errors import BadConfigError
 from mindomni_rt.training.loop.fingerprint import _flat
 from mindomni_rt.training.reference import reference
@@ -55,11 +55,19 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.toml")
 
 
-def test_every_committed_configuration_reads():
+def test_the_packages_configurations_go_by_name(tmp_path, monkeypatch):
     files = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
-    assert files
+    assert files and named_configs() == [path.stem for path in files]
+    monkeypatch.chdir(tmp_path)
     for path in files:
-        assert load_config(path).stage in path.stem
+        found = load_config(Path(path.stem))
+        assert found == load_config(path) and found.stage in path.stem
+    (tmp_path / "shapes-sft").write_text("stage = 'rgpo'\nmodel = 'm'\nout = 'o'\n")
+    assert load_config(Path("shapes-sft")).stage == "rgpo"  # a file of that name comes first
+    with pytest.raises(BadConfigError, match=r"^elsewhere/shapes-rgpo: No such file"):
+        load_config(Path("elsewhere/shapes-rgpo"))
+    with pytest.raises(BadConfigError, match=r"^small: No such file.*one of pretrain-full, .*shapes-sft$"):
+        load_config(Path("small"))
 
 
 def test_a_mistake_is_blamed_on_where_it_is(tmp_path):
@@ -90,9 +98,7 @@ def test_rewards_without_weights_weigh_one_each():
 
 def test_the_reference_page_is_current_and_complete(capsys, tmp_path):
     page = Path(__file__).parents[2] / "docs" / "training-configuration.md"
-    assert page.read_text(encoding="utf-8") == reference(), "run `python -m training config-reference --out " + str(
-        page
-    )
+    assert page.read_text(encoding="utf-8") == reference(), "run `mindomni train config-reference --out " + str(page)
     keys = [f"`{name}`" for name in _flat(load_config(None, ["stage=sft", "model=m", "out=o"]).to_dict())]
     assert all(f"| {key} |" in reference() for key in keys) and len(keys) > 60
     assert main(["config-reference"]) == 0 and capsys.readouterr().out == reference()

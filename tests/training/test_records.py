@@ -363,7 +363,7 @@ def test_a_reward_from_the_current_folder_and_its_errors_in_one_line(tmp_path, m
 
 @pytest.mark.parametrize("model", ["", "runs/shapes/reward", "./reward", "/none/at/all"])
 def test_a_missing_reward_model_names_the_command_that_makes_it(model):
-    with pytest.raises(BadRequestError, match=r"python -m training\.data\.world FOLDER --only reward"):
+    with pytest.raises(BadRequestError, match=r"mindomni train world FOLDER --only reward"):
         make("consistency", model)
 
 

@@ -22,7 +22,7 @@ from mindomni_rt.training.evaluation.ablate import CONFIGS
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """An untrained autoencoder and reward model, as `python -m training.data.world` leaves trained ones."""
+    """An untrained autoencoder and reward model, as `mindomni train world` leaves trained ones."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     save_vae(AutoencoderKL(VAE_CONFIG), folder / "vae")

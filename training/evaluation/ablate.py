@@ -1,6 +1,6 @@
 """The paper's ablations at small scale: one command, one table with seed ranges, one plot a study.
 
-    python -m training ablate --base runs/shapes --out runs/ablate [--only NAME …] [--seeds 0 1 2] [--jobs 2]
+    mindomni train ablate --base runs/shapes --out runs/ablate [--only NAME …] [--seeds 0 1 2] [--jobs 2]
 
 Each study is data: for each arm the stages to run, the model of the base run to start from, and the changed settings.
 A finished arm is not run again, so the command can be stopped and repeated; arms that two studies share run once. All
@@ -218,7 +218,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Prints the table; writes ablation.json, ablation.md and a PNG for each study."""
-    parser = Parser(prog="python -m training ablate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="mindomni train ablate", description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, default=Path("runs/shapes"), help="what run_small.sh made")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--only", nargs="+", metavar="STUDY", help=f"of: {', '.join(STUDIES)}")

@@ -1,4 +1,4 @@
-"""`python -m training evaluate CHECKPOINT`: exact accuracy on the synthetic world, with confidence intervals.
+"""`mindomni train evaluate CHECKPOINT`: exact accuracy on the synthetic world, with confidence intervals.
 
 Prompts hold scenes and sums that stage 3 never trained on. Greedy text, Euler sampling; a seed decides prompts and
 noise.
@@ -30,7 +30,7 @@ from ..suites import SUITES, Settings, evaluate
 
 def main(argv: Sequence[str]) -> int:
     """The command line. Raises MindOmniError for what a user can mend."""
-    parser = Parser(prog="python -m training evaluate", description=__doc__)
+    parser = Parser(prog="mindomni train evaluate", description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--suite", action="append", choices=SUITES, help="repeatable; default: all")
     parser.add_argument("--n", type=int, default=96, help="prompts a suite")

@@ -1,8 +1,8 @@
 """Figures: curves of runs, results of ablation studies, accuracy of a model after each stage.
 
-python -m training plot RUN [RUN …] --out FILE.png              what runs have logged
-python -m training plot --study ablation.json --out FOLDER      a picture for each study of a record
-python -m training plot --stages evaluation.json --out FILE.png  a packed model's accuracy by stage
+mindomni train plot RUN [RUN …] --out FILE.png              what runs have logged
+mindomni train plot --study ablation.json --out FOLDER      a picture for each study of a record
+mindomni train plot --stages evaluation.json --out FILE.png  a packed model's accuracy by stage
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _read(path: Path, key: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Raises MindOmniError for mistakes that the user can mend."""
-    parser = Parser(prog="python -m training plot", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="mindomni train plot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", nargs="*", type=Path, help="run folders")
     parser.add_argument("--study", type=Path, metavar="JSON", help="the record of `ablate`: a picture for each study")
     parser.add_argument("--only", nargs="+", help="studies of --study to draw; default: all")

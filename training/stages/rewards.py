@@ -32,7 +32,7 @@ Reward = Callable[[Sequence[Rollout]], NDArray[Any]]
 """Rollouts to one number each (B,)."""
 Maker = Callable[[str, str], Reward]
 _REGISTRY: dict[str, Maker] = {}
-_SMALL = "`python -m training.data.world FOLDER --only reward` trains the small one, into FOLDER/reward"
+_SMALL = "`mindomni train world FOLDER --only reward` trains the small one, into FOLDER/reward"
 _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from ...errors import BadRequestError, MissingExtraError, UnsupportedDeviceError
+from ...extras import install
 
 logger = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -19,7 +20,6 @@ BOTH = (
     "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall onnxruntime "
     "onnxruntime-gpu, then install one of them (extra onnx for the CPU, onnx-gpu for CUDA)"
 )
-_INSTALL = "pip uninstall onnxruntime, then pip install 'mindomni-rt[onnx-gpu]'"
 
 
 def installed() -> dict[str, str]:
@@ -48,9 +48,10 @@ def choose_device(device: str, offered: Sequence[str]) -> tuple[str, int]:
     if kind not in PROVIDERS or (colon and not (kind == "cuda" and index.isdecimal())):
         raise BadRequestError(f"device {device!r}: the onnx backend runs on cpu, cuda or cuda:N")
     if PROVIDERS[kind] not in offered:
+        advice = BOTH if len(packages) > 1 else f"pip uninstall onnxruntime, then {install('onnx-gpu')}"
         raise UnsupportedDeviceError(
             f"device {device!r}: this onnxruntime offers {', '.join(offered) or 'no provider'}. "
-            f"{BOTH if len(packages) > 1 else _INSTALL}; or use device='cpu'"
+            f"{advice}; or use device='cpu'"
         )
     logger.info("onnxruntime offers %s; device %s uses %s", ", ".join(offered), device, PROVIDERS[kind])
     return kind, int(index or 0)

@@ -5,7 +5,7 @@ device), so that a step always sees the same addresses and can be replayed as a 
 itself, for TensorRT it is done here. The KV cache is bound as input and output at once and never moves.
 
 Nothing of the device half has run yet: this project has built engines and checked them, but owned no GPU that
-TensorRT-RTX supports. `python -m export verify BUNDLE --against CHECKPOINT` certifies it on yours.
+TensorRT-RTX supports. `mindomni export verify BUNDLE --against CHECKPOINT` certifies it on yours.
 """
 
 from __future__ import annotations

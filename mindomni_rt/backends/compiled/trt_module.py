@@ -9,8 +9,8 @@ from typing import Any
 from ...errors import MissingExtraError
 
 logger = logging.getLogger(__name__)
-_ORIGIN = {
-    "tensorrt_rtx": "pip install 'mindomni-rt[trt]' (TensorRT for RTX, from PyPI)",
+_ORIGIN: dict[str, str | None] = {
+    "tensorrt_rtx": None,  # the extra installs it
     "tensorrt": "it comes from NVIDIA, not from PyPI: on a PC or server as its installation guide says, on a "
     "Jetson with JetPack 7.2 or newer (package python3-libnvinfer)",
 }

@@ -1,27 +1,29 @@
-"""`python -m training.data.world FOLDER`: the world's autoencoder and its reward model, trained from scratch."""
+"""`mindomni train world FOLDER`: the world's autoencoder and its reward model, trained from scratch."""
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from mindomni_rt.commands import Parser, front_door
+from mindomni_rt.commands import Parser
 
+from ...outputs import check_target
 from .clip import retrieval, save_clip, train_clip
 from .vae import check_vae, save_vae, train_vae
 
 
-def main() -> int:
-    """Trains both models; prints what they reach."""
-    parser = Parser(prog="python -m training.data.world", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains both models; prints what they reach. Raises MindOmniError for mistakes that the user can mend."""
+    parser = Parser(prog="mindomni train world", description=__doc__)
     parser.add_argument("folder", type=Path, help="gets vae/ and reward/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--only", choices=("vae", "reward"), help="make one of the two")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    check_target(options.folder / "trial", "FOLDER")  # before minutes of training
     torch.set_num_threads(1)
     began = time.perf_counter()
 
@@ -38,7 +40,3 @@ def main() -> int:
         save_clip(clip, options.folder / "reward")
         print(f"reward model: retrieval {retrieval(clip):.3f} of 96 ({time.perf_counter() - began:.0f} s)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(front_door(main))
