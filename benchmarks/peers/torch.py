@@ -10,7 +10,6 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +68,9 @@ def _match(dtype: str, theirs: Tensor, ours: Tensor, exact: Tensor | None, round
     return Match(error=relative_error(ours.cpu(), exact), bound=bound, baseline=baseline, exact=False, **more)
 
 
-def _kept(found: Any) -> Tensor:
+def _kept(stages: Stages, found: Any) -> Tensor:
     """A result as a tensor that later work does not change."""
-    return found.clone() if isinstance(found, Tensor) else torch.from_numpy(np.array(found, np.float32))
+    return found.clone() if isinstance(found, Tensor) else torch.from_numpy(stages.backend.numpy(found).copy())
 
 
 def _given(stages: Stages, condition: Tensor) -> Any:
@@ -97,7 +96,7 @@ def language_group(preset: Preset, model: MindOmniModel, device: torch.device, b
         return peer.model(input_ids=ids).last_hidden_state
 
     with torch.inference_mode():
-        ours = model.language.norm(_kept(stages.hidden()))
+        ours = model.language.norm(_kept(stages, stages.hidden()))
     text = language_generate(theirs, ids, preset.new, False)[0, ids.shape[1] :].tolist()
     equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, stages.write(), strict=True)))
     match = _match(
@@ -151,10 +150,10 @@ def decoder_group(preset: Preset, model: MindOmniModel, device: torch.device, bu
         return mean_velocity(omnigen_step(peer, start, 0.0, inputs))
 
     ready, same = stages.prefixes(own), preset.dtype == "float32" and bundle is None
-    ours = _kept(stages.first_velocity(ready))
+    ours = _kept(stages, stages.first_velocity(ready))
     exact = None if same else _in_float32(theirs, their_velocity)
     match = _match(preset.dtype, their_velocity(theirs), ours, exact, rounded=bundle is not None)
-    latents = relative_error(their_loop(), _kept(stages.paint(ready)))
+    latents = relative_error(their_loop(), _kept(stages, stages.paint(ready)))
     extra = {"error_velocities": match.error, "error_latents": latents}
     if same:
         match = Match(error=max(match.error, latents), bound=match.bound)

@@ -30,6 +30,7 @@ pytest.importorskip("transformers", reason="the bench extra is not installed")
 pytest.importorskip("diffusers", reason="the bench extra is not installed")
 
 QUICK = ["--runs", "2", "--warmup", "1"]
+ASSETS = Path(__file__).parents[2] / "assets"
 PRESET = Preset(config=scaled("tiny"), dtype="float32", sides=(96,), steps=2, prompt=6, new=4, negative=5)
 CPU = torch.device("cpu")
 
@@ -183,13 +184,28 @@ def test_a_missing_peer_is_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--runs", "0"], ["--out", "p.txt"], ["--device", "tpu"], ["no-such-folder"]]
+    [["--runs", "0"], ["--out", "p.txt"], ["--device", "tpu"], ["no-such-folder"], ["--rounded", "bundle"]]
     + ([] if torch.cuda.is_available() else [["--device", "cuda", "--preset", "full"]]),
 )
 def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["peers", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_bundle_against_peers_on_its_checkpoint(tmp_path: Path) -> None:
+    """The shipped bundle is in float32, so it is as near to the peers as our PyTorch code; another model's is refused."""
+    small, bundle = ASSETS / "shapes-world", ASSETS / "shapes-world-bundle"
+    out = tmp_path / "rounded.json"
+    assert main(["peers", *QUICK, str(small), "--rounded", str(bundle), "--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    assert data["model"]["name"] == "shapes-world, ours from shapes-world-bundle"
+    for name in ("language", "decoder"):
+        group = data["groups"][name]
+        assert group["agrees"] and group["error"] < 1e-5 and group["bound"] == 0.5 and len(group["pairs"]) == 2
+    assert main(["peers", *QUICK, str(PARITY), "--rounded", str(bundle), "--out", str(out)]) == 1
+    groups = json.loads(out.read_text())["groups"]
+    assert all("another model" in groups[name]["failed"] for name in ("language", "decoder"))
 
 
 def test_a_broken_bundle_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,9 +74,7 @@ class Replay:
             self.step()
 
 
-def captured(
-    step: Callable[[], object], index: int, pool: Any = None, warm: bool = False
-) -> torch.cuda.CUDAGraph:
+def captured(step: Callable[[], object], index: int, pool: Any = None, warm: bool = False) -> torch.cuda.CUDAGraph:
     """`step` as a graph of device `index`, after a run outside of it unless `warm`. An error leaves no capture open."""
     pool = pool or torch.cuda.graph_pool_handle()
     with torch.cuda.device(index):
