@@ -194,7 +194,7 @@ def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_a_bundle_against_peers_on_its_checkpoint(tmp_path: Path) -> None:
-    """The shipped bundle is in float32, so it is as near to the peers as our PyTorch code; another model's is refused."""
+    """The shipped bundle is in float32, so as near to the peers as our PyTorch code; another model is refused."""
     small, bundle = ASSETS / "shapes-world", ASSETS / "shapes-world-bundle"
     out = tmp_path / "rounded.json"
     assert main(["peers", *QUICK, str(small), "--rounded", str(bundle), "--out", str(out)]) == 0
@@ -221,7 +221,7 @@ def test_a_broken_bundle_leaves_the_others(tmp_path: Path, capsys: pytest.Captur
 def test_the_fast_path_against_the_same_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on CUDA, here without graphs: it takes block weights over that the peers share."""
     monkeypatch.setattr(
-        peer_torch, "backend_of", lambda model, device: make_backend(model, "cpu", Precision.uniform("float32"))
+        peer_torch, "backend_of", lambda model, device, _: make_backend(model, "cpu", Precision.uniform("float32"))
     )
     for make in (peer_torch.language_group, peer_torch.decoder_group):
         found = run_group(make(PRESET, random_model(PRESET.config, torch.float32, CPU), CPU), Meter(CPU), 1, 0)
