@@ -16,7 +16,8 @@ from statistics import median
 from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
-from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.errors import BadRequestError, MissingExtraError, StorageError
+from mindomni_rt.files import try_file
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.outputs import write_atomic as write_atomic
 from mindomni_rt.outputs import write_json as write_json
@@ -92,9 +93,14 @@ def write_result(out: Path, data: Any, text: str, plot: Callable[[Path], None] |
 
 
 def check_out(path: Path | None) -> None:
-    """Raises BadRequestError unless --out, where it is given, ends in .json."""
+    """Raises BadRequestError unless --out, where it is given, ends in .json, and StorageError where no file can be."""
     if path and path.suffix != ".json":
         raise BadRequestError(f"--out {path}: expected a name that ends in .json")
+    try:
+        if path and path.parent.is_dir():
+            try_file(path)
+    except OSError as error:
+        raise StorageError(f"--out {path}: cannot be written: {error.strerror or error}") from error
 
 
 def read_json(path: Path) -> Any:

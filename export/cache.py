@@ -1,10 +1,11 @@
 """What builds keep for later ones, in one folder: traced graphs, calibration ranges, engines, and the parts of builds
-that did not end.
+that did not end; beside them what loading a bundle keeps.
 
     graphs/KEY.onnx        a traced graph without weights, by configuration, compute type, code and versions
     ranges/KEY.json        activation ranges of a calibration
     engines/KEY.plan       engines of TensorRT
     unfinished/KEY/        rounded weights with their graphs, until the bundle that they are for is whole
+    checked/KEY.json       which files of bundles were hashed, by what tells that they have not changed
 
 Files reach a bundle as hard links where the file system allows it, so that an entry costs no second copy.
 """
@@ -29,7 +30,7 @@ from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.files import cache_folder, write_text
 
 logger = logging.getLogger(__name__)
-KINDS = ("graphs", "ranges", "engines", "unfinished")
+KINDS = ("graphs", "ranges", "engines", "unfinished", "checked")
 # Sources that decide a trace, and those that decide what its weights become.
 TRACING = (
     "export/graphs.py",

@@ -335,7 +335,13 @@ def plugin_node(onnx: Path) -> dict[str, int] | None:
 def _register(trt: Any, spec: GraphSpec, node: dict[str, int], sms: Sequence[str]) -> None:
     """Our attention kernel for TensorRT, as machine code inside the engine."""
     import importlib
+    from importlib.util import find_spec
 
+    from mindomni_rt.errors import MissingExtraError
+    from mindomni_rt.extras import install
+
+    if find_spec("triton") is None:
+        raise MissingExtraError("triton", "fast", f"--attention triton compiles our kernel with it: {install('fast')}")
     from mindomni_rt.kernels.tensorrt_plugin import register
 
     if len(sms) != 1:

@@ -23,8 +23,12 @@ def build_log(bundle: Path) -> Iterator[Path]:
     fails does not replace the log of the bundle that exists.
     """
     path = bundle.with_name(f"{bundle.name}.build.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        error.filename = str(bundle)
+        raise
     os.close(descriptor)
     running = Path(name)
     running.chmod(0o644)

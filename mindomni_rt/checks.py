@@ -55,7 +55,7 @@ class Whole:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.step == 1 else f"a multiple of {self.step}"
-        return f"{kind} of at least {self.low} and at most {self.high}"
+        return f"{kind} from {self.low} to {self.high}"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class Number:
         return number
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
-        return f"a finite number {low} and at most {self.high:g}"
+        if self.above:
+            return f"a finite number above {self.low:g} and at most {self.high:g}"
+        return f"a finite number from {self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a unique temporary name in the same folder, then renames it to `path`.
 
     write receives the temporary path. Readers see the old file or the whole new one, also when several processes write
-    the same name or the disk is full. Raises OSError and whatever `write` raises; the temporary file is removed then.
+    the same name or the disk is full. Raises OSError that names `path`, and whatever `write` raises; the temporary file
+    is removed then.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     try:
@@ -34,8 +35,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (temporary, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_file(path: Path) -> None:
+    """Makes and removes a file beside `path`, before work whose result goes there. Raises OSError that names `path`."""
+    trial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -57,7 +57,8 @@ from .inputs.prompts import (
 )
 from .memory.fit import Fit
 from .memory.guard import named_memory_errors
-from .memory.layers import Workload
+from .memory.layers import Workload, parameters
+from .memory.planner import gigabytes
 from .request import (
     CompleteRequest,
     GenerateOptions,
@@ -71,6 +72,7 @@ from .sampling.decode import generate_tokens
 from .sampling.denoise import check, denoise
 from .sampling.random import batch_noise, uniforms
 from .sampling.schedule import timesteps
+from .stages import PARTS, STAGES
 from .turn import Turn
 
 logger = logging.getLogger(__name__)
@@ -127,6 +129,11 @@ def _work(group: Sequence[CompleteRequest]) -> Workload:
     )  # fmt: skip
 
 
+def _short(count: int) -> str:
+    """A number of parameters: 12.5 B, 2.4 M."""
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
 def _with_named_errors(events: Generator[Event, None, None]) -> Generator[Event, None, None]:
     advice = "Choose a smaller size or fewer images, close other programs, or load a bundle in int4"
     with named_memory_errors("answering this request", advice):
@@ -149,8 +156,20 @@ class Pipeline(Calls, AdapterCalls):
         self._turn = Turn()
 
     def __repr__(self) -> str:
+        """Model and size, where and in what it computes, and what of it stays loaded."""
+        size = sum(part.total for part in parameters(self.config).values())
         device = getattr(self.backend, "device", "cpu")
-        return f"<Pipeline {self._model}: {self.backend.name}, {device}, {self.backend.dtype}>"
+        options = getattr(self.backend, "options", None)  # of the fast path
+        precision = getattr(options, "precision", None)
+        stays = self._fit.stays if self._fit else getattr(options, "resident", None)
+        whole = stays is None or set(stays) in (set(STAGES), set(PARTS))
+        plan = "all loaded" if whole else f"stays loaded: {', '.join(stays or ()) or 'nothing'}"
+        if self._fit and self._fit.peak:
+            plan += f", predicted peak {gigabytes(self._fit.peak)}"
+        return (
+            f"<Pipeline {self._model} ({_short(size)} parameters): {self.backend.name} on {device}, "
+            f"{precision or self.backend.dtype}; {plan}>"
+        )
 
     def stream(
         self,

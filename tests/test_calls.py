@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mindomni_rt import AsyncPipeline, BadBundleError, BadCheckpointError, BadRe
 from mindomni_rt.bundle.reseal import reseal
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.cli import main
+from mindomni_rt.memory.fit import Fit
 from mindomni_rt.serving.tasks import read_tasks
 
 BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
@@ -51,7 +53,19 @@ def test_progress_is_true_or_false(pipe: Pipeline, progress: Any) -> None:
 
 
 def test_a_pipeline_says_what_it_is(pipe: Pipeline) -> None:
-    assert repr(pipe) == "<Pipeline shapes-world-bundle: onnx, cpu, float32>"
+    size = r"shapes-world-bundle \(\d\.\d M parameters\)"
+    plan = r"all loaded, predicted peak \d\.\d\d GB"
+    assert re.fullmatch(rf"<Pipeline {size}: onnx on cpu, float32; {plan}>", repr(pipe))
+    taking_turns = Pipeline(pipe.backend, BUNDLE, Fit(device="cpu", dtype="float32", stays=("language", "vae")))
+    assert repr(taking_turns).endswith("; stays loaded: language, vae>")
+
+
+def test_the_parameters_of_a_checkpoint_are_counted() -> None:
+    """Against the tensors of the same model as a checkpoint."""
+    pytest.importorskip("torch", reason="checkpoints need torch")
+    loaded = mindomni_rt.load(BUNDLE.with_name("shapes-world"), device="cpu")
+    count = sum(p.numel() for p in loaded.backend.model.parameters())  # type: ignore[attr-defined]
+    assert f"shapes-world ({count / 1e6:.1f} M parameters): torch on cpu, " in repr(loaded)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from conftest import PARITY
 
 from mindomni_rt import cli
 from mindomni_rt.benchmarks import cli as benchmarks
@@ -160,3 +161,32 @@ def test_no_command_is_left_out() -> None:
         assert set(found or ()) == set(MISSING[program][1])
     for module, *_ in HANDED_OVER.values():
         assert import_module(module).main in {main for main, _ in MISSING.values()}
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder in which nobody can make a file")
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("mindomni", ["demo", "--out", "/proc/x.png"]),
+        ("export", ["build", str(PARITY), "--target", "cpu", "--out", "/proc/x"]),
+        ("benchmarks", ["latency", str(PARITY), "--out", "/proc/x.json"]),
+        ("benchmarks", ["counts", "--out", "/proc/x.json"]),
+        ("benchmarks", ["roofline", "--plot", "/proc/x.png"]),
+        ("training", ["evaluate", str(PARITY), "--out", "/proc/x.json"]),
+        ("training", ["world", "/proc/x"]),
+        ("training", ["config-reference", "--out", "/proc/x.md"]),
+    ],
+)
+def test_the_users_own_path_is_named(program: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Not that of a temporary file beside it."""
+    code = run(program, arguments)
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "/proc/x" in error and "/proc/." not in error, error
+
+
+def test_a_plot_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").touch()
+    for name, what in (("nope", "no such folder"), ("empty", "without metrics.jsonl"), ("begun", "no line yet")):
+        one_line(run("training", ["plot", name, "--out", "x.png"]), capsys, name, what)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindomni_rt.errors import BadRequestError, MindOmniError
-from mindomni_rt.files import replace_file
+from mindomni_rt.files import replace_file, try_file
 
 from .errors import StorageError
 
@@ -25,10 +24,9 @@ def check_target(path: Path, option: str = "--out") -> None:
         raise BadRequestError(f"{option} {path}: is a folder, expected the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        try_file(path)
     except OSError as error:
         raise StorageError(f"{option} {path}: {error.strerror or error}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise StorageError(f"{option} {path}: the folder is read-only")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -66,6 +66,8 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise BadRequestError(f"{path}: expected the log of a run, a JSON object a line ({error})") from error
+    if not rows:
+        raise BadRequestError(f"{path}: no line yet; a run writes one every log_every steps")
     names = dict.fromkeys(n for r in rows for n in r)
     return {n: [r[n] if r.get(n) is not None else float("nan") for r in rows] for n in names}
 
@@ -94,6 +96,10 @@ def _finish(axes: Any, title: str, logarithmic: bool = False, percent: bool = Fa
 
 def plot_runs(runs: Sequence[Path], out: Path) -> None:
     """What each run logged, with its evaluations, to a PNG. Raises BadRequestError, MissingExtraError."""
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            what = "a folder without metrics.jsonl" if run.is_dir() else "no such folder"
+            raise BadRequestError(f"{run}: {what}; expected the folder of a run, `out` in its configuration")
     logs = {run: read_metrics(run / "metrics.jsonl") for run in runs}
     parts = {run: _panels(run, log) for run, log in logs.items()}
     rows = [-(-len(p) // _ACROSS) for p in parts.values()]
