@@ -3,7 +3,8 @@
     PYTHONPATH=tests:. python -m stand_in.compiled [--sm 90] [--module group_norm]
 
 Records the launches of requests at the published widths (`worker`), compiles each, and writes the table that
-`test_compiled.py` holds later states against. SMs that are not named keep their part of the table, and so do kernels of other modules where one is named.
+`test_compiled.py` holds later states against. SMs that are not named keep their part of the table, and kernels of other
+modules theirs where one is named.
 """
 
 from __future__ import annotations
