@@ -3,8 +3,8 @@
     PYTHONPATH=tests:. python -m stand_in.compiled [--sm 90] [--module group_norm]
 
 Records the launches of requests at the published widths (`worker`), compiles each, and writes the table that
-`test_compiled.py` holds later states against. SMs that are not named keep their part of the table, and so do kernels
-of other modules where one is named.
+`test_compiled.py` holds later states against. SMs that are not named keep their part of the table, and kernels of other
+modules theirs where one is named.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REQUESTS: list[Any] = [
 def loads(sm: int) -> list[dict[str, Any]]:
     """Options of `load` whose kernels an SM may run."""
     dtype = {"dtype": "float16"} if sm < 80 else {}
-    precisions = [None, "int8", "int4"] + (["fp8", "language=int4,decoder=fp8fast,attention=int8"] if sm >= 89 else [])
+    precisions = [None, "int8", "int4"] + (["fp8", "language=int4,decoder=fp8,attention=int8"] if sm >= 89 else [])
     if 80 <= sm < 89:
         precisions.append("int8,attention=int8")
     return [{"device": "cuda:0", **dtype, **({"precision": p} if p else {})} for p in precisions]
