@@ -10,8 +10,8 @@ from test_loop import folder  # noqa: F401 a fixture
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.mindomni import load_model
-from mindomni_rt.training.config import load_config
-from mindomni_rt.training.evaluation.ablate import CONFIGS, STUDIES, _is_base, fresh_connector, main, run_arm, table
+from mindomni_rt.training.config import CONFIGS, load_config
+from mindomni_rt.training.evaluation.ablate import STUDIES, _is_base, fresh_connector, main, run_arm, table
 from mindomni_rt.training.evaluation.plots import plot_study, read_metrics, smooth
 
 

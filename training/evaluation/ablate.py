@@ -31,13 +31,11 @@ from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.outputs import write_atomic, write_json
 
-from ..config import load_config
+from ..config import CONFIGS, load_config
 from ..loop.runs import finish, open_contexts, start
 from ..outputs import save_checkpoint
 from ..suites import Settings, evaluate
 from .plots import plot_study, slug
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True)
