@@ -141,6 +141,18 @@ def test_stripes_hold_one_layers_input_and_output(monkeypatch: pytest.MonkeyPatc
     assert largest <= stripe + 4 * 386
 
 
+def test_stripes_wait_on_the_device_where_they_have_room() -> None:
+    _, ours = pair((8, 16), 1, 4)
+    latents = torch.randn(2, 4, 24, 20)
+    bytes_needed = (8 + 16) * 2 * 48 * 40 * 4  # input and output of the largest layer
+    pixels = torch.randn(2, 3, 48, 40)
+    for room, on_host in ((0, True), (bytes_needed - 1, True), (bytes_needed, False)):
+        ours.room = room
+        for x, unit in ((latents, 1), (pixels, 2)):
+            stripes = ours._stripes(x, 8, unit)
+            assert stripes is not None and stripes.on_host == on_host
+
+
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), tile=st.integers(2, 20))
 def test_tiles_cover_any_size_within_bounds(height: int, width: int, tile: int) -> None:
