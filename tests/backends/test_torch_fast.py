@@ -200,7 +200,7 @@ def test_residency_moves_and_tells() -> None:
         assert torch.equal(modules[0].weight, values[name])
 
 
-def test_what_was_brought_is_taken_or_let_go() -> None:
+def test_what_was_brought_is_taken_or_freed() -> None:
     torch.manual_seed(0)
     two = [nn.Linear(4, 4), nn.Linear(4, 4)]
     parts: dict[str, list[nn.Module]] = {"a": [nn.Linear(4, 4)], "b": list(two), "c": [nn.Linear(4, 4)]}

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +19,12 @@ from typing import Any
 import pytest
 
 from mindomni_rt.benchmarks.cli import main as benchmarks
+from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import RESERVE
+from mindomni_rt.errors import OutOfMemoryError
+from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
+from mindomni_rt.memory.precision import parse_precision
 from mindomni_rt.training.cli import main as training
 from mindomni_rt.training.evaluation.plots import arm_label
 
@@ -139,6 +146,22 @@ def test_registers_of_the_attention() -> None:
         assert row["tile"] == f"{match[1]} x {match[2]}" and (row["warps"], row["stages"]) == (match[3], match[4])
         sizes = (f"{used['shared'] / 1024:.0f}", str(used["registers"]), str(used["spilled"]))
         assert (row["shared KiB"], row["registers"], row["spilled bytes"]) == sizes, row["SM"]
+
+
+def test_what_budgets_move() -> None:
+    """Each row is the planner's; pairs without a row keep everything or do not fit."""
+    work, seen = Workload(joint=True), {}
+    for row in Page("docs/kernels.md").table("budget", "precision", "moved a request"):
+        seen[row["budget"], row["precision"]] = row["moved a request"], row["hidden"]
+    for budget, kind in product(("8 GB", "12 GB", "16 GB", "24 GB"), ("bfloat16", "fp8", "int8", "int4")):
+        precision = parse_precision(kind, "bfloat16", "bfloat16")
+        try:
+            found = plan(published(), work, precision=precision, budget=parse_bytes(budget), reserve=RESERVE[False])
+        except OutOfMemoryError:
+            assert (budget, kind) not in seen
+            continue
+        wanted = gigabytes(found.moved), gigabytes(found.hidden) if found.hidden else "0"
+        assert seen.get((budget, kind), ("0.00 GB", "0")) == wanted, (budget, kind)
 
 
 Roofline = Callable[[int], dict[tuple[str, str], Row]]

@@ -79,7 +79,7 @@ class Residency:
     def bring(self, part: str, modules: Iterable[nn.Module], beside: Iterable[str]) -> None:
         """Begins to upload some modules of a part on a stream of its own, while the parts `beside` work.
 
-        `need` of the part takes them; `need` of any other part lets them go. Without room nothing is uploaded.
+        `need` of the part takes them; `need` of any other part frees them. Without room nothing is uploaded.
         """
         if part in self.loaded or self._arriving.part:
             return
@@ -94,7 +94,7 @@ class Residency:
         logger.debug("%d tensors of part %s are on their way", len(copies), part)
 
     def hold(self, modules: Iterable[nn.Module]) -> None:
-        """Lets go of what was brought unless all of it is of these modules."""
+        """Frees what was brought unless all of it is of these modules."""
         if not _ids(modules).issuperset(self._arriving.copies):
             self._arriving = Arriving()
 
@@ -108,7 +108,7 @@ class Residency:
         with torch.cuda.stream(stream):
             for copy, host in zip(copies, hosts, strict=True):
                 copy.copy_(host, non_blocking=True)
-                copy.record_stream(stream)  # it may be let go of while it arrives
+                copy.record_stream(stream)  # it may be freed while it arrives
         return copies
 
     def _arrived(self, part: str) -> dict[int, Tensor]:
