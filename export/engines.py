@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], bool]
 
 _SILENT = (
     "gave no reason. Usual causes: no GPU on this machine (`tensorrt` builds on the device), too little GPU memory "
-    "(see `python -m export plan`), or a driver older than the library. -v shows TensorRT's own log"
+    "(see `mindomni export plan`), or a driver older than the library. -v shows TensorRT's own log"
 )
 
 
@@ -348,7 +348,7 @@ def _register(trt: Any, spec: GraphSpec, node: dict[str, int], sms: Sequence[str
         raise EngineBuildError(f"{spec.name}: --attention triton builds for one architecture, not for {', '.join(sms)}")
     logger.warning(
         "%s: attention is our Triton kernel through tensorrt.plugin. No engine with it has been run yet: check this "
-        "one with `python -m export verify`",
+        "one with `mindomni export verify`",
         spec.name,
     )
     heads = node["heads"]

@@ -239,7 +239,7 @@ def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit:
     worst = max(needs, key=lambda need: need.total)
     raise OutOfMemoryError(
         f"{checkpoint.path} does not fit in {first}: stage {worst.stage} needs {gigabytes(worst.total)} of memory, "
-        f"{gigabytes(limit)} are free; nothing was loaded. {_instead(checkpoint, stored, machine, dtype, limit)}"
+        f"{room_of(limit, machine.free('cpu'))[0]}; nothing was loaded. {_instead(checkpoint, stored, machine, dtype, limit)}"
     )
 
 
@@ -265,7 +265,7 @@ def _instead(checkpoint: Checkpoint, stored: Mapping[str, str], machine: Machine
             if least <= limit:
                 return (
                     f"This fits: a bundle in {name} (peak {gigabytes(least)}, images up to {side}x{side}), made by: "
-                    f"python -m export build {checkpoint.path} --target cpu --precision {name} --out BUNDLE"
+                    f"mindomni export build {checkpoint.path} --target cpu --precision {name} --out BUNDLE"
                 )
     return f"Nothing fits: a bundle in int4 needs {gigabytes(least)}; close other programs or use a larger machine"
 

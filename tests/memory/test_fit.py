@@ -116,7 +116,7 @@ def test_the_boundary_on_a_cpu() -> None:
         fit_checkpoint(checkpoint(), host(need * 0.999 / GB), device="cpu")
     text = str(raised.value)
     assert "language needs 15.02 GB" in text and "15.00 GB are free" in text and "nothing was loaded" in text
-    assert "python -m export build MODEL --target cpu --precision int8 --out BUNDLE" in text
+    assert "mindomni export build MODEL --target cpu --precision int8 --out BUNDLE" in text
 
 
 def test_a_smaller_machine_is_told_of_int4_and_a_tiny_one_of_nothing() -> None:
