@@ -160,10 +160,17 @@ class Parts:
             logger.info("calibration taken from %s", kept)
             found: dict[str, float] = parse_json(kept.read_bytes())
             return found
-        logger.info("calibrating on %d prompts", len(request.prompts))
+        steps = [f"prompt {place}" for place in range(1, len(request.prompts) + 1)]
+        self._progress.start("calibration", dict.fromkeys(steps, 1.0))
+        self._progress.tell(f"calibration: the model paints for each of {len(steps)} prompts")
+
+        def done(place: int, seconds: float) -> None:
+            self._progress.done(steps[place], f"{seconds:.1f} s", seconds)
+
+        size = request.calibration_size
         ranges = self._progress.timed(
             "calibration",
-            lambda: quantize.calibrate(self._model, request.checkpoint, request.prompts, request.calibration_size),
+            lambda: quantize.calibrate(self._model, request.checkpoint, request.prompts, size, done=done),
         )
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)

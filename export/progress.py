@@ -49,6 +49,10 @@ class Progress:
         if self._costs and self._done:
             cost, spent = (sum(values) for values in zip(*self._done, strict=True))
             line += f"; about {_minutes(sum(self._costs.values()) * spent / max(cost, 1e-9))} left of this phase"
+        self.tell(line)
+
+    def tell(self, line: str) -> None:
+        """A line about what begins, for whoever waits."""
         logger.info("%s", line)
         if self._say is not None:
             self._say(line)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -478,11 +479,12 @@ def calibrate(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     size: int | None = None,
     steps: int = 4,
+    done: Callable[[int, float], None] = lambda *_: None,
 ) -> dict[str, float]:
     """The largest magnitude at the input of every Linear in the blocks, over runs of the whole pipeline on prompts.
 
     folder: the checkpoint, for its tokenizer. size: image side in pixels; None is the model's own, 512 at most. steps:
-    of the sampler, which spread over all noise levels.
+    of the sampler, which spread over all noise levels. done: called with the place of each prompt and its seconds.
     """
     from mindomni_rt.backends.torch.backend import TorchBackend
     from mindomni_rt.pipeline import Pipeline
@@ -491,6 +493,7 @@ def calibrate(
     height, width = (size or min(side, 512) for side in (pipe.recommended.height, pipe.recommended.width))
     with _watching(model) as ranges:
         for seed, prompt in enumerate(prompts):
+            began = time.perf_counter()
             pipe.generate(
                 prompt,
                 height=height,
@@ -500,6 +503,7 @@ def calibrate(
                 max_new_tokens=64,
                 output="numpy",
             )
+            done(seed, time.perf_counter() - began)
     return ranges
 
 

@@ -202,7 +202,7 @@ def test_a_bundle_against_peers_on_its_checkpoint(tmp_path: Path) -> None:
     assert data["model"]["name"] == "shapes-world, ours from shapes-world-bundle"
     for name in ("language", "decoder"):
         group = data["groups"][name]
-        assert group["agrees"] and group["error"] < 1e-5 and group["bound"] == 0.5 and len(group["pairs"]) == 2
+        assert group["agrees"] and group["error"] < 1e-5 and group["bound"] == 1.0 and len(group["pairs"]) == 2
     assert main(["peers", *QUICK, str(PARITY), "--rounded", str(bundle), "--out", str(out)]) == 1
     groups = json.loads(out.read_text())["groups"]
     assert all("another model" in groups[name]["failed"] for name in ("language", "decoder"))
