@@ -16,8 +16,8 @@ Sample = Callable[[Meter], float]
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.1}
 """Of whole models. 16 bits: by rounding of some 30 layers; RATIO is the sharper test there."""
 ROUNDED = 1.0
-"""Of 8- and 4-bit weights, which err by half in four layers of random ones. Unrelated outputs of one size err by 1.4: it shows
-that the same model ran, not how well."""
+"""Of 8- and 4-bit weights, which err by half in four layers of random ones. It shows that the same model ran, not how
+well: unrelated outputs of one size err by 1.4."""
 
 
 @dataclass(frozen=True, kw_only=True)
