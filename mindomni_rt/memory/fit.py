@@ -239,7 +239,8 @@ def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit:
     worst = max(needs, key=lambda need: need.total)
     raise OutOfMemoryError(
         f"{checkpoint.path} does not fit in {first}: stage {worst.stage} needs {gigabytes(worst.total)} of memory, "
-        f"{room_of(limit, machine.free('cpu'))[0]}; nothing was loaded. {_instead(checkpoint, stored, machine, dtype, limit)}"
+        f"{room_of(limit, machine.free('cpu'))[0]}; nothing was loaded. "
+        f"{_instead(checkpoint, stored, machine, dtype, limit)}"
     )
 
 
