@@ -15,6 +15,7 @@ from mindomni_rt.bundle.contracts import PROFILES
 from mindomni_rt.bundle.manifest import check_name, is_bundle, open_bundle, read_manifest
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser, front_door
+from mindomni_rt.demo import DEMO_MODELS, DEMO_NAME
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.options import parse_size
 
@@ -26,7 +27,7 @@ from .targets import PRECISIONS, choose, parse_target, stages_of
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a bundle that fails verification, 2 for a mistake in what was asked, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return front_door(lambda: _run(_parser().parse_args(given, argparse.Namespace(given=given))))
+    return front_door(lambda: _run(_parser().parse_args(given, argparse.Namespace(given=given))), extra="export")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -117,16 +118,22 @@ def _checkpoint(given: Path) -> Path:
     return folder
 
 
+def _bundle(given: Path) -> Path:
+    """The folder of a bundle; "demo" is the package's own where no folder has that name."""
+    return DEMO_MODELS[0][0] if str(given) == DEMO_NAME and not given.exists() else given
+
+
 def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
+    checkpoint = _checkpoint(options.checkpoint)
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
     from .record import append, build_run, resident_peak, watching
 
     request = BuildRequest(
-        checkpoint=_checkpoint(options.checkpoint),
+        checkpoint=checkpoint,
         out=options.out,
         target=target,
         choice=choice,
@@ -193,7 +200,7 @@ def _cache(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import table, verify
 
-    rows = verify(options.bundle, _checkpoint(options.against) if options.against else None, options.device)
+    rows = verify(_bundle(options.bundle), _checkpoint(options.against) if options.against else None, options.device)
     print(table(rows))
     if options.against is None:
         print("every stage ran; nothing was compared. Give --against CHECKPOINT to compare")
@@ -202,9 +209,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     if options.json:
-        print(json.dumps(json.loads(read_manifest(options.bundle).to_json()), indent=1))
+        print(json.dumps(json.loads(read_manifest(_bundle(options.bundle)).to_json()), indent=1))
         return 0
-    print(describe(open_bundle(options.bundle, again=True).manifest))
+    print(describe(open_bundle(_bundle(options.bundle), again=True).manifest))
     print("all hashes agree")
     return 0
 

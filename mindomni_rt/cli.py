@@ -239,6 +239,10 @@ def _demo(options: argparse.Namespace) -> int:
     if model := runnable_demo():
         prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
         return _demo_on(model, prompt, paths, options)
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        raise BadRequestError(f"the small model needs onnxruntime or torch: {extras.install('onnx')}") from error
     from .model.tiny import write_random_checkpoint
 
     with _temporary_folder() as folder:

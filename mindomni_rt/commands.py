@@ -23,12 +23,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
-def front_door(run: Callable[[], int], name: str = "error") -> int:
+def front_door(run: Callable[[], int], name: str = "error", extra: str | None = None) -> int:
     """Runs a command and returns its exit code; an error that the user can mend is one line and code 2.
 
-    name: what the line begins with.
+    name: what the line begins with. extra: of pip, what installs the packages that the command imports.
 
-    Such errors are MindOmniError and the operating system's (a full disk, a read-only folder). Ctrl-C is code 130. A
+    Such errors are MindOmniError, a package that is not installed, and the operating system's (a full disk, a read-only
+    folder). Ctrl-C is code 130. A
     reader that closes the pipe, such as `head`, is no error. Other exceptions are bugs and keep their traceback.
     """
     try:
@@ -39,6 +40,12 @@ def front_door(run: Callable[[], int], name: str = "error") -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted\n")
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if extra is None or not missing or missing == "mindomni_rt" or missing in sys.stdlib_module_names:
+            raise
+        sys.stderr.write(f"{name}: {MissingExtraError(missing, extra)}\n")
+        return USER_ERROR
     except MindOmniError as error:
         sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
         return USER_ERROR
@@ -60,8 +67,7 @@ def run_package(
     """The command line of a package whose commands are modules with `add_arguments(parser)` and `run(options)`.
 
     commands: name -> (module, what it does); a module is imported only when its command is asked for. extra: of pip,
-    what installs packages that a module lacks; None leaves that error to the caller. Returns the exit code, that of
-    --help and of argparse's mistakes too.
+    what installs packages that a module lacks. Returns the exit code, that of --help and of argparse's mistakes too.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
 
@@ -72,23 +78,13 @@ def run_package(
             if given[:1] != [name]:
                 choices.add_parser(name, help=text)
                 continue
-            found = _imported(module, extra)
+            found = importlib.import_module(module)
             form: Any = argparse.RawDescriptionHelpFormatter
             found.add_arguments(choices.add_parser(name, help=text, description=found.__doc__, formatter_class=form))
         options = parser.parse_args(given)
-        return int(_imported(commands[options.command][0], extra).run(options))
+        return int(importlib.import_module(commands[options.command][0]).run(options))
 
     try:
-        return front_door(run)
+        return front_door(run, extra=extra)
     except SystemExit as end:  # of argparse: 0 after --help, 2 for a mistake
         return int(end.code or 0)
-
-
-def _imported(module: str, extra: str | None) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if extra is None or missing == "mindomni_rt":
-            raise
-        raise MissingExtraError(missing, extra) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from mindomni_rt.commands import run_package
@@ -15,4 +16,6 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 where a part of a batch failed, 2 for a mistake in what was asked, 130 when interrupted."""
-    return run_package(arguments, "mindomni", __doc__, _COMMANDS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    extra = given[0] if given[:1] in (["serve"], ["ui"]) else "onnx"  # what a batch runs on
+    return run_package(given, "mindomni", __doc__, _COMMANDS, extra=extra)

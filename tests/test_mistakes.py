@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -190,3 +193,29 @@ def test_a_plot_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "begun" / "metrics.jsonl").touch()
     for name, what in (("nope", "no such folder"), ("empty", "without metrics.jsonl"), ("begun", "no line yet")):
         one_line(run("training", ["plot", name, "--out", "x.png"]), capsys, name, what)
+
+
+ROOT = Path(__file__).parents[1]
+WITHOUT = """
+import sys
+for name in "torch onnx onnxruntime onnxscript transformers fastapi uvicorn gradio peft safetensors".split():
+    sys.modules[name] = None
+from mindomni_rt.cli import main
+for line in sys.argv[1:]:
+    print(line, "->", main(line.split()), flush=True)
+"""
+COMMANDS = (
+    "demo", "serve", "serve --help", "ui", "export build x --target cpu --out b", "export products", "train world x",
+    "export rehearse decoder --target sm_89", "train evaluate demo", "train pack a b", "bench peers",
+)  # fmt: skip
+
+
+def test_every_command_names_what_is_not_installed(tmp_path: Path) -> None:
+    """As in an environment with the base package alone: one line each that says what to install."""
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *COMMANDS], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert [line for line in found.stdout.splitlines() if "->" in line] == [f"{command} -> 2" for command in COMMANDS]
+    lines = found.stderr.splitlines()
+    assert len(lines) == len(COMMANDS) and all("pip install" in line for line in lines), found.stderr

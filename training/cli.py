@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, or 2 after one line on standard error for a mistake that the user can mend."""
     logging.basicConfig(level=os.environ.get("LOGLEVEL", "WARNING").upper(), format="%(levelname)s %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return front_door(lambda: _dispatch(arguments))
+    return front_door(lambda: _dispatch(arguments), extra="train")
 
 
 def _dispatch(arguments: list[str]) -> int:

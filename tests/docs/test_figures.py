@@ -80,6 +80,8 @@ def test_tables_are_read() -> None:
     [
         ("docs/benchmarks.md", ("stage", "p50 s"), "2026-11-25-cpu-latency.md"),
         ("docs/benchmarks.md", ("peer", "work"), "2026-11-25-cpu-peers.md"),
+        ("README.md", ("peer", "work"), "2026-11-28-cpu-peers-bf16.md"),
+        ("README.md", ("peer", "relative error"), "2026-11-28-cpu-peers-rounded.md"),
         ("docs/kernels.md", ("option", "PSNR dB"), "2026-11-28-lossy.md"),
     ],
 )
