@@ -205,7 +205,7 @@ for line in sys.argv[1:]:
     print(line, "->", main(line.split()), flush=True)
 """
 COMMANDS = (
-    "demo", "serve", "serve --help", "ui", "export build x --target cpu --out b", "export products", "train world x",
+    "demo", "serve", "serve --help", "ui", "export products", "train world x",
     "export rehearse decoder --target sm_89", "train evaluate demo", "train pack a b", "bench peers",
 )  # fmt: skip
 
