@@ -165,7 +165,7 @@ def check_fields(owner: Any, error: type[Exception], prefix: str = "", none_is_d
             try:
                 value = check(value)
             except ValueError as reason:
-                more = "".join(f" or {one}" for one in absent)
+                more = "".join(f" or {getattr(one, 'value', one)}" for one in absent)
                 raise error(f"{prefix}{name} = {shown(value)}: expected {reason}{more}") from None
         if value is not getattr(owner, name):
             # The documented way to set a field of a frozen dataclass from its own __post_init__.

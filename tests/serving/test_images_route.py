@@ -143,7 +143,7 @@ def test_edits(client: openai.OpenAI, pipe: mindomni_rt.Pipeline) -> None:
         ({"think": False, "cascade": True}, None, "cascade thinking needs think"),
         ({"output_format": "gif"}, "output_format", "one of png, jpeg, webp"),
         ({"response_format": "file"}, "response_format", "one of b64_json, url"),
-        ({"stream": True, "partial_images": 4}, "partial_images", "at most 3"),
+        ({"stream": True, "partial_images": 4}, "partial_images", "from 0 to 3"),
         ({"quality": "hd"}, "quality", "no such option"),
         ({"background": "transparent"}, "background", "no such option"),
         ({"deadline": 601}, "deadline", "at most 600"),
