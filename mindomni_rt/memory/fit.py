@@ -77,7 +77,9 @@ class Fit:
         assert self.needs is not None and self.free is not None
         needed = self.needs(work)
         fits = [side for side in SIDES if self.fits(replace(work, height=side, width=side, images=1))]
-        advice = f"one image of {fits[0]}x{fits[0]} fits" if fits else "close other programs or shorten the prompt, and load again"
+        advice = "close other programs or shorten the prompt, and load again"
+        if fits:
+            advice = f"one image of {fits[0]}x{fits[0]} fits"
         what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
         raise OutOfMemoryError(
             f"{what}: {gigabytes(needed)} of memory needed after {work.condition_tokens} tokens of text, "
