@@ -139,7 +139,7 @@ def test_budgets() -> None:
     assert budget_bytes(3e9, None) == 3 * GB
     with pytest.raises(BadRequestError, match="auto, a size"):
         budget_bytes("much", 5)
-    with pytest.raises(OutOfMemoryError, match=r"10\.00 GB are free"):
+    with pytest.raises(OutOfMemoryError, match=r"memory_budget is 10\.00 GB; nothing was loaded"):
         fit_checkpoint(checkpoint(), host(21), device="cpu", memory_budget="10GB")
     # No limit: the first choice, unchecked. Unknown free memory: the same.
     assert fit_checkpoint(checkpoint(), host(1), device="cpu", memory_budget=None).dtype == "bfloat16"
