@@ -83,7 +83,7 @@ def build(request: BuildRequest) -> Manifest:
             built_by=_builder(),
         )
         write_manifest(folder, manifest)
-    parts.forget()
+    parts.forget(request.out)
     progress.summary()
     return manifest
 

@@ -7,7 +7,9 @@ that did not end; beside them what loading a bundle keeps.
     unfinished/KEY/        rounded weights with their graphs, until the bundle that they are for is whole
     checked/KEY.json       which files of bundles were hashed, by what tells that they have not changed
 
-Files reach a bundle as hard links where the file system allows it, so that an entry costs no second copy.
+Entries are hard links to the files of a build while it runs, so that they cost no second copy. A bundle that is done
+shares no file with another: `onnx` refuses weights with two names, and a change in one place would be one in the other.
+Engines stay linked to their entries; their hash is compared before one is used again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 
 import mindomni_rt
 from mindomni_rt.bundle.manifest import sha256
-from mindomni_rt.files import cache_folder, write_text
+from mindomni_rt.files import cache_folder, replace_file, write_text
 
 logger = logging.getLogger(__name__)
 KINDS = ("graphs", "ranges", "engines", "unfinished", "checked")
@@ -74,6 +76,12 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def unshare(path: Path) -> None:
+    """Gives a file bytes of its own if other names lead to the same ones, as those of a build of the same parts do."""
+    if path.stat().st_nlink > 1:
+        replace_file(path, lambda temporary: shutil.copyfile(path, temporary))
 
 
 def key_of(parts: Mapping[str, Any], code: Sequence[str]) -> str:

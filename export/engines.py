@@ -89,9 +89,12 @@ def build_engine(
     kept = None if cache is None else cache / f"{_key(onnx, spec, profile, trt, sms)}.plan"
     note = None if kept is None else kept.with_suffix(".json")
     if kept is not None and note is not None and kept.exists() and note.exists():
-        link(kept, out)
-        logger.info("%s: taken from %s", spec.name, kept)
-        return EngineReport(**{**json.loads(note.read_text(encoding="utf-8")), "cached": True})
+        found = json.loads(note.read_text(encoding="utf-8"))
+        if found.get("sha256") == sha256(kept):
+            link(kept, out)
+            logger.info("%s: taken from %s", spec.name, kept)
+            return EngineReport(**{**found["report"], "cached": True})
+        logger.warning("%s is damaged; the engine is built again", kept)
     began = time.perf_counter()
     fused = not spec.head_dim or fused_attention(dtype, spec.head_dim)
     errors: list[str] = []
@@ -108,7 +111,7 @@ def build_engine(
     if kept is not None and note is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         link(out, kept)
-        write_text(note, json.dumps(asdict(report)))
+        write_text(note, json.dumps({"sha256": sha256(kept), "report": asdict(report)}))
     return report
 
 

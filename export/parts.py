@@ -19,7 +19,7 @@ from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
 from . import quantize
-from .cache import WEIGHTS, Unfinished, identity, key_of
+from .cache import WEIGHTS, Unfinished, identity, key_of, unshare
 from .graphs import halve_attention, wrapper_of
 from .progress import Progress
 from .request import BuildRequest
@@ -109,10 +109,12 @@ class Parts:
         """Lets go of the model: engines need the memory."""
         del self._model, self._traces
 
-    def forget(self) -> None:
-        """Drops what was kept for a build that did not end: the bundle is whole."""
+    def forget(self, bundle: Path) -> None:
+        """Drops what was kept for a build that did not end: `bundle` is whole. Its graphs have no other name then."""
         for key in self._keys:
             self._unfinished.drop(key)
+        for path in (*bundle.glob("*.onnx"), *bundle.glob("*.data")):
+            unshare(path)
 
     def _make(self, group: Sequence[str], data: str, ranges: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         with WeightStore(self._work / f"{data}.data") as store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 from conftest import PARITY
 
@@ -188,3 +190,19 @@ def test_a_file_that_changed_just_now_is_not_noted(tmp_path: Path, monkeypatch: 
     checked.add("x", "0" * 64)
     checked.save()
     assert not Checked(tmp_path).has("x", "0" * 64)
+
+
+def test_bundles_share_no_file(cache: Path, tmp_path: Path) -> None:
+    """A build that takes what another one keeps, both of them alive: `onnx` refuses weights with two names."""
+    ended: list[Manifest] = []
+
+    def say(line: str) -> None:
+        if "connect" in line and not ended:  # another process, in the middle of this one
+            ended.append(build(request(tmp_path / "b", cache, "fp32")))
+
+    one = request(tmp_path / "a", cache, "fp32")
+    build(dataclasses.replace(one, say=say))
+    assert ended and not any((cache / "unfinished").iterdir())
+    for bundle in (tmp_path / "a", tmp_path / "b"):
+        assert [p.name for p in bundle.iterdir() if p.is_file() and p.stat().st_nlink > 1] == []
+        onnx.checker.check_model(str(bundle / "language.onnx"))

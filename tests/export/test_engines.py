@@ -51,14 +51,21 @@ def test_one_plan_for_several_architectures(bundles: Callable[[str], Path], tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["language.plan"]
 
 
-def test_a_second_build_comes_from_the_cache(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_second_build_comes_from_the_cache(
+    bundles: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = engine(bundles("fp16"), "update", tmp_path / "a.plan", ("sm_89",), cache=tmp_path / "cache")
     again = engine(bundles("fp16"), "update", tmp_path / "b.plan", ("sm_89",), cache=tmp_path / "cache")
     other = engine(bundles("fp16"), "update", tmp_path / "c.plan", ("sm_86",), cache=tmp_path / "cache")
     assert (first.cached, again.cached, other.cached) == (False, True, False)
     assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
     note = next(p for p in (tmp_path / "cache").glob("*.json"))
-    assert json.loads(note.read_text())["bytes"] > 0
+    assert json.loads(note.read_text())["report"]["bytes"] > 0
+    for kept in (tmp_path / "cache").glob("*.plan"):
+        kept.write_bytes(bytes(kept.stat().st_size))
+    monkeypatch.setattr(engines, "_build", lambda _trt, _onnx, temporary, *_: temporary.write_bytes(b"built again"))
+    assert not engine(bundles("fp16"), "update", tmp_path / "d.plan", ("sm_89",), cache=tmp_path / "cache").cached
+    assert (tmp_path / "d.plan").read_bytes() == b"built again"
 
 
 def test_a_progress_monitor_can_stop_a_build(bundles: Callable[[str], Path], tmp_path: Path) -> None:
