@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mindomni_rt
+from mindomni_rt.bundle.manifest import MANIFEST, read_manifest
+from mindomni_rt.checkpoint.layout import open_checkpoint
 
 _CHILD = """
 import json, sys, time
@@ -22,16 +24,19 @@ import mindomni_rt
 request = json.loads(sys.argv[2])
 pipe = mindomni_rt.load(request.pop("model"), **request.pop("load"))
 loaded = time.time()
-pipe.generate(request.pop("prompt"), seed=0, **request)
-print(json.dumps({"load": loaded - began, "first_image": time.time() - began}))
+result = pipe.generate(request.pop("prompt"), seed=0, **request)
+done = time.time()
+token = done - result.timings["total"] + result.timings["first_token"]
+print(json.dumps({"load": loaded - began, "first_token": token - began, "first_image": done - began}))
 """
 
 
 def cold_starts(
     model: str, load: Mapping[str, Any], request: Mapping[str, Any], times: int = 2
 ) -> list[dict[str, Any]]:
-    """{"load", "first_image"} in seconds of each start, or {"failed": why}. An interrupt ends them, and is not raised:
-    what was measured before must not be lost.
+    """{"load", "first_token", "first_image"} in seconds of each start, and "read", those that reading the language
+    model's files took just before the last one; or {"failed": why}. An interrupt ends them, and is not raised: what was
+    measured before must not be lost.
 
     model: as for `load`; load: its keyword arguments; request: those of `generate`, "prompt" among them.
     """
@@ -40,11 +45,34 @@ def cold_starts(
     for index in range(times):
         sys.stderr.write(f"cold start {index + 1} of {times}\n")
         try:
-            found.append(_start(text))
+            read = read_seconds(language_files(model)) if index else 0.0
+            start = _start(text)
+            found.append({**start, "read": round(read, 3)} if read and "failed" not in start else start)
         except KeyboardInterrupt:
             found.append({"failed": "interrupted"})
             break
     return found
+
+
+def language_files(model: str) -> list[Path]:
+    """Files of a folder on this machine that hold the language model's weights; none for a hub id."""
+    folder = Path(model)
+    if (folder / MANIFEST).is_file():
+        graph = read_manifest(folder).graphs["language"]
+        return [folder / name for name in (graph.file, *graph.data)]
+    if not folder.is_dir():
+        return []
+    return sorted({entry.file for entry in open_checkpoint(folder).tensors["language"].values()})
+
+
+def read_seconds(files: Iterable[Path]) -> float:
+    """How long reading files takes, from the disk or its cache: a start that needs their bytes cannot be faster."""
+    buffer, began = bytearray(1 << 24), time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
 
 
 def _start(request: str) -> dict[str, Any]:
@@ -72,4 +100,6 @@ def describe_cold(start: Mapping[str, Any]) -> str:
     """One start in words."""
     if "failed" in start:
         return f"failed: {start['failed']}"
-    return f"loaded {start['load']:.2f} s, first image {start['first_image']:.2f} s"
+    read = f"; reading the language model's files before it {start['read']:.2f} s" if "read" in start else ""
+    token = f"first token {start['first_token']:.2f} s, " if "first_token" in start else ""
+    return f"loaded {start['load']:.2f} s, {token}first image {start['first_image']:.2f} s{read}"

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 import mindomni_rt
+from mindomni_rt.bundle.manifest import MANIFEST, read_manifest
 from mindomni_rt.checks import UNSET
+from mindomni_rt.devices.table import load_devices
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.events import GenerationResult
 from mindomni_rt.figures import COLOURS, new_figure, save
@@ -33,7 +35,8 @@ from mindomni_rt.request import CompleteRequest, Request
 from mindomni_rt.stages import STAGES
 
 from ..machine import NONE, clock_state, describe_machine, device_peak, free_memory, header
-from ..results import check_out, table, write_result
+from ..results import Result, check_out, table, write_result
+from ..roofline import measured_bound
 from .cold import cold_starts, describe_cold
 from .energy import Energy, describe_energy
 
@@ -125,6 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "backend": pipe.backend.name,
             "device": pipe.backend.device,
             "dtype": pipe.backend.dtype,
+            "weights": _weights(pipe, Path(options.model)),
         },
         "machine": describe_machine(pipe.backend.device),
         "clocks": {"before": before, "after": after},
@@ -146,8 +150,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def _weights(pipe: Pipeline, model: Path) -> str:
+    """What the language model's and the decoder's weights are stored as, "mixed" where they differ."""
+    if (model / MANIFEST).is_file():
+        graphs = read_manifest(model).graphs
+        kinds = {graphs[name].precision for name in ("language", "denoiser")}
+    else:
+        chosen = getattr(getattr(pipe.backend, "options", None), "precision", None)
+        kinds = {pipe.backend.dtype} if chosen is None else {chosen.language, chosen.decoder}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
 def measured_ceilings(device: str, dtype: str, weights: int) -> dict[str, Any]:
-    """TFLOP/s of a square matrix product in dtype and GB/s of a copy, the best of a few: a floor must lie below.
+    """TFLOP/s of a square matrix product in dtype (on a CPU also in float32) and GB/s of a copy, the best of a few: a
+    floor must lie below.
 
     device: as a backend names it. weights: bytes of the smallest weights that a stage streams; what is copied is as
     large (1 GiB at most), so that caches help the copy as they help the stage. With torch where it is installed, numpy
@@ -165,8 +181,10 @@ def measured_ceilings(device: str, dtype: str, weights: int) -> dict[str, Any]:
     else:
         if kind not in _SIDES or (kind == "cuda" and not torch.cuda.is_available()):
             return {}
-        found = ceilings(Meter(torch.device(device)), getattr(torch, dtype), _SIDES[kind], size, _SECONDS)
-        product, copy = found["matmul"] or 0.0, found["copy"] or 0.0
+        # A CPU may lack products of 16-bit types; widening to float32 is faster there, and what the backend does.
+        types = {getattr(torch, dtype), torch.float32} if kind == "cpu" else {getattr(torch, dtype)}
+        rates = [ceilings(Meter(torch.device(device)), each, _SIDES[kind], size, _SECONDS) for each in types]
+        product, copy = (max(found[name] or 0.0 for found in rates) for name in ("matmul", "copy"))
         how = f"torch, {torch.get_num_threads()} threads" if kind == "cpu" else "torch"
     return {"gemm_tflops": round(product, 4), "copy_gbps": round(copy, 2), "copy_bytes": size, "with": how}
 
@@ -217,9 +235,14 @@ def report(data: Mapping[str, Any]) -> str:
     rows["first thinking token"] = rows.pop("first_token")
     names = [name for name in (*STAGES, "first thinking token", "denoising step", "total") if rows[name]]
     times = [[name, *(f"{seconds:.4f}" for seconds in percentiles(rows[name]))] for name in names]
-    return "\n".join(
-        [*lines, table(["stage", "p50 s", "p90 s", "p99 s"], times), "", table(["figure", "value"], _rates(data))]
-    )
+    head = ["stage", "p50 s", "p90 s", "p99 s"]
+    if found := measured_bound(Result(Path(model["name"]), dict(data)), load_devices()):
+        floor = found[0]
+        bounds = {**floor.floor, "denoising step": floor.floor["denoiser"] / steps, "total": floor.floor_total}
+        lines[-1:] = ["", f"floor: {found[1]}; weights in {floor.scheme}.", ""]
+        times = [[*row, f"{bounds[row[0]]:.4f}" if bounds.get(row[0]) else ""] for row in times]
+        head.append("floor s")
+    return "\n".join([*lines, table(head, times), "", table(["figure", "value"], _rates(data))])
 
 
 def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -232,13 +255,19 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     kinds = {"allocated": "peak_bytes", "reserved": "reserved_bytes"}
     told = ", ".join(f"{device[key] / 1e9:.2f} GB {kind}" for kind, key in kinds.items()) if device else NONE
     starts = zip(("first", "second"), data["cold_start"], strict=False)
+    reached = data.get("ceilings") or {}
     return [
+        *([("ceilings in this run", _ceilings_text(reached))] if reached else []),
         *([("decoding", f"{p50:.1f} tokens/s; p10 {p10:.1f}, p1 {p1:.1f}")] if decode else []),
         ("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE),
         ("peak device memory", told),
         ("energy an image", describe_energy(data["energy"])),
         *((f"cold start, {name} run", describe_cold(start)) for name, start in starts),
     ]
+
+
+def _ceilings_text(found: Mapping[str, Any]) -> str:
+    return f"copy {found['copy_gbps']:.1f} GB/s, matrix product {found['gemm_tflops']:.3g} TFLOP/s ({found['with']})"
 
 
 def plot(data: Mapping[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from PIL import Image
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.compare import change
-from mindomni_rt.benchmarks.latency.cold import cold_starts, describe_cold
+from mindomni_rt.benchmarks.latency.cold import cold_starts, describe_cold, language_files, read_seconds
 from mindomni_rt.benchmarks.latency.command import percentiles
 from mindomni_rt.benchmarks.machine import describe_machine
 from mindomni_rt.benchmarks.results import read_result
@@ -64,6 +65,11 @@ def test_cold_start_runs_in_another_process(capsys: pytest.CaptureFixture[str]) 
     assert main(["latency", str(BUNDLE), *SMALL[:-1]]) == 0  # onnxruntime is imported sooner than torch
     out = capsys.readouterr().out
     assert "cold start, first run" in out and "cold start, second run" in out
+    assert out.count("first token") == 2 and out.count("reading the language model's files") == 1  # before the second
+    floors = re.findall(r"^\| (denoiser|total) \| (\S+) .* \| (\S+) \|$", out, re.MULTILINE)
+    assert [name for name, *_ in floors] == ["denoiser", "total"]
+    assert all(0 < float(floor) <= float(measured) for _, measured, floor in floors)
+    assert "floor: ceilings measured in the same run; weights in fp32." in out and "ceilings in this run | copy" in out
 
 
 def test_percentiles_by_hand() -> None:
@@ -184,10 +190,21 @@ def test_a_failing_cold_start_keeps_the_runs(tmp_path: Path, monkeypatch: pytest
 def test_cold_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (start,) = cold_starts(str(BUNDLE), {"device": "cpu"}, {"prompt": "x", **TINY}, times=1)
-    assert 0 < start["load"] < start["first_image"]
+    assert 0 < start["load"] < start["first_token"] < start["first_image"]
     (start,) = cold_starts(str(tmp_path / "none"), {"device": "cpu"}, {"prompt": "x", **TINY}, times=1)
     assert "BadCheckpointError" in start["failed"] or "BadRequestError" in start["failed"]
     assert describe_cold(start).startswith("failed: ")
+
+
+def test_what_a_first_token_has_to_read(tmp_path: Path) -> None:
+    """The files of the language model alone, each read whole."""
+    assert [p.name for p in language_files(str(BUNDLE))] == ["language.onnx", "language.data"]
+    (shard,) = language_files(str(PARITY))
+    assert shard.parent.name == "mllm" and shard.suffix == ".safetensors"
+    assert language_files("owner/name") == []
+    assert read_seconds([shard]) > 0
+    with pytest.raises(FileNotFoundError):
+        read_seconds([tmp_path / "none"])
 
 
 def test_interrupting_the_cold_start_keeps_the_runs(tmp_path: Path) -> None:
