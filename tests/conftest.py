@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -57,13 +58,15 @@ def export_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def bundles(export_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Bundles of the parity checkpoint for onnxruntime on the CPU, by precision; each is built once."""
+def bundles(export_cache: Path) -> Callable[[str], Path]:
+    """Bundles of the parity checkpoint for onnxruntime on the CPU, by precision; each is built once for all processes
+    of a run, which only read it."""
     pytest.importorskip("onnxscript", reason="building graphs needs the export extra")
     from mindomni_rt.export.build import BuildRequest, build
     from mindomni_rt.export.targets import choose, parse_target
 
-    folder, target = tmp_path_factory.mktemp("bundles"), parse_target("cpu")
+    folder, target = export_cache.parent / "bundles", parse_target("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
 
     @cache
     def bundle(precision: str) -> Path:
@@ -72,7 +75,10 @@ def bundles(export_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         request = BuildRequest(
             checkpoint=PARITY, out=out, target=target, choice=choice, calibration_size=64, cache=export_cache
         )
-        build(request)
+        with (folder / f"{precision}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not out.exists():
+                build(request)
         return out
 
     return bundle

@@ -37,7 +37,7 @@ from mindomni_rt.stages import STAGES
 from ..machine import NONE, clock_state, describe_machine, device_peak, free_memory, header
 from ..results import Result, check_out, table, write_result
 from ..roofline import measured_bound
-from .cold import cold_starts, describe_cold
+from .cold import STARTS, cold_starts, describe_cold
 from .energy import Energy, describe_energy
 
 _SIDES = {"cpu": (512, 1536), "cuda": (8192,)}
@@ -254,7 +254,7 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     host, device = data["peak_host_bytes"], data.get("peak_device")
     kinds = {"allocated": "peak_bytes", "reserved": "reserved_bytes"}
     told = ", ".join(f"{device[key] / 1e9:.2f} GB {kind}" for kind, key in kinds.items()) if device else NONE
-    starts = zip(("first", "second"), data["cold_start"], strict=False)
+    starts = zip(STARTS, data["cold_start"], strict=False)
     reached = data.get("ceilings") or {}
     return [
         *([("ceilings in this run", _ceilings_text(reached))] if reached else []),
@@ -262,7 +262,7 @@ def _rates(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak host memory", f"{host / 1e9:.2f} GB" if host else NONE),
         ("peak device memory", told),
         ("energy an image", describe_energy(data["energy"])),
-        *((f"cold start, {name} run", describe_cold(start)) for name, start in starts),
+        *((f"cold start, {name}", describe_cold(start)) for name, start in starts),
     ]
 
 
