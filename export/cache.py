@@ -14,6 +14,7 @@ Engines stay linked to their entries; their hash is compared before one is used 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -127,16 +128,27 @@ class Unfinished:
 
     def take(self, key: str, work: Path) -> dict[str, Any] | None:
         """Puts the kept files of a key into `work`. Returns their note, None if there are none or they are damaged."""
-        kept = None if self.folder is None else self.folder / key
-        if kept is None or not (kept / _NOTE).is_file():
+        if self.folder is None:
             return None
+        try:
+            return self._take(self.folder / key, work)
+        except FileNotFoundError:  # none there, or another build of the same parts ended meanwhile and dropped them
+            return None
+
+    def _take(self, kept: Path, work: Path) -> dict[str, Any] | None:
         note: dict[str, Any] = json.loads((kept / _NOTE).read_text(encoding="utf-8"))
         if any(not (kept / name).is_file() or sha256(kept / name) != found for name, found in note["files"].items()):
-            logger.warning("%s is damaged; its graphs are made again", kept)
-            self.drop(key)
+            if kept.exists():
+                logger.warning("%s is damaged; its graphs are made again", kept)
+            self.drop(kept.name)
             return None
-        for name in note["files"]:
-            link(kept / name, work / name)
+        try:
+            for name in note["files"]:
+                link(kept / name, work / name)
+        except FileNotFoundError:
+            for name in note["files"]:
+                (work / name).unlink(missing_ok=True)
+            raise
         return dict(note["reports"])
 
     def keep(self, key: str, work: Path, files: Sequence[str], reports: Mapping[str, Any]) -> None:
@@ -151,7 +163,11 @@ class Unfinished:
             note = {"files": {name: sha256(part / name) for name in files}, "reports": dict(reports)}
             write_text(part / _NOTE, json.dumps(note))
             self.drop(key)
-            part.rename(self.folder / key)
+            try:
+                part.rename(self.folder / key)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # else another build kept the same parts
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

@@ -132,6 +132,37 @@ def test_damage_and_other_weights_are_noticed(tmp_path: Path) -> None:
     assert store.take("key", work) is None and not (tmp_path / "kept" / "key").exists()
     assert Unfinished(None).take("key", work) is None
 
+
+def test_entries_that_another_build_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drops an entry while this one takes it, and keeps the same parts while this one keeps them."""
+    work, store = tmp_path / "work", Unfinished(tmp_path / "kept")
+    work.mkdir()
+    for name in ("a.data", "b.data"):
+        (work / name).write_bytes(name.encode())
+    store.keep("key", work, ["a.data", "b.data"], {"a": {}})
+    shutil.rmtree(work)
+    work.mkdir()
+
+    def dropped(source: Path, target: Path) -> None:
+        if source.name == "b.data":
+            store.drop("key")
+        shutil.copyfile(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mindomni_rt.export.cache.link", dropped)
+        assert store.take("key", work) is None and not any(work.iterdir())  # nothing half taken is in the way
+
+    (work / "a.data").write_bytes(b"ours")
+
+    def kept(self: Unfinished, key: str) -> None:
+        shutil.copytree(work, tmp_path / "kept" / key)
+
+    monkeypatch.setattr(Unfinished, "drop", kept)
+    store.keep("key", work, ["a.data"], {"a": {}})
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["key"]
+
+
+def test_weights_that_changed(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(1_000_000))
     before = identity([file])
