@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,7 +81,8 @@ class GenerationResult:
     by itself, two with cascade, none without thinking. finish_reason: of the last round; "length" where a round was cut
     at max_new_tokens. seed: image i was painted from seed + i, or None where latents were given. timings: seconds by
     stage, with "total", of all prompts that were painted together. token_ids: the generated ones, all rounds.
-    settings: what made it, as stored in a picture. `latents` are copied from the device when first asked for.
+    settings: what made it, as stored in a picture. latents: the final ones, float32 (n, 4, H/8, W/8); None for a
+    request that only writes. A result holds nothing of the pipeline: its weights go when the pipeline does.
     """
 
     images: list[Image] | NDArray[np.float32] = field(default_factory=list)
@@ -96,12 +95,7 @@ class GenerationResult:
     settings: dict[str, Any] = field(default_factory=dict)
     finish_reason: FinishReason = "stop"
     rounds: tuple[Round, ...] = ()
-    fetch_latents: Callable[[], NDArray[np.float32]] | None = field(default=None, repr=False, compare=False)
-
-    @cached_property
-    def latents(self) -> NDArray[np.float32] | None:
-        """The final latents, float32 (n, 4, H/8, W/8); None for a request that only writes."""
-        return None if self.fetch_latents is None else self.fetch_latents()
+    latents: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GenerationResult):
@@ -135,10 +129,6 @@ class GenerationResult:
         from .inputs.saving import to_pil
 
         return to_pil(self.images) if isinstance(self.images, np.ndarray) else self.images
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A pickled result holds its latents, not the device that has them."""
-        return {**self.__dict__, "latents": self.latents, "fetch_latents": None}
 
     def save(self, path: str | Path) -> list[Path]:
         """Writes the images as PNG, JPEG or WebP, by the name's ending, each with the settings that made it inside.

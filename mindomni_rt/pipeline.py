@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -297,7 +296,7 @@ class Pipeline(Calls, AdapterCalls):
             seed=None if request.latents is not None else job.seed,
             timings=clock.report(),
             token_ids=thought.token_ids,
-            fetch_latents=partial(self.backend.numpy, latents),
+            latents=self.backend.numpy(latents),
             settings={
                 **request.settings(),
                 "seed": job.seed,

@@ -103,4 +103,4 @@ def share(event: Event, group: Sequence[Job], index: int) -> Event:
 
 def _result(result: GenerationResult, job: Job, mine: slice) -> GenerationResult:
     settings = {**result.settings, "seed": job.seed, "num_images": job.count}
-    return replace(result, images=result.images[mine], seed=job.seed, settings=settings, fetch_latents=None)
+    return replace(result, images=result.images[mine], seed=job.seed, settings=settings, latents=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from weakref import WeakSet
+from weakref import WeakSet, proxy
 
 import numpy as np
 import torch
@@ -113,7 +113,9 @@ class TorchCudaBackend(TorchBackend):
             "decoder": [decoder],
             "vae": [model.vae],
         }
-        self.residency = Residency(modules, device, resident, self._moved)
+        # A backend that is dropped goes at once, with its weights: what it owns does not own it.
+        own = proxy(self)
+        self.residency = Residency(modules, device, resident, lambda part: own._moved(part))
 
     def _moved(self, part: str) -> None:
         """What plans count with a part goes with it. A session that runs keeps its buffers and captures anew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...checkpoint.config import ModelConfig
+from ...checkpoint.config import DecoderConfig, ModelConfig
 from ...checkpoint.layout import LoadReport
 from ...errors import BadRequestError, OutOfMemoryError, UnsupportedDeviceError
 from ...inputs.images import ImagePatches
@@ -97,6 +97,10 @@ def joined_prefixes(prefixes: Sequence[Prefix]) -> tuple[PrefixKV, Tensor]:
     return PrefixKV(keys, values, time_keys, time_values), found[0].modulation
 
 
+def _positions(config: DecoderConfig, device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    return torch.from_numpy(image_positions(config, rows, columns)).to(device).to(dtype)
+
+
 class TorchBackend:
     """The six stages on PyTorch modules. Runs wherever they are; float32 on the CPU is the reference."""
 
@@ -108,7 +112,9 @@ class TorchBackend:
         self.config: ModelConfig = model.config
         self.torch_dtype = model.language.norm.weight.dtype  # of activations; weights may be narrower (`widen`)
         self.dtype = str(model.language.embed_tokens.weight.dtype).removeprefix("torch.")
-        self.image_positions: Callable[[int, int], Tensor] = lru_cache(maxsize=4)(self._image_positions)
+        # Of a function, not of a method: a backend that is dropped goes at once, with its weights.
+        positions = partial(_positions, self.config.decoder, torch.device(device), self.torch_dtype)
+        self.image_positions: Callable[[int, int], Tensor] = lru_cache(maxsize=4)(positions)
 
     @cached_property
     def adapters(self) -> Adapters:
@@ -185,9 +191,6 @@ class TorchBackend:
                 )
             )
         return TorchDenoiseSession(branches, latents)
-
-    def _image_positions(self, rows: int, columns: int) -> Tensor:
-        return self.tensors(image_positions(self.config.decoder, rows, columns))[0].to(self.torch_dtype)
 
     @torch.inference_mode()
     def vae(self, latents: Tensor) -> NDArray[np.float32]:
