@@ -22,6 +22,7 @@ from mindomni_rt.benchmarks.cli import main as benchmarks
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.errors import OutOfMemoryError
+from mindomni_rt.memory.footprint import parameters
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
@@ -73,6 +74,35 @@ def _rounded(shown: str, value: float) -> bool:
 def test_tables_are_read() -> None:
     text = "a\n\n| x | y |\n| --- | --- |\n| 1 | 2 |\n| 3 | |\n\nb | c\n\n| z |\n| --- |\n| 4 |\n"
     assert list(tables(text)) == [[{"x": "1", "y": "2"}, {"x": "3", "y": ""}], [{"z": "4"}]]
+
+
+def _full_size_latency() -> Iterator[tuple[str, str]]:
+    page = "docs/benchmarks.md"
+    names = ("2026-11-28-cpu-latency-bf16", "2026-11-28-cpu-latency-int4")
+    exact, rounded = ({row["stage"]: row for row in Page(f"benchmarks/results/{n}.md").table("stage")} for n in names)
+    for stage in ("language", "prefix", "denoising step", "vae", "total"):
+        cells = (exact[stage]["p50 s"], exact[stage]["floor s"], rounded[stage]["p50 s"])
+        yield page, f"| {stage} | {' | '.join(f'{float(cell):.1f}' for cell in cells)} |"
+    data, cold = (stored(f"benchmarks/results/{names[0]}.json"), stored(f"benchmarks/results/{names[1]}.json"))
+    seconds = mean((run["language"] - run["first_token"]) / 11 for run in data["runs"])
+    config = published().language
+    read = 2 * (parameters(published())["language"].linear + config.vocab_size * config.stack.hidden_size)
+    share = read / seconds / 1e9 / data["ceilings"]["copy_gbps"]
+    yield (
+        page,
+        f"takes {seconds:.2f} s, which reads {read / 1e9:.1f} GB of weights at {100 * share:.0f} % of that run's",
+    )
+    start, again = data["cold_start"][2], cold["cold_start"][2]
+    yield (
+        page,
+        f"is loaded after {start['load']:.1f} s, where reading the language model alone takes {start['read']:.1f} s",
+    )
+    yield page, f"first token comes after {start['first_token']:.0f} s, because a prompt of 254"
+    yield page, f"loaded after {again['load']:.1f} s, then onnxruntime packs its weights for"
+    yield (
+        page,
+        f"where reading them takes {again['read']:.1f} s; the first token comes after {again['first_token']:.0f} s",
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,8 +340,13 @@ def _sentences() -> Iterator[tuple[str, str]]:
         f"loaded after {float(first[0]):.1f} s, first image after {float(first[1]):.1f} s; "
         f"the second time {float(again[0]):.1f} and {float(again[1]):.1f} s",
     )
-    build = stored("benchmarks/results/2026-11-28-full-size-builds.json")["runs"][0]  # from an empty cache
-    yield "docs/export.md", f"took {build['seconds']:.0f} s on two cores"
+    builds = stored("benchmarks/results/2026-11-28-full-size-builds.json")["runs"]
+    yield "docs/export.md", f"took {builds[0]['seconds']:.0f} s on two cores"  # from an empty cache
+    (engines,) = (build for build in builds if build["target"] == "sm_89")
+    own, resident = (f"{engines[key] / 1e9:.2f} GB" for key in ("own_memory_peak", "resident_peak"))
+    yield "docs/export.md", f"for `sm_89` took {engines['seconds']:.0f} s; the process's own memory peaked at {own}"
+    yield "docs/limits.md", f"take {own} of own memory, {float(resident[:-3]):.1f} GB resident"
+    yield from _full_size_latency()
     lossy = stored("benchmarks/results/2026-11-28-lossy.json")
     assert lossy["options"]["exact"]["right"] == 1.0
     yield "docs/kernels.md", f"({lossy['n']} riddles, guidance {lossy['guidance']:g}"
