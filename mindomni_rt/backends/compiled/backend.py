@@ -126,7 +126,7 @@ class CompiledBackend(Graphs):
         return bool(np.isfinite(self.numpy(array)).all())
 
     def close(self) -> None:
-        for graph in tuple(self._loaded):
+        for graph in self.manifest.graphs:
             self.runner.release(graph)
         self._loaded.clear()
 

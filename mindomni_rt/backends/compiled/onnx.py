@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,8 @@ def load_onnx(
 
     device: "auto" takes CUDA where onnxruntime offers it, else "cpu"; "cuda", "cuda:N". threads: of one operator;
     None is OMP_NUM_THREADS or the cores this process may use. resident: stages whose weights stay loaded; the others
-    leave when the next stage runs. Raises BadBundleError, UnsupportedDeviceError, MissingExtraError.
+    leave when the next stage runs. A language model that stays is opened by a thread from now on. Raises
+    BadBundleError, UnsupportedDeviceError, MissingExtraError.
     """
     try:
         import onnxruntime
@@ -50,7 +54,10 @@ def load_onnx(
         raise UnsupportedDeviceError(
             "onnxruntime computes no bfloat16 on the CPU; build with --target cpu --precision fp32 or fp16"
         )
-    return CompiledBackend(OnnxRunner(bundle, kind, index, threads), bundle.manifest, resident)
+    runner = OnnxRunner(bundle, kind, index, threads)
+    if "language" in resident:
+        runner.open_ahead("language")
+    return CompiledBackend(runner, bundle.manifest, resident)
 
 
 class OnnxRunner:
@@ -63,6 +70,21 @@ class OnnxRunner:
         self._bundle, self._kind, self._index = bundle, kind, index
         self._threads = threads or cpu_threads()
         self._sessions: dict[str, _Session] = {}
+        self._opening: dict[str, Future[_Session]] = {}
+        self._process = os.getpid()
+
+    def open_ahead(self, graph: str) -> None:
+        """Begins to open a graph in a thread. At the published size onnxruntime packs the language model's weights for
+        seconds, on one core, while the tokenizer is read or a user types. What goes wrong is raised by the first `run`.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix=f"open-{graph}")
+        self._opening[graph] = pool.submit(self._open, graph)
+        pool.shutdown(wait=False)
+
+    def _opened(self, graph: str) -> _Session | None:
+        """What `open_ahead` made of a graph, after it ended; None without, or in a forked process, which lacks it."""
+        opening = self._opening.pop(graph, None)
+        return None if opening is None or os.getpid() != self._process else opening.result()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         try:
@@ -95,7 +117,7 @@ class OnnxRunner:
 
     def run(self, graph: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         if graph not in self._sessions:
-            self._sessions[graph] = self._open(graph)
+            self._sessions[graph] = self._opened(graph) or self._open(graph)
         try:
             self._sessions[graph].run(inputs, outputs)
         except Exception as error:  # onnxruntime's errors share no base below Exception; the message is all there is
@@ -128,6 +150,8 @@ class OnnxRunner:
         return _Session(session, self._kind, self._index)
 
     def release(self, graph: str) -> None:
+        with suppress(BadBundleError):
+            self._opened(graph)  # its memory is free when this returns
         self._sessions.pop(graph, None)
 
     def synchronize(self) -> None:
