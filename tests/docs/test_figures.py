@@ -83,6 +83,8 @@ def _full_size_latency() -> Iterator[tuple[str, str]]:
     for stage in ("language", "prefix", "denoising step", "vae", "total"):
         cells = (exact[stage]["p50 s"], exact[stage]["floor s"], rounded[stage]["p50 s"])
         yield page, f"| {stage} | {' | '.join(f'{float(cell):.1f}' for cell in cells)} |"
+    both = (f"{float(rows['total']['p50 s']):.0f} s" for rows in (exact, rounded))
+    yield "README.md", "256x256: {} in bfloat16, {} from an int4 bundle".format(*both)
     data, cold = (stored(f"benchmarks/results/{names[0]}.json"), stored(f"benchmarks/results/{names[1]}.json"))
     seconds = mean((run["language"] - run["first_token"]) / 11 for run in data["runs"])
     config = published().language
