@@ -15,7 +15,8 @@ import torch
 import mindomni_rt
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, graph_specs, profile
-from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files, write_manifest, writing
+from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files
+from mindomni_rt.bundle.writing import write_manifest, writing
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.errors import MissingExtraError
 from mindomni_rt.model.mindomni import load_model

@@ -23,7 +23,7 @@ from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logge
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, decoding
 from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
-from mindomni_rt.files import replace_file, write_text
+from mindomni_rt.files import parse_json, read_bytes, replace_file, write_text
 from mindomni_rt.kernels.node import DOMAIN, NAME
 
 from .cache import link
@@ -88,10 +88,10 @@ def build_engine(
         _register(trt, spec, node, sms)
     kept = None if cache is None else cache / f"{_key(onnx, spec, profile, trt, sms)}.plan"
     note = None if kept is None else kept.with_suffix(".json")
-    if kept is not None and note is not None and kept.exists() and note.exists():
+    if kept is not None and note is not None and kept.exists() and (earlier := _report(note)):
         link(kept, out)
         logger.info("%s: taken from %s", spec.name, kept)
-        return EngineReport(**{**json.loads(note.read_text(encoding="utf-8")), "cached": True})
+        return earlier
     began = time.perf_counter()
     fused = not spec.head_dim or fused_attention(dtype, spec.head_dim)
     errors: list[str] = []
@@ -110,6 +110,14 @@ def build_engine(
         link(out, kept)
         write_text(note, json.dumps(asdict(report)))
     return report
+
+
+def _report(note: Path) -> EngineReport | None:
+    """The report of an engine that was kept; None where it does not read, so that the engine is built again."""
+    try:
+        return EngineReport(**{**parse_json(read_bytes(note, 2**20)), "cached": True})
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _build(

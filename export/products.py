@@ -11,7 +11,6 @@ packed for the processor on disk ("saved"); int8 with the input rounded by a fix
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mindomni_rt.checkpoint.config import published
-from mindomni_rt.files import write_text
+from mindomni_rt.outputs import write_json
 
 from .weights import MICROSOFT
 
@@ -233,7 +232,7 @@ def record(found: dict[str, Any], path: Path) -> None:
 
     versions = {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
     data = {"what": "forms of rounded products", "date": time.strftime("%Y-%m-%d"), "versions": versions, **found}
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    write_json(path, data)
 
 
 def table(found: dict[str, Any]) -> str:

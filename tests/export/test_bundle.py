@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 
 import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, UnsupportedDeviceError
-from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, sha256, writing
+from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, sha256
 from mindomni_rt.bundle.onnx_file import read_onnx
 from mindomni_rt.bundle.reseal import reseal, sealed_json
+from mindomni_rt.bundle.writing import writing
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -370,39 +371,6 @@ def test_a_killed_build_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     (half,) = tmp_path.glob(".bundle.partial-*")
     with pytest.raises(BadBundleError, match="stopped half-way"):
         mindomni_rt.load(half)
-
-
-def test_only_bundles_and_empty_folders_are_replaced(tmp_path: Path) -> None:
-    def attempt(overwrite: bool) -> None:
-        with writing(tmp_path / "out", overwrite) as folder:
-            (folder / MANIFEST).write_text("{}")
-
-    (tmp_path / "out").mkdir()
-    attempt(False)
-    with pytest.raises(BadBundleError, match="--overwrite"):
-        attempt(False)
-    attempt(True)
-    (tmp_path / "out" / MANIFEST).unlink()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(BadBundleError, match="will not be overwritten"):
-        attempt(True)
-    assert (tmp_path / "out" / "thesis.tex").exists()
-
-
-def test_what_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
-    """Two builds of one name, or a user's folder of that name: the second to come is refused."""
-    for overwrite in (False, True):
-        with pytest.raises(BadBundleError, match=r"exists"), writing(tmp_path / "out", overwrite) as folder:
-            (folder / MANIFEST).write_text("{}")
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "thesis.tex").write_text("years of work")
-        assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "thesis.tex").exists()
-        shutil.rmtree(tmp_path / "out")
-    with pytest.raises(BadBundleError, match=r"exists; choose"), writing(tmp_path / "out") as first:
-        (first / MANIFEST).write_text("first")
-        with writing(tmp_path / "out") as second:
-            (second / MANIFEST).write_text("second")
-    assert (tmp_path / "out" / MANIFEST).read_text() == "second"
 
 
 def test_control_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from mindomni_rt.files import require_regular, why
+from mindomni_rt.inputs.opening import FORMATS
 
 from ..errors import BadDataError
 
@@ -82,10 +85,13 @@ def parse_record(data: Any, root: Path, source: str) -> Record:
 
 
 def _existing(path: Path, source: str, key: str) -> Path:
-    if not path.is_file():
-        raise BadDataError(f"{source}: {key} {path} does not exist")
     try:
-        with Image.open(path):  # its header; a file that is cut short is named when it is read
+        require_regular(path)
+        with Image.open(path, formats=FORMATS):  # its header; a file that is cut short is named when it is read
             return path
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadDataError(f"{source}: {key} {path} is no readable image ({error})") from error
+    except FileNotFoundError as error:
+        raise BadDataError(f"{source}: {key} {path} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise BadDataError(f"{source}: {key} {path}: expected one of {', '.join(FORMATS)}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadDataError(f"{source}: {key} {path} is no readable image: {why(error)}") from error

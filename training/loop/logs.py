@@ -16,6 +16,7 @@ import torch
 
 import mindomni_rt
 from mindomni_rt.checkout import commit
+from mindomni_rt.files import write_text
 
 from ..config import Config
 from ..errors import StorageError
@@ -52,9 +53,7 @@ class Log:
             }
             with (Path(config.out) / "runs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            (Path(config.out) / "config.json").write_text(
-                json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
-            )
+            write_text(Path(config.out) / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
@@ -129,4 +128,4 @@ def _cut(path: Path, start: int) -> None:
                 lines.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # a half-written last line
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in lines))
