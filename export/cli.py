@@ -15,11 +15,13 @@ from mindomni_rt.bundle.contracts import PROFILES
 from mindomni_rt.bundle.manifest import is_bundle, open_bundle, read_manifest
 from mindomni_rt.bundle.writing import check_name
 from mindomni_rt.checkpoint.hub import resolve
+from mindomni_rt.checks import Whole, shown
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.demo import DEMO_MODELS, DEMO_NAME
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.options import parse_size
 from mindomni_rt.outputs import check_target
+from mindomni_rt.request import MAX_SIDE
 
 from .describe import describe
 from .log import build_log
@@ -129,6 +131,11 @@ def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
     checkpoint = _checkpoint(options.checkpoint)
+    if options.calibration_size is not None:
+        try:
+            Whole(16, MAX_SIDE, 16)(options.calibration_size)
+        except ValueError as error:
+            raise BadRequestError(f"--calibration-size {options.calibration_size}: expected {error}") from None
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
@@ -179,9 +186,9 @@ def _products(options: argparse.Namespace) -> int:
 
     if options.out:
         check_target(options.out)
-    for name in ("layers", "rounds"):
-        if getattr(options, name) < 1:
-            raise BadRequestError(f"--{name} {getattr(options, name)}: expected at least 1")
+    for name, most in (("layers", 28), ("rounds", 1000)):
+        if not 1 <= getattr(options, name) <= most:
+            raise BadRequestError(f"--{name} {shown(getattr(options, name))}: expected 1 to {most}")
     _check_folder(options.folder)
     found = compare(options.layers, options.rounds, options.folder, options.provider or ["CPUExecutionProvider"])
     print(table(found))

@@ -83,6 +83,8 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "dry-run":
         from .fullsize import report
 
+        if wrong := [count for count in options.gpus if not 1 <= count <= 100_000]:
+            raise BadRequestError(f"--gpus {wrong[0]}: expected 1 to 100000")
         print(report(load_config(options.config, options.overrides), gpus=options.gpus))
         return 0
     if options.command == "gpu-step":

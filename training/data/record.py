@@ -61,6 +61,8 @@ def parse_record(data: Any, root: Path, source: str) -> Record:
     for key, value in texts.items():
         if not isinstance(value, str):
             raise BadDataError(f"{source}: {key} is {type(value).__name__}; expected a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise BadDataError(f"{source}: {key} holds half a surrogate pair, which is no character")
     if not texts["instruction"].strip():
         raise BadDataError(f"{source}: 'instruction' is missing or empty")
     images = data.get("input_images") or []

@@ -233,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     strange = sorted(set(options.arm or ()) - every)
     if strange:
         raise BadRequestError(f"--arm {strange[0]!r}: expected some of {', '.join(sorted(every))}")
-    if options.jobs < 1:
-        raise BadRequestError(f"--jobs {options.jobs}: expected at least 1")
+    if not 1 <= options.jobs <= 1024:
+        raise BadRequestError(f"--jobs {options.jobs}: expected 1 to 1024")
     check_target(options.out / "ablation.json")
     chosen = [
         (study, arm)
