@@ -59,6 +59,7 @@ def build_log(bundle: Path) -> Iterator[Path]:
         try:
             replace_file(path, running.replace)
         finally:
+            running.unlink(missing_ok=True)
             claim.free()
 
 

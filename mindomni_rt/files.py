@@ -41,7 +41,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename in (temporary, str(temporary)):
+        if error.filename in (None, temporary, str(temporary)):  # a write that fails names no file
             error.filename, error.filename2 = str(path), None
         raise
     finally:

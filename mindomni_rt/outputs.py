@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import BadRequestError, StorageError
 from .files import read_text, replace_file, try_file, why
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -26,6 +31,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         why = error.strerror or error
         raise StorageError(f"{path} could not be written: {why}; free space or choose another --out") from error
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Gives a full disk, a quota, a limit or a read-only folder its name: raises StorageError for them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        raise StorageError(f"{what} could not be written: {why(error)}; free space or choose another place") from error
 
 
 def json_text(data: Any) -> str:

@@ -21,11 +21,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from ..checkpoint.config import ModelConfig
-from ..checks import Many, OneOf, Text, Whole, check_fields, shown
+from ..checks import Many, Object, OneOf, Text, Whole, check_fields, shown
 from ..errors import BadBundleError, BadCheckpointError, UnsupportedDeviceError
 from ..files import parse_json, read_text, require_regular, why
 from .checked import Checked
-from .contracts import DTYPE_BYTES, STAGES, Profile, graph_specs
+from .contracts import DTYPE_BYTES, OPTIONAL, STAGES, Profile, graph_specs
 from .interface import check_interface
 from .onnx_file import read_onnx
 from .seal import KEY, seal_of, sealed_json
@@ -68,7 +68,7 @@ class GraphEntry:
     precision: str
     dtype: Annotated[str, OneOf(tuple(DTYPE_BYTES))]
     data: Annotated[tuple[str, ...], Many(Text(), most=64)] = ()
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Annotated[Mapping[str, Any], Object()] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -88,7 +88,7 @@ class Manifest:
     profile: Profile
     graphs: Mapping[str, GraphEntry]
     files: Mapping[str, FileEntry]
-    built_by: Mapping[str, Any]
+    built_by: Annotated[Mapping[str, Any], Object()]
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -105,6 +105,8 @@ class Manifest:
                 f"{MANIFEST}: files lacks a chat template, mllm/{TEMPLATES[0]}: build the bundle again"
             )
         specs = graph_specs(self.model)
+        if lacking := [name for name in specs if name not in {*self.graphs, *OPTIONAL}]:
+            raise BadBundleError(f"{MANIFEST}: graphs lacks {lacking[0]}: build the bundle again")
         for name, graph in self.graphs.items():
             if name not in specs or specs[name].stage != graph.stage:
                 raise BadBundleError(
@@ -128,7 +130,7 @@ class Manifest:
             raise BadBundleError(f"{where} is not whole JSON ({error}): copy or build the bundle again") from error
         if not isinstance(data, dict) or "format" not in data:
             raise BadBundleError(f"{where} is no bundle manifest: it lacks 'format'")
-        if data["format"] != FORMAT:
+        if data["format"] != FORMAT or type(data["format"]) is not int:
             raise BadBundleError(
                 f"{where}: bundle format {shown(data['format'])}, this version reads {FORMAT}. Build the bundle again "
                 "with this version of mindomni-rt, or install the version that built it"
@@ -148,7 +150,7 @@ class Manifest:
                     **data,
                     "model": ModelConfig.from_dict(data["model"]),
                     "targets": data["targets"],
-                    "profile": Profile(name=data["profile"]["name"], ranges=ranges),
+                    "profile": Profile(name=Text()(data["profile"]["name"]), ranges=ranges),
                     "graphs": {k: GraphEntry(**v) for k, v in data["graphs"].items()},
                     "files": {k: FileEntry(**v) for k, v in data["files"].items()},
                 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,19 @@ def test_one_flipped_bit_is_found(bundle: Path, name: str) -> None:
         mindomni_rt.load(bundle)
 
 
+def test_damage_of_every_listed_file_is_found(bundle: Path) -> None:
+    for name in read_manifest(bundle).files:
+        path, whole = bundle / name, (bundle / name).read_bytes()
+        for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], whole + b"\0", None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(BadBundleError, match=rf"{re.escape(name)} is (corrupt|truncated|too long|missing)"):
+                open_bundle(bundle)
+        path.write_bytes(whole)
+    open_bundle(bundle)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -89,6 +103,13 @@ def test_lengths(bundle: Path, damage: Callable[[Path], object], message: str) -
     ("change", "message"),
     [
         (lambda m: m.update(format=99), "format 99, this version reads 1"),
+        (lambda m: m.update(format=True), "format True, this version reads 1"),
+        (lambda m: m.update(format=1.0), "format 1.0, this version reads 1"),
+        (lambda m: m.update(built_by=3), "built_by = 3: expected an object"),
+        (lambda m: m["graphs"]["vae"].update(report=[1]), "report = .*expected an object"),
+        (lambda m: m["graphs"].clear(), "graphs lacks vision"),
+        (lambda m: m["graphs"].pop("vae"), "graphs lacks vae"),
+        (lambda m: m["profile"].update(name=["x"]), "incomplete"),
         (lambda m: m.pop("format"), "lacks 'format'"),
         (lambda m: m.pop("graphs"), "incomplete"),
         (lambda m: m.update(surprise=1), "unknown keys"),
@@ -247,6 +268,17 @@ def test_graphs_that_break_their_contract(bundle: Path, change: Callable[[Any], 
     change_graph(bundle, "vae.onnx", change)
     with pytest.raises(BadBundleError, match=message):
         mindomni_rt.load(bundle)
+
+
+@pytest.mark.parametrize("place", ["../secret.data", "{folder}/secret.data"])
+def test_onnxruntime_itself_reads_no_weights_outside(bundle: Path, place: str) -> None:
+    """Behind our own check."""
+    import onnxruntime
+
+    shutil.copy(bundle / "vae.data", bundle.parent / "secret.data")
+    change_graph(bundle, "vae.onnx", lambda m: location(m, place.format(folder=bundle.parent)))
+    with pytest.raises(Exception, match=r"(?i)external data|outside|escapes|absolute"):
+        onnxruntime.InferenceSession(str(bundle / "vae.onnx"), providers=["CPUExecutionProvider"])
 
 
 def test_weights_of_inner_graphs_are_seen_too(bundle: Path) -> None:

@@ -153,6 +153,15 @@ def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
     assert first.path.is_dir() and second.path.is_dir() and first.path != second.path
 
 
+def test_a_log_that_cannot_take_its_name_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), build_log(tmp_path / "out"):
+        monkeypatch.setattr(os, "fsync", full)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_log_on_a_full_disk_says_nothing_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with build_log(tmp_path / "out"):
         handler = logging.getLogger("mindomni_rt").handlers[-1]
