@@ -14,6 +14,7 @@ from conftest import PARITY
 
 from mindomni_rt import cli
 from mindomni_rt.benchmarks import cli as benchmarks
+from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.export import cli as export
 from mindomni_rt.options import HANDED_OVER, build_parser
 from mindomni_rt.serving import cli as serving
@@ -223,6 +224,24 @@ def test_numbers_that_attack(program: str, arguments: list[str], capsys: pytest.
     for number in ("0", "1" * 5000, str(10**30), "nan"):
         one_line(run(program, [*arguments, number]), capsys)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("mindomni", ["generate", "x", "--model", str(PARITY), "--device"]),
+        ("mindomni", ["generate", "x", "--model", str(DEMO_MODELS[0][0]), "--device"]),
+        ("export", ["verify", str(DEMO_MODELS[0][0]), "--device"]),
+        ("benchmarks", ["latency", str(PARITY), "--device"]),
+        ("benchmarks", ["quality", "shapes", str(PARITY), "--out", "q", "--device"]),
+        ("benchmarks", ["peers", "--device"]),
+        ("benchmarks", ["gpu", "--device"]),
+        ("training", ["evaluate", str(PARITY), "--device"]),
+    ],
+)
+def test_devices_that_are_none(program: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cpu:x", "CPU", "tpu", "cuda:" + "9" * 5000, ""):
+        one_line(run(program, [*arguments, device]), capsys, "device")
 
 
 def test_a_level_of_logging_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,17 +23,16 @@ class Claim:
     def __init__(self, folder: Path, prefix: str, make: Callable[[], str]) -> None:
         """make: makes it in `folder` under a name of `tempfile` with the prefix, and returns its path."""
         self._handle: int | None = None
-        if fcntl is None:
-            self.path = Path(make())
-            return
-        parent = os.open(folder, os.O_RDONLY)
+        turn = None if fcntl is None else _lock(folder, wait=True)  # nobody takes what is new for what was left
         try:
-            fcntl.flock(parent, fcntl.LOCK_EX)  # nobody takes what is new for something that was left
-            _sweep(folder, prefix)
+            if turn is not None:
+                _sweep(folder, prefix)
             self.path = Path(make())
-            self._handle = _lock(self.path)
+            if turn is not None:
+                self._handle = _lock(self.path)
         finally:
-            os.close(parent)
+            if turn is not None:
+                os.close(turn)
 
     def free(self) -> None:
         """Gives up the lock; the file or folder is the caller's to rename or remove."""
@@ -58,14 +57,14 @@ def _sweep(folder: Path, prefix: str) -> None:
         os.close(handle)
 
 
-def _lock(path: Path) -> int | None:
-    """An open handle that locks a file or folder; None where another process has it, or it may not be opened."""
+def _lock(path: Path, wait: bool = False) -> int | None:
+    """An open handle that locks a file or folder; None where another process has it, or the system gives no locks."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         return None
