@@ -6,7 +6,6 @@ Here every result is written, whole or not at all, and read, with a clear error.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.errors import BadRequestError, MissingExtraError, StorageError
-from mindomni_rt.files import try_file
+from mindomni_rt.files import try_file, why
 from mindomni_rt.memory.layers import Workload
+from mindomni_rt.outputs import read_json as read_json
 from mindomni_rt.outputs import write_atomic as write_atomic
 from mindomni_rt.outputs import write_json as write_json
 
@@ -94,23 +94,21 @@ def write_result(out: Path, data: Any, text: str, plot: Callable[[Path], None] |
 
 def check_out(path: Path | None) -> None:
     """Raises BadRequestError unless --out, where it is given, ends in .json, and StorageError where no file can be."""
-    if path and path.suffix != ".json":
-        raise BadRequestError(f"--out {path}: expected a name that ends in .json")
+    check_file(path, ".json")
+
+
+def check_file(path: Path | None, ending: str, option: str = "--out") -> None:
+    """The same for another ending and option."""
+    if path is None:
+        return
+    if path.suffix != ending:
+        raise BadRequestError(f"{option} {path}: expected a name that ends in {ending}")
     try:
-        if path and path.parent.is_dir():
-            try_file(path)
+        if path.is_dir():
+            raise BadRequestError(f"{option} {path}: is a folder, expected the name of a file")
+        try_file(path)
     except OSError as error:
-        raise StorageError(f"--out {path}: cannot be written: {error.strerror or error}") from error
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or BadRequestError naming it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadRequestError(f"no file at {path}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadRequestError(f"{path} is not readable JSON: {error}") from error
+        raise StorageError(f"{option} {path}: cannot be written: {why(error)}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from mindomni_rt.memory.planner import gigabytes, plan
 from mindomni_rt.memory.roofline import Bound, bound
 from mindomni_rt.options import parse_size
 
-from .results import Result, all_results, table
+from .results import Result, all_results, check_file, table
 
 DEFAULT_SCHEMES = ("bf16", "w8a8", "w4a4+attn8")
 Measured = tuple[Result, Bound, str]
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints both tables."""
+    check_file(options.plot, ".png", "--plot")
     sheet, config = load_devices(), published()
     width, height = parse_size(options.size)
     work = Workload(height=height, width=width, steps=options.steps, new_tokens=options.new_tokens)

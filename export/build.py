@@ -15,10 +15,12 @@ import torch
 import mindomni_rt
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, graph_specs, profile
-from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files, write_manifest, writing
+from mindomni_rt.bundle.manifest import GraphEntry, Manifest, hash_files
+from mindomni_rt.bundle.writing import write_manifest, writing
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.errors import MissingExtraError
 from mindomni_rt.model.mindomni import load_model
+from mindomni_rt.outputs import storage_errors
 
 from . import engines
 from .graphs import available
@@ -42,11 +44,11 @@ def build(request: BuildRequest) -> Manifest:
     with the same cache, from the graphs that were done.
 
     Raises BadCheckpointError, BadBundleError (the name is taken), MissingExtraError, UnsupportedDeviceError,
-    EngineBuildError, BuildError (a graph holds other types than the manifest would say), OSError (a full disk).
+    EngineBuildError, BuildError (a graph holds other types than the manifest would say), StorageError (a full disk).
     """
     target, choice = request.target, request.choice
     runtime_version = _runtime_version(target.runtime)
-    with writing(request.out, request.overwrite) as folder:
+    with storage_errors(f"bundle {request.out}"), writing(request.out, request.overwrite) as folder:
         logger.info("cache: %s", _cache_note(request.cache))
         checkpoint = open_checkpoint(request.checkpoint)
         model, report = load_model(checkpoint)  # in its stored type: the tensors stay mapped to their files

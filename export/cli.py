@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindomni_rt.bundle.contracts import PROFILES
-from mindomni_rt.bundle.manifest import check_name, is_bundle, open_bundle, read_manifest
+from mindomni_rt.bundle.manifest import is_bundle, open_bundle, read_manifest
+from mindomni_rt.bundle.writing import check_name
 from mindomni_rt.checkpoint.hub import resolve
+from mindomni_rt.checks import Whole, shown
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.demo import DEMO_MODELS, DEMO_NAME
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.options import parse_size
+from mindomni_rt.outputs import check_target
+from mindomni_rt.request import MAX_SIDE
 
 from .describe import describe
 from .log import build_log
@@ -127,10 +131,15 @@ def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
     checkpoint = _checkpoint(options.checkpoint)
+    if options.calibration_size is not None:
+        try:
+            Whole(16, MAX_SIDE, 16)(options.calibration_size)
+        except ValueError as error:
+            raise BadRequestError(f"--calibration-size {options.calibration_size}: expected {error}") from None
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
-    from .record import append, build_run, resident_peak, watching
+    from .record import append, build_run, check_record, resident_peak, watching
 
     request = BuildRequest(
         checkpoint=checkpoint,
@@ -147,6 +156,8 @@ def _build(options: argparse.Namespace) -> int:
         progress=_progress if sys.stderr.isatty() and not options.quiet else None,
         say=None if options.quiet or options.verbose else _say,  # -v shows the log, which has the same lines
     )
+    if options.record:
+        check_record(options.record, "--record")
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     began = time.perf_counter()
     with build_log(options.out) as log, watching() as peak:
@@ -173,16 +184,22 @@ def _say(line: str) -> None:
 def _products(options: argparse.Namespace) -> int:
     from .products import compare, record, table
 
-    for name in ("layers", "rounds"):
-        if getattr(options, name) < 1:
-            raise BadRequestError(f"--{name} {getattr(options, name)}: expected at least 1")
-    if options.folder is not None and not options.folder.is_dir():
-        raise BadRequestError(f"--folder {options.folder}: no such folder")
+    if options.out:
+        check_target(options.out)
+    for name, most in (("layers", 28), ("rounds", 1000)):
+        if not 1 <= getattr(options, name) <= most:
+            raise BadRequestError(f"--{name} {shown(getattr(options, name))}: expected 1 to {most}")
+    _check_folder(options.folder)
     found = compare(options.layers, options.rounds, options.folder, options.provider or ["CPUExecutionProvider"])
     print(table(found))
     if options.out:
         record(found, options.out)
     return 0
+
+
+def _check_folder(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise BadRequestError(f"--folder {folder}: no such folder")
 
 
 def _cache(options: argparse.Namespace) -> int:
@@ -234,8 +251,12 @@ def _plan(options: argparse.Namespace) -> int:
 def _rehearse(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choose(target, options.precision)
+    _check_folder(options.folder)
+    from .record import check_record
     from .rehearse import record, rehearse, table
 
+    if options.out:
+        check_record(options.out, "--out")
     rows = rehearse(options.part, target, layers=options.layers, precision=options.precision, folder=options.folder)
     print(table(rows))
     if options.out:

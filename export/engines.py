@@ -23,7 +23,7 @@ from mindomni_rt.backends.compiled.trt_module import import_tensorrt, make_logge
 from mindomni_rt.bundle.contracts import GraphSpec, Profile, decoding
 from mindomni_rt.bundle.manifest import sha256
 from mindomni_rt.errors import MindOmniError, UnsupportedDeviceError
-from mindomni_rt.files import replace_file, write_text
+from mindomni_rt.files import parse_json, read_bytes, replace_file, write_text
 from mindomni_rt.kernels.node import DOMAIN, NAME
 
 from .cache import link
@@ -88,13 +88,10 @@ def build_engine(
         _register(trt, spec, node, sms)
     kept = None if cache is None else cache / f"{_key(onnx, spec, profile, trt, sms)}.plan"
     note = None if kept is None else kept.with_suffix(".json")
-    if kept is not None and note is not None and kept.exists() and note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        if found.get("sha256") == sha256(kept):
-            link(kept, out)
-            logger.info("%s: taken from %s", spec.name, kept)
-            return EngineReport(**{**found["report"], "cached": True})
-        logger.warning("%s is damaged; the engine is built again", kept)
+    if kept is not None and note is not None and (earlier := _kept_report(kept, note)):
+        link(kept, out)
+        logger.info("%s: taken from %s", spec.name, kept)
+        return earlier
     began = time.perf_counter()
     fused = not spec.head_dim or fused_attention(dtype, spec.head_dim)
     errors: list[str] = []
@@ -113,6 +110,20 @@ def build_engine(
         link(out, kept)
         write_text(note, json.dumps({"sha256": sha256(kept), "report": asdict(report)}))
     return report
+
+
+def _kept_report(kept: Path, note: Path) -> EngineReport | None:
+    """The report of an engine that was kept; None without one, or where it or its note is damaged."""
+    if not kept.exists():
+        return None
+    try:
+        found = parse_json(read_bytes(note, 2**20))
+        if found["sha256"] == sha256(kept):
+            return EngineReport(**{**found["report"], "cached": True})
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    logger.warning("%s is damaged; the engine is built again", kept)
+    return None
 
 
 def _build(

@@ -10,29 +10,33 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from mindomni_rt.bundle.claim import Claim
 from mindomni_rt.files import replace_file
 
 _LOGGERS = ("mindomni_rt",)
+
+
+class _Handler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing: on a full disk the build itself fails, and its error is told once."""
 
 
 @contextmanager
 def build_log(bundle: Path) -> Iterator[Path]:
     """Writes all messages of a build and of TensorRT to a file, whatever the terminal shows; yields its final path.
 
-    While the build runs the file has a name of its own, so that two builds of one bundle do not share it. A build that
-    fails does not replace the log of the bundle that exists.
+    While the build runs the file has a name of its own, so that two builds of one bundle do not share it; the next one
+    removes what a killed build left. A build that fails does not replace the log of the bundle that exists.
     """
     path = bundle.with_name(f"{bundle.name}.build.log")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        claim = Claim(path.parent, f".{path.name}.", partial(_new, path))
     except OSError as error:
         error.filename = str(bundle)
         raise
-    os.close(descriptor)
-    running = Path(name)
-    running.chmod(0o644)
-    handler = logging.FileHandler(running, mode="w", encoding="utf-8")
+    running = claim.path
+    handler = _Handler(running, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -52,8 +56,16 @@ def build_log(bundle: Path) -> Iterator[Path]:
             logger.removeHandler(handler)
             logger.setLevel(level)
         handler.close()
-        replace_file(path, partial(_move, running))
+        try:
+            replace_file(path, running.replace)
+        finally:
+            running.unlink(missing_ok=True)
+            claim.free()
 
 
-def _move(source: Path, target: Path) -> None:
-    source.replace(target)
+def _new(path: Path) -> str:
+    """An empty file beside a log, which everyone may read."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    Path(name).chmod(0o644)
+    return name

@@ -11,8 +11,6 @@ packed for the processor on disk ("saved"); int8 with the input rounded by a fix
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import statistics
 import tempfile
@@ -27,7 +25,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mindomni_rt.checkpoint.config import published
-from mindomni_rt.files import write_text
+from mindomni_rt.memory.host import cpu_threads
+from mindomni_rt.outputs import write_json
 
 from .weights import MICROSOFT
 
@@ -91,7 +90,7 @@ def compare(
         "layers": layers,
         "rounds": rounds,
         "providers": list(providers),
-        "threads": _threads(),
+        "threads": cpu_threads(),
         "machine": f"{platform.machine()}, {platform.processor() or _cpu()}",
         "refused": lacks,
         "bytes": disk,
@@ -107,10 +106,6 @@ def compare(
 def _cpu() -> str:
     found = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
     return found[0].partition(":")[2].strip() if found else ""
-
-
-def _threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
 
 
 def _times(run: Callable[[int], object], rows: int) -> list[float]:
@@ -140,10 +135,10 @@ def _session(path: Path, shapes: list[tuple[int, int]], provider: str) -> Callab
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = _threads(), 4
+    options.intra_op_num_threads, options.log_severity_level = cpu_threads(), 4
     if path.stem.endswith("-saved"):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    more = {"num_of_threads": str(_threads())} if provider.startswith("OpenVINO") else {}
+    more = {"num_of_threads": str(cpu_threads())} if provider.startswith("OpenVINO") else {}
     session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, more)])
     draw = np.random.default_rng(0)
     inputs = {
@@ -159,7 +154,7 @@ def _torch(shapes: list[tuple[int, int]]) -> Callable[[int], object] | None:
         import torch
     except ImportError:
         return None
-    torch.set_num_threads(_threads())
+    torch.set_num_threads(cpu_threads())
     weights = [torch.randn(n, k, dtype=torch.bfloat16) for k, n in shapes]
 
     def run(rows: int) -> None:
@@ -233,7 +228,7 @@ def record(found: dict[str, Any], path: Path) -> None:
 
     versions = {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
     data = {"what": "forms of rounded products", "date": time.strftime("%Y-%m-%d"), "versions": versions, **found}
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    write_json(path, data)
 
 
 def table(found: dict[str, Any]) -> str:

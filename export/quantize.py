@@ -25,6 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.files import read_text, why
 from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
@@ -534,9 +535,9 @@ def _watching(model: MindOmniModel) -> Iterator[dict[str, float]]:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line. Raises BadRequestError if there is none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"calibration prompts {path}: {error}") from error
+        raise BadRequestError(f"calibration prompts {path}: {why(error)}") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise BadRequestError(f"calibration prompts {path}: no prompt in it; expected one a line")

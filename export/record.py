@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import threading
@@ -12,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.bundle.manifest import Manifest, write_whole
-from mindomni_rt.files import parse_json
+from mindomni_rt.bundle.manifest import Manifest
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.outputs import check_target, read_json, write_json
 
 
 @contextmanager
@@ -81,11 +81,25 @@ def build_run(manifest: Manifest, command: str, seconds: float, own: int, reside
     }
 
 
+def check_record(path: Path, option: str) -> None:
+    """Raises BadRequestError or StorageError if a run cannot be added to `path`, before the work that it records."""
+    check_target(path, option)
+    _runs("", path)
+
+
+def _runs(what: str, path: Path) -> dict[str, Any]:
+    """A file of runs; a new one where there is none. Raises BadRequestError for a file that holds something else."""
+    if not path.exists():
+        return {"what": what, "runs": []}
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("runs"), list):
+        raise BadRequestError(f"{path} holds no list of runs: choose another file")
+    return data
+
+
 def append(what: str, run: Mapping[str, Any], path: Path) -> None:
     """Adds a run, with date and machine, to a file of runs; it is made where there is none."""
-    data: dict[str, Any] = {"what": what, "runs": []}
-    if path.exists():
-        data = parse_json(path.read_bytes())
+    data = _runs(what, path)
     machine = f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     data["runs"].append({"date": time.strftime("%Y-%m-%d"), "machine": machine, **run})
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+    write_json(path, data)

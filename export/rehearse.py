@@ -120,8 +120,10 @@ def _trace(
 
 
 def _cut(config: ModelConfig, part: str, layers: int | None) -> ModelConfig:
-    if layers is None or part == "vae":
+    if layers is None:
         return config
+    if part == "vae":
+        raise BadRequestError("layers: the vae is built whole; leave it out")
     owner = getattr(config, part)
     if not 1 <= layers <= owner.stack.num_layers:
         raise BadRequestError(f"layers = {layers}: expected 1 to {owner.stack.num_layers}")

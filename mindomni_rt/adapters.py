@@ -9,7 +9,8 @@ from typing import Any
 
 from .backends.base import ADAPTERS, Backend
 from .checks import shown
-from .errors import BadRequestError
+from .errors import BadCheckpointError, BadRequestError
+from .files import why
 
 
 class AdapterCalls(ABC):
@@ -31,7 +32,13 @@ class AdapterCalls(ABC):
         if not isinstance(folder, (str, Path)):
             raise BadRequestError(f"adapter {shown(folder)}: expected a folder")
         path = Path(folder)
-        name = path.resolve().name if name is None else name
+        try:
+            name = path.resolve().name if name is None else name
+            found = path.is_dir()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, a loop of links
+            raise BadCheckpointError(f"adapter {shown(str(path), 200)}: {why(error)}") from error
+        if not found:
+            raise BadCheckpointError(f"adapter {shown(str(path), 200)}: no such folder")
         with self._changed_weights():
             self._held().load(path, scale, name)
         return name

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 import types
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from functools import cache
@@ -144,6 +144,18 @@ class Text:
 
     def __str__(self) -> str:
         return "text"
+
+
+class Object:
+    """A mapping, such as a JSON object."""
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError(str(self))
+        return value
+
+    def __str__(self) -> str:
+        return "an object"
 
 
 _PLAIN: dict[type, Check] = {bool: Flag(), str: Text()}

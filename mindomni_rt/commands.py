@@ -13,6 +13,13 @@ from .errors import MindOmniError, MissingExtraError
 
 USER_ERROR, INTERRUPTED = 2, 130
 Module = tuple[str, str]
+_LONGEST = 1000  # letters of a word; paths have up to 4,096, and few of them more than some hundred
+
+
+def one_line(text: str) -> str:
+    """A message as one line, with numbers and names of thousands of letters cut."""
+    words = (word if len(word) <= _LONGEST else f"{word[:100]}…" for word in text.split())
+    return " ".join(words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Prints the line and exits with code 2."""
-        self.exit(USER_ERROR, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(USER_ERROR, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def front_door(run: Callable[[], int], name: str = "error", extra: str | None = None) -> int:
@@ -47,7 +54,7 @@ def front_door(run: Callable[[], int], name: str = "error", extra: str | None = 
         sys.stderr.write(f"{name}: {MissingExtraError(missing, extra)}\n")
         return USER_ERROR
     except MindOmniError as error:
-        sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{name}: {one_line(str(error))}\n")
         return USER_ERROR
     except OSError as error:
         if error.errno is None:

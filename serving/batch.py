@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.outputs import check_target
 
 from . import model
 from .model import Model
@@ -41,10 +42,7 @@ def run(given: argparse.Namespace) -> int:
     if not 1 <= given.replicas <= _MOST_REPLICAS:
         raise BadRequestError(f"--replicas {given.replicas}: expected 1 to {_MOST_REPLICAS}")
     tasks = read_tasks(given.file, chosen.path, chosen.defaults)
-    try:
-        given.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadRequestError(f"--out {given.out}: {error.strerror}") from error
+    check_target(given.out / "trial")
     left = [task for task in tasks if not is_done(task, given.out)]
     if left and given.ray_address is None:
         chosen.check()

@@ -10,7 +10,7 @@ from typing import Any
 from mindomni_rt import __version__
 from mindomni_rt.errors import MindOmniError
 from mindomni_rt.events import AnswerEvent, GenerationResult, ImageEvent
-from mindomni_rt.files import parse_json, write_text
+from mindomni_rt.files import parse_json, read_text, write_text
 
 from .model import Model
 from .tasks import Task
@@ -64,7 +64,7 @@ class Painter:
 def is_done(task: Task, out: Path) -> bool:
     """Whether a folder holds this task's result, of the same request; one that failed is tried again."""
     try:
-        about = parse_json((out / f"{task.id}.json").read_text(encoding="utf-8"))
+        about = parse_json(read_text(out / f"{task.id}.json"))
         files = about["files"]
         return about["digest"] == task.digest and all((out / Path(name).name).is_file() for name in files)
     except (OSError, ValueError, KeyError, TypeError):

@@ -229,7 +229,7 @@ def test_a_prompt_of_bytes_that_are_no_text() -> None:
     assert done.returncode == 0 and "replaced by U+FFFD" in done.stderr
 
 
-@pytest.mark.parametrize("threads", ["2,1", "", "many", "0", "9" * 50])
+@pytest.mark.parametrize("threads", ["2,1", "", "many", "0", "9" * 50, "000001" + "9" * 50])
 def test_thread_counts_of_every_kind(tmp_path: Path, threads: str) -> None:
     from mindomni_rt.memory.host import cpu_threads
 

@@ -14,6 +14,7 @@ from conftest import PARITY
 
 from mindomni_rt import cli
 from mindomni_rt.benchmarks import cli as benchmarks
+from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.export import cli as export
 from mindomni_rt.options import HANDED_OVER, build_parser
 from mindomni_rt.serving import cli as serving
@@ -178,13 +179,91 @@ def test_no_command_is_left_out() -> None:
         ("training", ["evaluate", str(PARITY), "--out", "/proc/x.json"]),
         ("training", ["world", "/proc/x"]),
         ("training", ["config-reference", "--out", "/proc/x.md"]),
+        ("export", ["build", str(PARITY), "--target", "cpu", "--out", "o", "--record", "/proc/x.json"]),
+        ("export", ["rehearse", "vae", "--target", "sm_89", "--out", "/proc/x.json"]),
+        ("export", ["products", "--out", "/proc/x.json"]),
+        ("benchmarks", ["latency", str(PARITY), "--out", "/proc/x/new/x.json"]),
+        ("benchmarks", ["peers", "--out", "/proc/x.json"]),
+        ("benchmarks", ["quality", "shapes", str(PARITY), "--out", "/proc/x"]),
+        ("benchmarks", ["gpu", "--device", "cpu", "--preset", "toy", "--out", "/proc/x"]),
+        ("serving", ["batch", "prompts.jsonl", "--out", "/proc/x"]),
+        ("training", ["prior", "--config", "shapes-prior", f"model={PARITY}", "out=/proc/x"]),
+        ("training", ["ablate", "--out", "/proc/x"]),
+        ("training", ["pack", str(PARITY), "/proc/x"]),
+        ("training", ["plot", "--study", "no.json", "--out", "/proc/x"]),
     ],
 )
 def test_the_users_own_path_is_named(program: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Not that of a temporary file beside it."""
+    """Not that of a temporary file beside it; and before any work."""
+    Path("prompts.jsonl").write_text('{"prompt": "three yellow circles"}')
     code = run(program, arguments)
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and "/proc/x" in error and "/proc/." not in error, error
+    shown, error = capsys.readouterr()
+    assert not shown and code == 2 and error.count("\n") == 1 and "/proc/x" in error and "/proc/." not in error, error
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("training", ["dry-run", "--config", "sft-full", "--gpus"]),
+        ("training", ["ablate", "--jobs"]),
+        ("export", ["products", "--layers"]),
+        ("export", ["products", "--rounds"]),
+        ("export", ["rehearse", "vae", "--target", "sm_89", "--layers"]),
+        ("export", ["plan", "--device", "rtx4060", "--memory-budget"]),
+        (
+            "export",
+            ["build", str(PARITY), "--target", "cpu", "--precision", "int8", "--out", "o", "--calibration-size"],
+        ),
+        ("benchmarks", ["plan", "--memory-budget"]),
+        ("benchmarks", ["quality", "shapes", str(PARITY), "--out", "q", "--shard"]),
+        ("serving", ["serve", "--max-batch"]),
+        ("mindomni", ["generate", "x", "--model", str(PARITY), "--memory-budget"]),
+    ],
+)
+def test_numbers_that_attack(program: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for number in ("0", "1" * 5000, str(10**30), "nan"):
+        one_line(run(program, [*arguments, number]), capsys)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("mindomni", ["generate", "x", "--model", str(PARITY), "--device"]),
+        ("mindomni", ["generate", "x", "--model", str(DEMO_MODELS[0][0]), "--device"]),
+        ("export", ["verify", str(DEMO_MODELS[0][0]), "--device"]),
+        ("benchmarks", ["latency", str(PARITY), "--device"]),
+        ("benchmarks", ["quality", "shapes", str(PARITY), "--out", "q", "--device"]),
+        ("benchmarks", ["peers", "--device"]),
+        ("benchmarks", ["gpu", "--device"]),
+        ("training", ["evaluate", str(PARITY), "--device"]),
+    ],
+)
+def test_devices_that_are_none(program: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cpu:x", "CPU", "tpu", "cuda:" + "9" * 5000, ""):
+        one_line(run(program, [*arguments, device]), capsys, "device")
+
+
+def test_a_level_of_logging_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGLEVEL", "loud")
+    assert training.main(["config-reference"]) == 0
+
+
+def test_a_record_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """Found before the build whose figures would go there, and left as it is."""
+    for text in ("[]", "{}", '{"runs": 3}', "{", "[" * 100_000):
+        Path("mine.json").write_text(text)
+        build = ["build", str(PARITY), "--target", "cpu", "--out", "o", "--record", "mine.json"]
+        one_line(run("export", build), capsys, "mine.json")
+        one_line(run("export", ["rehearse", "vae", "--target", "sm_89", "--out", "mine.json"]), capsys, "mine.json")
+        assert Path("mine.json").read_text() == text and len(list(Path().iterdir())) == 1
+
+
+def test_a_folder_of_something_else_takes_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("home").mkdir()
+    Path("home/README.md").write_text("mine")
+    one_line(run("training", ["pack", str(PARITY), "home"]), capsys, "home holds files that are no checkpoint")
+    assert Path("home/README.md").read_text() == "mine" and len(list(Path("home").iterdir())) == 1
 
 
 def test_a_plot_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

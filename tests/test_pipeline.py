@@ -19,6 +19,7 @@ from PIL import Image
 
 import mindomni_rt
 from mindomni_rt import BadRequestError, GenerationCancelled, ImageEvent, Pipeline, StepEvent, TextEvent
+from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.inputs.positions import image_positions
 from mindomni_rt.model.tiny import write_random_checkpoint
 from mindomni_rt.request import Request
@@ -203,6 +204,18 @@ def test_a_large_photo_is_capped_and_says_so(pipe: Pipeline, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         pipe.understand("what is it?", Image.new("RGB", (400, 300)), max_new_tokens=1, max_image_tokens=20)
     assert "reduced" in caplog.text
+
+
+def test_a_picture_beyond_the_room_of_a_small_model_is_reduced(caplog: pytest.LogCaptureFixture) -> None:
+    """512x512 pixels have more tokens than the small model's prompts may."""
+    pytest.importorskip("onnxruntime", reason="the small bundle needs the onnx extra")
+    photo = Image.new("RGB", (512, 512), (200, 30, 30))
+    with mindomni_rt.load(DEMO_MODELS[0][0], device="cpu") as small, caplog.at_level(logging.WARNING):
+        for features in ("vit", "vit+vae"):
+            options = {**SMALL, "num_inference_steps": 1, "edit_features": features}
+            assert small.edit(photo, "make it blue", **options).images.shape == (1, 32, 48, 3)
+        assert small.understand("what is it?", photo, max_new_tokens=1).token_ids
+    assert "reference image reduced" in caplog.text and "for the VAE" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mindomni_rt.outputs import write_atomic, write_json
 
 from .config import STAGES, load_config, named_configs
 from .errors import BadConfigError
-from .outputs import check_target, save_checkpoint
+from .outputs import check_model_folder, check_target, save_checkpoint
 
 _HELP = {
     "prior": "stage 0 (ours): decoder and MLLM of a model from scratch",
@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, or 2 after one line on standard error for a mistake that the user can mend."""
-    logging.basicConfig(level=os.environ.get("LOGLEVEL", "WARNING").upper(), format="%(levelname)s %(message)s")
+    level = logging.getLevelNamesMapping().get(os.environ.get("LOGLEVEL", "").upper(), logging.WARNING)
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
     return front_door(lambda: _dispatch(arguments), extra="train")
 
@@ -82,6 +83,8 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "dry-run":
         from .fullsize import report
 
+        if wrong := [count for count in options.gpus if not 1 <= count <= 100_000]:
+            raise BadRequestError(f"--gpus {wrong[0]}: expected 1 to 100000")
         print(report(load_config(options.config, options.overrides), gpus=options.gpus))
         return 0
     if options.command == "gpu-step":
@@ -109,6 +112,7 @@ def _train(options: argparse.Namespace) -> int:
         given = [o for o in options.overrides if o.partition("=")[0].strip() == "stage"]
         where = f"{given[-1]!r} on the command line" if given else options.config
         raise BadConfigError(f"{where} is for stage {config.stage}, the command is {options.command}")
+    check_target(Path(config.out) / "metrics.jsonl", "out")
     trainer = start(config, bar=not options.quiet)
     if trainer.rank == 0:
         trained = sum(p.numel() for p in trainer.trained.values())
@@ -149,6 +153,7 @@ def _new(options: argparse.Namespace) -> int:
     trained = load_vae(options.vae)
     if options.width % 32:
         raise BadRequestError(f"--width {options.width}: expected a multiple of 32")
+    check_model_folder(options.folder)
     model = write_fresh(options.folder, words(), trained.config, options.seed, options.width, options.connector_layers)
     model.vae.load_state_dict(trained.state_dict())
     model.config = dataclasses.replace(model.config, vae=trained.config)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from mindomni_rt.files import read_text, why
+
 from .errors import BadConfigError
 
 STAGES = ("prior", "pretrain", "sft", "rgpo")
@@ -284,11 +286,11 @@ def _find(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         names = ", ".join(named_configs())
-        raise BadConfigError(f"{path}: {error.strerror}; expected a TOML file or one of {names}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfigError(f"{path}: {why(error)}; expected a TOML file or one of {names}") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, numbers of thousands of digits
         raise BadConfigError(f"{path} is not valid TOML: {error}") from error
     except RecursionError as error:
         raise BadConfigError(f"{path} is not valid TOML: nested too deep") from error
@@ -297,7 +299,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
 
 

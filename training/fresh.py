@@ -28,6 +28,7 @@ from mindomni_rt.checkpoint.config import (
     VAEConfig,
     VisionConfig,
 )
+from mindomni_rt.files import write_text
 from mindomni_rt.inputs.prompts import DEFAULT_NEGATIVE, INSTRUCTION, LATENT_TOKEN, SYSTEM, SYSTEM_THINK
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.outputs import write_atomic
@@ -116,7 +117,7 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in PLAIN])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_atomic(folder / "tokenizer_config.json", json.dumps({"chat_template": TEMPLATE}, indent=2) + "\n")
     return len(names)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindomni_rt.errors import BadRequestError, MindOmniError
-from mindomni_rt.files import replace_file, try_file
+from mindomni_rt.files import replace_file
+from mindomni_rt.outputs import check_target as check_target
 
 from .errors import StorageError
 
@@ -18,15 +19,14 @@ if TYPE_CHECKING:
     from mindomni_rt.model.mindomni import MindOmniModel
 
 
-def check_target(path: Path, option: str = "--out") -> None:
-    """Raises BadRequestError or StorageError if a file cannot be written at `path`; makes its folder."""
-    if path.is_dir():
-        raise BadRequestError(f"{option} {path}: is a folder, expected the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try_file(path)
-    except OSError as error:
-        raise StorageError(f"{option} {path}: {error.strerror or error}") from error
+def check_model_folder(folder: Path) -> None:
+    """Raises BadRequestError for a folder that holds something other than a checkpoint: its files would be replaced.
+
+    StorageError where no file can be written.
+    """
+    check_target(folder / "connector.safetensors", "FOLDER")
+    if any(folder.iterdir()) and not (folder / "connector.safetensors").exists():
+        raise BadRequestError(f"{folder} holds files that are no checkpoint: expected a new or empty folder")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
+from mindomni_rt.files import read_text, why
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
-from mindomni_rt.outputs import write_atomic, write_json
+from mindomni_rt.outputs import read_json, write_atomic, write_json
 
-from .outputs import save_checkpoint
+from .outputs import check_model_folder, save_checkpoint
 
 RECORD = "evaluation.json"  # beside the card: what `evaluate --against` reads
 SHOWN = ("image", "text", "image_of_text", "format")
@@ -59,15 +60,18 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
     """
     if dtype not in DTYPES:
         raise BadRequestError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    found = {stage: _read(path) for stage, path in records}
+    found = {stage: read_json(path) for stage, path in records}
+    tables = "\n".join(_table(stage, found[stage], path) for stage, path in records)
+    making = "\n".join(_making(r) for r in runs)
     source = resolve(model)
+    check_model_folder(out)
     loaded, _ = load_model(source, DTYPES[dtype])
     save_checkpoint(loaded, out, source)
     card = _CARD.format(
         words=loaded.config.language.vocab_size,
         sizes=_sizes(loaded, dtype),
-        making="\n".join(_making(r) for r in runs),
-        record=_tables(found),
+        making=making,
+        record=tables,
     )
     write_atomic(out / "README.md", card)
     write_json(out / RECORD, found)
@@ -85,10 +89,15 @@ def _sizes(model: MindOmniModel, dtype: str) -> str:
 def _making(run: Path) -> str:
     """One line about a run, from its logs."""
     try:
-        starts = [json.loads(line) for line in (run / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise BadCheckpointError(f"{run}: no log of a run ({error})") from error
+        logs = (read_text(run / name).splitlines() for name in ("runs.jsonl", "metrics.jsonl"))
+        return _made(*([json.loads(line) for line in log] for log in logs))
+    except OSError as error:
+        raise BadCheckpointError(f"{run}: no log of a run: {why(error)}") from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise BadCheckpointError(f"{run}: its log is of another shape ({type(error).__name__}: {error})") from error
+
+
+def _made(starts: list[Any], rows: list[Any]) -> str:
     config = starts[-1]["config"]
     optim = config["optim"]
     # Logged lines sample the steps; the mean over them times the steps is the time of the whole run.
@@ -100,19 +109,11 @@ def _making(run: Path) -> str:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _table(stage: str, found: Any, path: Path) -> str:
+    """The scores of a record. Raises BadCheckpointError where it is none."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise BadCheckpointError(f"{path}: no evaluation record ({error})") from error
-    return found
-
-
-def _tables(records: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for stage, found in records.items():
         s = found["settings"]
-        lines += [
+        lines = [
             f"After {stage} ({found['date']}, commit {found['commit']}, n = {s['n']} a suite and seed, "
             f"seeds {', '.join(map(str, s['seeds']))}, {s['steps']} steps, guidance {s['guidance']:g}):",
             "",
@@ -122,8 +123,9 @@ def _tables(records: dict[str, dict[str, Any]]) -> str:
         for suite, scores in found["scores"].items():
             cells = [_cell(scores.get(name)) for name in SHOWN]
             lines.append(f"| {suite} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadCheckpointError(f"{path}: no evaluation record ({type(error).__name__}: {error})") from error
+    return "\n".join([*lines, ""])
 
 
 def _cell(score: dict[str, Any] | None) -> str:

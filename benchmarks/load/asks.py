@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mindomni_rt.events import GenerationResult
+from mindomni_rt.inputs.opening import FORMATS
 from mindomni_rt.pipeline import Pipeline
 from mindomni_rt.request import Request, UnderstandRequest
 
@@ -98,7 +99,7 @@ def of_pixels(image: Any) -> str:
 
 def of_base64(text: str) -> str:
     """Of an image's file in base64, or of a data URI."""
-    with Image.open(io.BytesIO(base64.b64decode(text.rpartition(",")[2]))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(text.rpartition(",")[2])), formats=FORMATS) as image:
         return of_pixels(image)
 
 

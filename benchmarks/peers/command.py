@@ -7,6 +7,7 @@ copy ("toy", for a CPU: it times the overhead of the frameworks, not their kerne
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from mindomni_rt.checkpoint.layout import open_checkpoint
+from mindomni_rt.checks import shown
 from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.errors import BadRequestError, MissingExtraError, UnsupportedDeviceError
 from mindomni_rt.figures import COLOURS, new_figure, save
@@ -150,10 +152,9 @@ def preset_of(options: argparse.Namespace, device: str) -> Preset:
 
 def cuda_or_cpu(asked: str) -> torch.device:
     """--device as a torch.device with its index. Raises BadRequestError, UnsupportedDeviceError."""
-    kind, _, index = asked.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise BadRequestError(f"--device {asked}: expected cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", asked):
+        raise BadRequestError(f"--device {shown(asked)}: expected cpu, cuda or cuda:N")
+    if asked.startswith("cuda") and not torch.cuda.is_available():
         raise UnsupportedDeviceError("--device cuda: this PyTorch finds no CUDA device; try --device cpu --preset toy")
     return torch.device(f"cuda:{torch.cuda.current_device()}" if asked == "cuda" else asked)
 

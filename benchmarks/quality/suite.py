@@ -16,6 +16,7 @@ from PIL import Image
 
 from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.files import MOST_TEXT, read_bytes
 
 from .run import RunFolder, item_file
 
@@ -142,7 +143,7 @@ class Job:
 def text_of(path: Path) -> str:
     """A UTF-8 file's text, a byte order mark removed. Raises BadRequestError."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path, MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRequestError(f"{path} is not UTF-8 text: byte {error.start} is {error.reason}") from error
     except OSError as error:

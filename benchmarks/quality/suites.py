@@ -131,7 +131,7 @@ def _shapes_scores(folder: RunFolder, done: Sequence[Item]) -> dict[str, Any]:
     """The exact share of right pictures by arm, read from the files."""
     marks: dict[str, list[bool]] = {}
     for item in sorted(done, key=lambda item: not item.think):
-        with Image.open(folder.folder / item.picture) as image:
+        with Image.open(folder.folder / item.picture, formats=("PNG",)) as image:
             pixels = np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
         title = "exact, with thinking" if item.think else "exact, without thinking"
         marks.setdefault(title, []).append(right(item.row, pixels))

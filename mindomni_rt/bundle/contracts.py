@@ -25,6 +25,9 @@ OPSET = 24  # the first with TensorScatter, which updates a KV cache in place
 MASKED = -30000.0
 DTYPE_BYTES = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1})
 
+OPTIONAL = frozenset(("denoiser_first", "features", "vae_encode"))
+"""Graphs that a bundle may lack: those of a first step without guidance, and of VAE features of reference images."""
+
 Axis = int | str
 """A fixed size, the name of a free axis ("sequence"), or a multiple of one ("4*merged")."""
 

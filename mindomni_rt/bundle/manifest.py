@@ -12,39 +12,31 @@ trust.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from ..checkpoint.config import ModelConfig
-from ..checks import Many, OneOf, Text, Whole, check_fields, shown
+from ..checks import Many, Object, OneOf, Text, Whole, check_fields, shown
 from ..errors import BadBundleError, BadCheckpointError, UnsupportedDeviceError
-from ..files import parse_json, read_bytes, replace_file, require_regular
+from ..files import parse_json, read_text, require_regular, why
 from .checked import Checked
-from .contracts import DTYPE_BYTES, STAGES, Profile, graph_specs
+from .contracts import DTYPE_BYTES, OPTIONAL, STAGES, Profile, graph_specs
 from .interface import check_interface
 from .onnx_file import read_onnx
 from .seal import KEY, seal_of, sealed_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed build leaves stays
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 RUNTIMES = ("onnx", "tensorrt_rtx", "tensorrt")
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-_MOST_BYTES = 2**26
-_PARTIAL = ".partial-"
+MOST_BYTES = 2**26
+PARTIAL = ".partial-"
+"""In the name of a folder that a build has not finished."""
 # What a hub, git or a desktop puts into a folder and nothing here reads.
 _UNREAD = frozenset(
     ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", ".gitattributes", ".gitignore", ".git", ".cache",
@@ -76,7 +68,7 @@ class GraphEntry:
     precision: str
     dtype: Annotated[str, OneOf(tuple(DTYPE_BYTES))]
     data: Annotated[tuple[str, ...], Many(Text(), most=64)] = ()
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Annotated[Mapping[str, Any], Object()] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -96,7 +88,7 @@ class Manifest:
     profile: Profile
     graphs: Mapping[str, GraphEntry]
     files: Mapping[str, FileEntry]
-    built_by: Mapping[str, Any]
+    built_by: Annotated[Mapping[str, Any], Object()]
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -113,6 +105,8 @@ class Manifest:
                 f"{MANIFEST}: files lacks a chat template, mllm/{TEMPLATES[0]}: build the bundle again"
             )
         specs = graph_specs(self.model)
+        if lacking := [name for name in specs if name not in {*self.graphs, *OPTIONAL}]:
+            raise BadBundleError(f"{MANIFEST}: graphs lacks {lacking[0]}: build the bundle again")
         for name, graph in self.graphs.items():
             if name not in specs or specs[name].stage != graph.stage:
                 raise BadBundleError(
@@ -136,7 +130,7 @@ class Manifest:
             raise BadBundleError(f"{where} is not whole JSON ({error}): copy or build the bundle again") from error
         if not isinstance(data, dict) or "format" not in data:
             raise BadBundleError(f"{where} is no bundle manifest: it lacks 'format'")
-        if data["format"] != FORMAT:
+        if data["format"] != FORMAT or type(data["format"]) is not int:
             raise BadBundleError(
                 f"{where}: bundle format {shown(data['format'])}, this version reads {FORMAT}. Build the bundle again "
                 "with this version of mindomni-rt, or install the version that built it"
@@ -156,7 +150,7 @@ class Manifest:
                     **data,
                     "model": ModelConfig.from_dict(data["model"]),
                     "targets": data["targets"],
-                    "profile": Profile(name=data["profile"]["name"], ranges=ranges),
+                    "profile": Profile(name=Text()(data["profile"]["name"]), ranges=ranges),
                     "graphs": {k: GraphEntry(**v) for k, v in data["graphs"].items()},
                     "files": {k: FileEntry(**v) for k, v in data["files"].items()},
                 }
@@ -220,7 +214,7 @@ def safe_name(name: str) -> PurePosixPath:
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder claims to be a bundle, or is the remains of a killed build."""
-    return (folder / MANIFEST).exists() or _PARTIAL in folder.name
+    return (folder / MANIFEST).exists() or PARTIAL in folder.name
 
 
 def open_bundle(folder: str | Path, *, again: bool = False) -> Bundle:
@@ -240,7 +234,7 @@ def open_bundle(folder: str | Path, *, again: bool = False) -> Bundle:
         except FileNotFoundError as error:
             raise BadBundleError(f"{path} is missing: copy or build the bundle again") from error
         except OSError as error:
-            raise BadBundleError(f"{path} {error.strerror or error}") from error
+            raise BadBundleError(f"{path} {why(error)}") from error
         if size != entry.bytes:
             kind = "truncated" if size < entry.bytes else "too long"
             raise BadBundleError(f"{path} is {kind}: {size} bytes, {entry.bytes} expected. Copy the bundle again")
@@ -313,13 +307,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise BadBundleError(f"{folder}: no such bundle folder")
     path = folder / MANIFEST
     try:
-        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
+        text = read_text(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise BadBundleError(
             f"{folder} has no {MANIFEST}: it is not a bundle, or its build was stopped half-way. Build it again"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise BadBundleError(f"{path} cannot be read: {error}") from error
+        raise BadBundleError(f"{path} cannot be read: {why(error)}") from error
     return Manifest.from_json(text, path)
 
 
@@ -336,109 +330,3 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
         for path in sorted(walk(folder))
         if path != folder / MANIFEST
     }
-
-
-@contextmanager
-def writing(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name when the block ends well and is removed otherwise.
-
-    Folders that killed processes left for the same name are removed first. The block must leave a manifest. Raises
-    BadBundleError if `folder` exists and may not be replaced; only an empty folder or a bundle ever is.
-    """
-    folder = Path(folder)
-    _check_free(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, claim = _claim(folder)
-    try:
-        yield temporary
-        assert (temporary / MANIFEST).exists(), "a bundle without manifest"
-        temporary.chmod(0o755)
-        _take_name(temporary, folder, overwrite)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if claim is not None:
-            os.close(claim)
-
-
-def _claim(folder: Path) -> tuple[Path, int | None]:
-    """A new temporary folder for a bundle, locked while this process lives, and the lock. What dead ones left goes."""
-    prefix = f".{folder.name}{_PARTIAL}"
-    if fcntl is None:
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)), None
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(parent, fcntl.LOCK_EX)  # nobody takes a folder that is new for one that was left
-        for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-            claim = _lock(left)
-            if claim is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(claim)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-        return temporary, _lock(temporary)
-    finally:
-        os.close(parent)
-
-
-def _lock(folder: Path) -> int | None:
-    """An open handle that locks a folder, None where another process has it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _check_free(folder: Path, overwrite: bool) -> bool:
-    """Whether an old bundle stands there that may be replaced. Raises BadBundleError for what may not."""
-    if not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not overwrite:
-        raise BadBundleError(f"{folder} exists; choose another --out or say --overwrite")
-    if not (folder / MANIFEST).exists():
-        raise BadBundleError(f"{folder} exists and is no bundle; it will not be overwritten")
-    return True
-
-
-def _take_name(temporary: Path, folder: Path, overwrite: bool) -> None:
-    """Renames a whole bundle to its name. What appeared there since the build began is not replaced."""
-    old = None
-    if _check_free(folder, overwrite):
-        old = temporary.with_name(f"{temporary.name}.old")
-        folder.rename(old)
-    try:
-        if folder.is_dir():
-            folder.rmdir()  # empty, or it fails; Windows renames onto no folder at all
-        temporary.rename(folder)
-    except OSError as error:
-        if old is not None:
-            old.rename(folder)
-        raise BadBundleError(f"{folder} appeared while the bundle was built; it was not replaced: {error}") from error
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def check_name(folder: Path, overwrite: bool) -> None:
-    """Raises BadBundleError unless a bundle may be written to `folder`, OSError where the path cannot be used."""
-    if not folder.name or folder.name == "..":
-        raise BadBundleError(f"--out {folder}: expected the name of a new folder")
-    _check_free(folder, overwrite)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json so that it is on disk before the folder takes its name."""
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: _write(temporary, data))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BadBundleError
-from ..files import read_bytes
+from ..files import read_bytes, why
 from .interface import Interface, TensorShape
 
 _TYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
@@ -38,7 +38,7 @@ def read_onnx(path: Path) -> OnnxFile:
     try:
         _model(memoryview(read_bytes(path, _MOST_BYTES)), found)
     except (ValueError, IndexError, OSError, UnicodeDecodeError, RecursionError) as error:
-        raise BadBundleError(f"{path} is not a whole ONNX file: {error}. Build the bundle again") from None
+        raise BadBundleError(f"{path} is not a whole ONNX file: {why(error)}. Build the bundle again") from None
     return found
 
 

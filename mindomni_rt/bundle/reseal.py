@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..checks import shown
 from ..errors import BadBundleError
-from ..files import parse_json, write_text
-from .manifest import MANIFEST, hash_files
+from ..files import parse_json, read_bytes, why, write_text
+from .manifest import MANIFEST, MOST_BYTES, hash_files
 from .seal import sealed_json
 
 
@@ -18,11 +18,11 @@ def reseal(folder: str | Path) -> None:
     """
     path = Path(folder) / MANIFEST
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_json(read_bytes(path, MOST_BYTES))
     except FileNotFoundError as error:
         raise BadBundleError(f"{shown(str(folder))} has no {MANIFEST}: expected the folder of a bundle") from error
     except (OSError, ValueError) as error:
-        raise BadBundleError(f"{path} cannot be read: {error}") from error
+        raise BadBundleError(f"{path} cannot be read: {why(error)}") from error
     if not isinstance(data, dict):
         raise BadBundleError(f"{path} is a JSON {type(data).__name__}, expected an object")
     data["files"] = {name: {"sha256": e.sha256, "bytes": e.bytes} for name, e in hash_files(Path(folder)).items()}

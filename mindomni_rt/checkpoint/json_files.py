@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks import shown
 from ..errors import BadCheckpointError
-from ..files import parse_json, read_bytes
+from ..files import parse_json, read_text, why
 
 MOST_BYTES = 64 * 2**20  # an index of a very large model has a few MiB
 
@@ -16,11 +16,11 @@ MOST_BYTES = 64 * 2**20  # an index of a very large model has a few MiB
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises BadCheckpointError naming the file."""
     try:
-        data = parse_json(read_bytes(path, MOST_BYTES).decode("utf-8"))
+        data = parse_json(read_text(path, MOST_BYTES))
     except FileNotFoundError as error:
         raise BadCheckpointError(f"{path} is missing") from error
     except OSError as error:
-        raise BadCheckpointError(f"{path}: {error.strerror or error}") from error
+        raise BadCheckpointError(f"{path}: {why(error)}") from error
     except ValueError as error:
         raise BadCheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(data, dict):

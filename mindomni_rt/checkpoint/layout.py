@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BadCheckpointError
+from ..files import read_bytes, why
 from .config import ModelConfig
 from .headers import TensorEntry, read_headers, read_index
 from .hub import resolve
+from .json_files import MOST_BYTES
 from .parse import read_config
 
 __all__ = ["PARTS", "Checkpoint", "LoadReport", "TensorEntry", "open_checkpoint", "resolve"]
@@ -36,6 +38,7 @@ _MLLM_PREFIXES = (
     ("lm_head.", "language.lm_head."),
     ("model.", "language."),
 )
+_LATENT_PAD = b'"<|latent_pad|>"'
 # Buffers that some versions store and every version can compute.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|cos_cached|sin_cached)$|^pos_embed$")
 # VAE files written before diffusers 0.18 name the attention projections so.
@@ -114,12 +117,22 @@ def _vae_name(key: str) -> str:
     return key
 
 
+def _texts(path: Path) -> bytes:
+    """A JSON file's bytes with ASCII letters unescaped; empty where it is absent."""
+    try:
+        return re.sub(rb"\\u00([0-7][0-9a-fA-F])", lambda m: bytes.fromhex(m[1].decode()), read_bytes(path, MOST_BYTES))
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise BadCheckpointError(f"{path}: {why(error)}") from error
+
+
 def _check_edit_features(path: Path) -> None:
     """A checkpoint that was trained with VAE features must say so: without mindomni.json its edits would differ."""
-    tokenizer = path / "mllm" / "tokenizer.json"
-    if (path / "mindomni.json").exists() or not tokenizer.is_file():
+    if (path / "mindomni.json").exists():
         return
-    if b'"<|latent_pad|>"' in tokenizer.read_bytes():
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json")
+    if any(_LATENT_PAD in _texts(path / "mllm" / name) for name in names):
         raise BadCheckpointError(
             f"{path / 'mindomni.json'} is missing, though the tokenizer knows VAE features (<|latent_pad|>). Write "
             '{"edit_features": "vit+vae"} there if the checkpoint was trained with them, else {"edit_features": "vit"}'

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadCheckpointError
-from ..files import require_regular
+from ..files import require_regular, why
 
 _MOST_BYTES = 64 * 2**20
 _DTYPES = {
@@ -51,7 +51,7 @@ def read_pickled_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             found = _Reader(archive.read(names[0])).read()
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError,
             zipfile.BadZipFile, zlib.error, EOFError, OverflowError) as error:  # fmt: skip
-        raise BadCheckpointError(f"{path} is not a readable weights file: {error}") from error
+        raise BadCheckpointError(f"{path} is not a readable weights file: {why(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(t, _Tensor) for k, t in found.items()):
         raise BadCheckpointError(f"{path}: expected a flat dictionary of tensors")
     return {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}

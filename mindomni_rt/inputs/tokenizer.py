@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.json_files import MOST_BYTES, Keys, optional_json, read_json
 from ..errors import BadCheckpointError
-from ..files import parse_json, read_bytes, require_regular
+from ..files import parse_json, read_bytes, read_text, require_regular, why
 
 if TYPE_CHECKING:
     import tokenizers
@@ -28,7 +28,7 @@ def tokenizer_errors(folder: Path, doing: str) -> Iterator[None]:
     except (BadCheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        raise BadCheckpointError(f"{folder}: the tokenizer does not {doing}: {error}") from error
+        raise BadCheckpointError(f"{folder}: the tokenizer does not {doing}: {why(error)}") from error
 
 
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -78,7 +78,8 @@ def _byte_level_bpe(folder: Path) -> tokenizers.Tokenizer:
         r"|\s+(?!\S)|\s+"
     )
     for name in ("vocab.json", "merges.txt"):
-        require_regular(folder / name)
+        if require_regular(folder / name) > 4 * MOST_BYTES:
+            raise BadCheckpointError(f"{folder / name} has more than {4 * MOST_BYTES} bytes")
     tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -100,9 +101,9 @@ def load_template(folder: Path) -> str:
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
         try:
-            return read_bytes(jinja, MOST_BYTES).decode("utf-8")
+            return read_text(jinja, MOST_BYTES)
         except (OSError, UnicodeDecodeError) as error:
-            raise BadCheckpointError(f"{jinja} cannot be read: {error}") from error
+            raise BadCheckpointError(f"{jinja} cannot be read: {why(error)}") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).exists():
             template = read_json(folder / name).get("chat_template")

@@ -133,7 +133,7 @@ def cpu_threads() -> int:
     """Threads of one operator on the CPU: OMP_NUM_THREADS, of which a list names the outermost level first, else the
     cores that this process may use. A value that is not a number counts as absent, as OpenMP has it."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if first.isdecimal() and 0 < int(first[:6]) < 10_000:
+    if first.isdecimal() and len(first) <= 4 and int(first):
         return int(first)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -98,10 +98,14 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
+def _digits(value: str | float) -> str:
+    return value if isinstance(value, str) else shown(value)  # Python prints no integer of 5,000 digits
+
+
 def parse_bytes(text: str | float) -> int:
     """Bytes of "8GB", "7.5 GiB", "800MB" or a number of bytes. Raises BadRequestError."""
     plain = isinstance(text, str | numbers.Real) and not isinstance(text, bool)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text)) if plain else None
+    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", _digits(text)) if plain else None
     if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
         raise BadRequestError(f"memory {shown(text)}: expected a positive size such as 8GB, 7.5GiB or 800MB")
     return round(float(found[1]) * _UNITS[found[2].upper()])

@@ -169,6 +169,16 @@ def test_an_edit_mode_that_got_lost(folder: Path) -> None:
         assert open_checkpoint(folder).config.edit_features == features
 
 
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"])
+def test_an_edit_mode_that_got_lost_in_any_spelling(folder: Path, name: str, escaped: bool) -> None:
+    data = json.loads((folder / "mllm" / name).read_text(encoding="utf-8"))
+    text = json.dumps({**data, "<|latent_pad|>": 329})
+    (folder / "mllm" / name).write_text(text.replace("<|latent", r"\u003C\u007clatent") if escaped else text)
+    with pytest.raises(BadCheckpointError, match=r"mindomni\.json is missing"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     "weight_map",
     [{"a": 3}, {"a": None}, {"a": "../x.safetensors"}, {"a": "x" * 300 + ".safetensors"}, {"a": "config.json"}, [], 7,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 
 import mindomni_rt
 from mindomni_rt import BadBundleError, BadRequestError, UnsupportedDeviceError
-from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, sha256, writing
+from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, safe_name, sha256
 from mindomni_rt.bundle.onnx_file import read_onnx
 from mindomni_rt.bundle.reseal import reseal, sealed_json
+from mindomni_rt.bundle.writing import writing
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -69,6 +71,19 @@ def test_one_flipped_bit_is_found(bundle: Path, name: str) -> None:
         mindomni_rt.load(bundle)
 
 
+def test_damage_of_every_listed_file_is_found(bundle: Path) -> None:
+    for name in read_manifest(bundle).files:
+        path, whole = bundle / name, (bundle / name).read_bytes()
+        for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], whole + b"\0", None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(BadBundleError, match=rf"{re.escape(name)} is (corrupt|truncated|too long|missing)"):
+                open_bundle(bundle)
+        path.write_bytes(whole)
+    open_bundle(bundle)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -88,6 +103,13 @@ def test_lengths(bundle: Path, damage: Callable[[Path], object], message: str) -
     ("change", "message"),
     [
         (lambda m: m.update(format=99), "format 99, this version reads 1"),
+        (lambda m: m.update(format=True), "format True, this version reads 1"),
+        (lambda m: m.update(format=1.0), "format 1.0, this version reads 1"),
+        (lambda m: m.update(built_by=3), "built_by = 3: expected an object"),
+        (lambda m: m["graphs"]["vae"].update(report=[1]), "report = .*expected an object"),
+        (lambda m: m["graphs"].clear(), "graphs lacks vision"),
+        (lambda m: m["graphs"].pop("vae"), "graphs lacks vae"),
+        (lambda m: m["profile"].update(name=["x"]), "incomplete"),
         (lambda m: m.pop("format"), "lacks 'format'"),
         (lambda m: m.pop("graphs"), "incomplete"),
         (lambda m: m.update(surprise=1), "unknown keys"),
@@ -248,6 +270,17 @@ def test_graphs_that_break_their_contract(bundle: Path, change: Callable[[Any], 
         mindomni_rt.load(bundle)
 
 
+@pytest.mark.parametrize("place", ["../secret.data", "{folder}/secret.data"])
+def test_onnxruntime_itself_reads_no_weights_outside(bundle: Path, place: str) -> None:
+    """Behind our own check."""
+    import onnxruntime
+
+    shutil.copy(bundle / "vae.data", bundle.parent / "secret.data")
+    change_graph(bundle, "vae.onnx", lambda m: location(m, place.format(folder=bundle.parent)))
+    with pytest.raises(Exception, match=r"(?i)external data|outside|escapes|absolute"):
+        onnxruntime.InferenceSession(str(bundle / "vae.onnx"), providers=["CPUExecutionProvider"])
+
+
 def test_weights_of_inner_graphs_are_seen_too(bundle: Path) -> None:
     """A data file that only a subgraph or a node's attribute names."""
     import onnx
@@ -370,39 +403,6 @@ def test_a_killed_build_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     (half,) = tmp_path.glob(".bundle.partial-*")
     with pytest.raises(BadBundleError, match="stopped half-way"):
         mindomni_rt.load(half)
-
-
-def test_only_bundles_and_empty_folders_are_replaced(tmp_path: Path) -> None:
-    def attempt(overwrite: bool) -> None:
-        with writing(tmp_path / "out", overwrite) as folder:
-            (folder / MANIFEST).write_text("{}")
-
-    (tmp_path / "out").mkdir()
-    attempt(False)
-    with pytest.raises(BadBundleError, match="--overwrite"):
-        attempt(False)
-    attempt(True)
-    (tmp_path / "out" / MANIFEST).unlink()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(BadBundleError, match="will not be overwritten"):
-        attempt(True)
-    assert (tmp_path / "out" / "thesis.tex").exists()
-
-
-def test_what_appears_during_a_build_is_not_replaced(tmp_path: Path) -> None:
-    """Two builds of one name, or a user's folder of that name: the second to come is refused."""
-    for overwrite in (False, True):
-        with pytest.raises(BadBundleError, match=r"exists"), writing(tmp_path / "out", overwrite) as folder:
-            (folder / MANIFEST).write_text("{}")
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "thesis.tex").write_text("years of work")
-        assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "thesis.tex").exists()
-        shutil.rmtree(tmp_path / "out")
-    with pytest.raises(BadBundleError, match=r"exists; choose"), writing(tmp_path / "out") as first:
-        (first / MANIFEST).write_text("first")
-        with writing(tmp_path / "out") as second:
-            (second / MANIFEST).write_text("second")
-    assert (tmp_path / "out" / MANIFEST).read_text() == "second"
 
 
 def test_control_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from conftest import PARITY
 
 from mindomni_rt.bundle.checked import Checked
-from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, sha256, writing
+from mindomni_rt.bundle.manifest import MANIFEST, Manifest, open_bundle, read_manifest, sha256
+from mindomni_rt.bundle.writing import writing
 from mindomni_rt.errors import BadBundleError
 from mindomni_rt.export import parts, traces
 from mindomni_rt.export.build import BuildRequest, build

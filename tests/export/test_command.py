@@ -123,12 +123,12 @@ def test_a_full_disk_is_one_line(
     from mindomni_rt.export.store import WeightStore
 
     def full(self: WeightStore, data: bytes) -> tuple[int, int]:
-        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+        raise OSError(errno.ENOSPC, "No space left on device")  # as `write` says it: without a name
 
     monkeypatch.setattr(WeightStore, "add", full)
     assert main(["build", str(PARITY), "--target", "cpu", "--out", str(tmp_path / "b")]) == 2
     error = capsys.readouterr().err
-    assert "No space left on device" in error and error.count("\n") == 1
+    assert f"bundle {tmp_path / 'b'} could not be written: No space left on device" in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["b.build.log"]
 
 

@@ -18,8 +18,9 @@ from mindomni_rt.backends.compiled import trt
 from mindomni_rt.backends.compiled.graph_cache import STAGED_BYTES, Action, Captures, staged
 from mindomni_rt.backends.compiled.runner import DeviceArray
 from mindomni_rt.backends.compiled.trt_module import import_tensorrt
-from mindomni_rt.bundle.manifest import MANIFEST, read_manifest, write_whole
+from mindomni_rt.bundle.manifest import MANIFEST, read_manifest
 from mindomni_rt.bundle.seal import sealed_json
+from mindomni_rt.files import write_whole
 
 
 def test_device_names() -> None:

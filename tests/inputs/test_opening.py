@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import logging
@@ -238,6 +239,18 @@ def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.Monkey
     for source in (eps(), tmp_path / "a.png", lazy):
         with pytest.raises(BadRequestError, match="expected one of PNG, JPEG"):
             open_image(source)
+
+
+def test_every_picture_is_opened_by_named_formats() -> None:
+    """Wherever the project opens one: Pillow would try forty formats, and EPS among them."""
+    root, found = Path(__file__).parents[2], 0
+    for folder in ("mindomni_rt", "export", "training", "benchmarks", "serving", "comfyui", "examples"):
+        for path in (p for p in (root / folder).rglob("*.py") if not p.is_symlink()):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
+                    found += 1
+                    assert "formats" in [keyword.arg for keyword in node.keywords], f"{path}:{node.lineno}"
+    assert found >= 6
 
 
 @pytest.mark.parametrize("kind", ["PCX", "TGA", "ICO", "PDF", "SGI", "PSD"])

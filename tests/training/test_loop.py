@@ -23,8 +23,9 @@ from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.model.save import save_model
 from mindomni_rt.training.config import OptimConfig
-from mindomni_rt.training.errors import StorageError
+from mindomni_rt.training.errors import BadConfigError, StorageError
 from mindomni_rt.training.loop import checkpointing
+from mindomni_rt.training.loop.logs import Log
 from mindomni_rt.training.loop.rollout_dump import dump_rollouts
 from mindomni_rt.training.loop.trainer import Trainer, learning_rate
 from mindomni_rt.training.stages.base import Sample
@@ -197,10 +198,60 @@ def test_a_log_on_a_full_disk_is_named(name, folder, tmp_path):
         Trainer(config, stage, ToyStream((0, 1)), evaluate=lambda _: {"x": 1.0}, bar=False).run()
 
 
-def test_rollouts_on_a_full_disk_are_named(tmp_path):
-    (tmp_path / "step-000001.jsonl").symlink_to("/dev/full")
+def test_rollouts_on_a_full_disk_are_named(tmp_path, monkeypatch):
+    (tmp_path / "step-000001.jsonl").write_text("of an earlier run")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"rollouts .* cannot be written: No space left"):
         dump_rollouts(tmp_path, 1, [Sample(0, "p", "x", "", 1.0, np.zeros((4, 4, 3), np.uint8))])
+    assert (tmp_path / "step-000001.jsonl").read_text() == "of an earlier run" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_log_is_cut_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    """Resuming on a full disk must not cost the lines that are there."""
+    out = tmp_path / "run"
+    out.mkdir()
+    before = '{"step": 1}\n{"step": 9}\n'
+    for name in ("metrics.jsonl", "runs.jsonl"):
+        (out / name).write_text(before)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        Log(toy_config("pretrain", folder, out), 1, bar=False)
+    assert (out / "metrics.jsonl").read_text() == before
+    monkeypatch.undo()
+    with Log(toy_config("pretrain", folder, out), 1, bar=False):
+        assert (out / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_folder_of_something_else_keeps_its_configuration(folder, tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(BadConfigError, match=r"config\.json, which is not of a run"):
+        Log(toy_config("pretrain", folder, tmp_path), 0, bar=False)
+    assert (tmp_path / "config.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_run_that_someone_else_made_executes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    torch.save(
+        {"step": 1, "weights": {}, "optimizer": {}, "ema": {}, "data": Evil(), "fingerprint": {}}, step / "state.pt"
+    )
+    with pytest.raises(BadCheckpointError, match=r"state\.pt does not read"):
+        checkpointing.latest(tmp_path / "checkpoints")
+    assert not Path("pwned").exists()
 
 
 def test_a_full_disk_is_named_and_keeps_what_was_saved(folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from toy import picture
 
-from mindomni_rt.errors import BadRequestError
+from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.training.config import DataConfig
 from mindomni_rt.training.data.record import Record
 from mindomni_rt.training.data.records import expanded, open_stream
@@ -230,6 +231,70 @@ def test_what_is_no_image_or_no_record_is_named_with_its_line(tmp_path, line):
     (tmp_path / "b.png").write_text("not an image")
     with pytest.raises(BadDataError, match=r"data\.jsonl:2: "):
         stream(path).next_batch(2)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"instruction": ' + "1" * 5000 + "}", "not valid JSON"),
+        ('{"instruction": NaN}', "NaN is not JSON"),
+        (r'{"instruction": "\ud800"}', "half a surrogate pair"),
+        ('{"instruction": true}', "instruction is bool"),
+        (r'{"instruction": "x", "output_image": "a\u0000b"}', "no file can have this name"),
+        ('{"instruction": "x", "output_image": "' + "x" * 300 + '"}', "File name too long"),
+        ('{"instruction": "x", "output_image": "."}', "is a folder"),
+        ('{"instruction": "x", "output_image": "pipe"}', "is a pipe"),
+        ('{"instruction": "x", "input_images": ["/dev/zero"]}', "is a pipe, device"),
+        ('{"instruction": "x", "output_image": "eps.png"}', "expected one of PNG, JPEG"),
+        ('{"instruction": "x", "output_image": "none.png"}', r"none\.png does not exist"),
+    ],
+)
+def test_lines_that_attack(tmp_path, line, match):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "eps.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(BadDataError, match=rf"data\.jsonl:1: .*{match}") as error:
+        stream(write(tmp_path, [line])).next_batch(1)
+    assert "Errno" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "pipe:touch pwned; echo ://",
+        "pipe:touch pwned",
+        "http://127.0.0.1:9/';touch pwned;'.tar",
+        "https://127.0.0.1:9/$(touch pwned).tar",
+        "gs://x';touch pwned;'",
+        "file:///dev/zero",
+        "s3://bucket/a.tar",
+    ],
+)
+def test_addresses_of_shards_reach_no_shell(tmp_path, monkeypatch, shard):
+    """webdataset hands them to one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadDataError, match="expected the path of a shard"):
+        open_stream(DataConfig(source="webdataset", paths=(shard,)), "pretrain", 0).next_batch(1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}.jsonl", "{0..1000000}.jsonl"])
+def test_a_range_without_end_is_refused(pattern):
+    with pytest.raises(BadDataError, match="expected at most 1000000 files"):
+        expanded(pattern)
+
+
+@pytest.mark.parametrize("scale", ["0", "nan", "x", "1e39"])
+def test_an_autoencoder_of_an_odd_scale_is_refused(tmp_path, scale):
+    from safetensors.torch import save_file
+
+    from mindomni_rt.model.vae import AutoencoderKL
+    from mindomni_rt.training.data.world.vae import CONFIG, load_vae
+
+    save_file(AutoencoderKL(CONFIG).state_dict(), tmp_path / "world_vae.safetensors", {"scaling_factor": scale})
+    with pytest.raises(BadCheckpointError, match=r"world_vae\.safetensors: not the world's autoencoder"):
+        load_vae(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):

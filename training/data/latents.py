@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mindomni_rt.bundle.manifest import write_whole
+from mindomni_rt.files import write_whole
 from mindomni_rt.inputs.images import load_image, vae_pixels
 from mindomni_rt.model.vae import AutoencoderKL
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mindomni_rt.files import parse_json, require_regular, why
 
 from ..errors import BadDataError
 from .record import Record, parse_record
@@ -30,6 +31,7 @@ class LineStream:
         """(file, byte offset, line number) of every line that holds something."""
         path, _ = self._files[index]
         try:
+            require_regular(path)
             with path.open("rb") as file:
                 offset = 0
                 for number, line in enumerate(file, 1):
@@ -38,7 +40,7 @@ class LineStream:
                         yield index, offset, number
                     offset += len(line)
         except OSError as error:
-            raise BadDataError(f"{path}: {error.strerror}") from error
+            raise BadDataError(f"{path}: {why(error)}") from error
 
     def next_batch(self, count: int) -> list[Record]:
         """The next records. Raises BadDataError for a bad line, naming it."""
@@ -56,8 +58,8 @@ class LineStream:
             file.seek(offset)
             line = file.readline()
         try:
-            data = json.loads(line.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            data = parse_json(line.decode("utf-8-sig"))
+        except ValueError as error:
             raise BadDataError(f"{source}: not valid JSON ({error})") from error
         return parse_record(data, root, source)
 

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from mindomni_rt.files import require_regular, why
+from mindomni_rt.inputs.opening import FORMATS
 
 from ..errors import BadDataError
 
@@ -58,6 +61,8 @@ def parse_record(data: Any, root: Path, source: str) -> Record:
     for key, value in texts.items():
         if not isinstance(value, str):
             raise BadDataError(f"{source}: {key} is {type(value).__name__}; expected a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise BadDataError(f"{source}: {key} holds half a surrogate pair, which is no character")
     if not texts["instruction"].strip():
         raise BadDataError(f"{source}: 'instruction' is missing or empty")
     images = data.get("input_images") or []
@@ -82,10 +87,13 @@ def parse_record(data: Any, root: Path, source: str) -> Record:
 
 
 def _existing(path: Path, source: str, key: str) -> Path:
-    if not path.is_file():
-        raise BadDataError(f"{source}: {key} {path} does not exist")
     try:
-        with Image.open(path):  # its header; a file that is cut short is named when it is read
+        require_regular(path)
+        with Image.open(path, formats=FORMATS):  # its header; a file that is cut short is named when it is read
             return path
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadDataError(f"{source}: {key} {path} is no readable image ({error})") from error
+    except FileNotFoundError as error:
+        raise BadDataError(f"{source}: {key} {path} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise BadDataError(f"{source}: {key} {path}: expected one of {', '.join(FORMATS)}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadDataError(f"{source}: {key} {path} is no readable image: {why(error)}") from error

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mindomni_rt.checks import shown
 from mindomni_rt.errors import BadRequestError, MissingExtraError
+from mindomni_rt.files import parse_json
 from mindomni_rt.inputs.images import load_image
 
 from ..errors import BadDataError
@@ -19,6 +21,17 @@ from .record import Record, parse_record
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 _TAR_END = 1024  # bytes
+# webdataset gives other addresses, and what stands between quotes in these, to a shell.
+_ADDRESS = re.compile(r"https?://[\w.:/~%?&=@+,-]+")
+
+
+def is_address(shard: str) -> bool:
+    """Whether a shard is to be downloaded. Raises BadDataError for an address other than plain http and https."""
+    if _ADDRESS.fullmatch(shard):
+        return True
+    if re.match(r"\w{2,}:", shard):
+        raise BadDataError(f"{shown(shard)}: expected the path of a shard, or an address http(s)://… without quotes")
+    return False
 
 
 class ShardStream:
@@ -120,7 +133,7 @@ def _sample(sample: Mapping[str, Any]) -> Record:
         raise BadDataError(f"{source}: expected a .txt or .json beside the image")
     try:
         if _extension(text) == "json":
-            data = json.loads(files[text])
+            data = parse_json(files[text])
         else:
             caption = files[text].decode("utf-8").strip()
             data = {"instruction": caption, "gt_prompt": caption}

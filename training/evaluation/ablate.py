@@ -29,7 +29,7 @@ from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.model.connector import Connector
 from mindomni_rt.model.mindomni import load_model
-from mindomni_rt.outputs import write_atomic, write_json
+from mindomni_rt.outputs import check_target, read_json, write_atomic, write_json
 
 from ..config import CONFIGS, load_config
 from ..loop.runs import finish, open_contexts, start
@@ -146,7 +146,7 @@ def run_arm(arm: Arm, base: Path, out: Path, seed: int, scale: float, count: int
     folder = out / arm.slug / str(seed)
     result = folder / "result.json"
     if result.exists():
-        return {**json.loads(result.read_text(encoding="utf-8")), "arm": arm.name}
+        return {**read_json(result), "arm": arm.name}
     began, model = time.perf_counter(), base / arm.start / "model"
     if not model.is_dir():
         raise BadRequestError(f"{model} does not exist: --base is the folder that training/run_small.sh fills")
@@ -185,7 +185,7 @@ def _is_base(arm: Arm, leg: Leg, base: Path, seed: int, scale: float) -> bool:
         return False
     if not path.exists() or not (base / leg.stage / "model" / "connector.safetensors").exists():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
+    done = read_json(path)
     wanted = json.loads(json.dumps(load_config(CONFIGS / f"shapes-{leg.stage}.toml", [f"seed={seed}"]).to_dict()))
     return all(_without_places(done).get(k) == v for k, v in _without_places(wanted).items())
 
@@ -233,8 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     strange = sorted(set(options.arm or ()) - every)
     if strange:
         raise BadRequestError(f"--arm {strange[0]!r}: expected some of {', '.join(sorted(every))}")
-    if options.jobs < 1:
-        raise BadRequestError(f"--jobs {options.jobs}: expected at least 1")
+    if not 1 <= options.jobs <= 1024:
+        raise BadRequestError(f"--jobs {options.jobs}: expected 1 to 1024")
+    check_target(options.out / "ablation.json")
     chosen = [
         (study, arm)
         for study, arms in STUDIES.items()

@@ -6,7 +6,6 @@ noise.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,10 +19,10 @@ from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.outputs import write_json
+from mindomni_rt.files import why
+from mindomni_rt.outputs import check_target, read_json, write_json
 
 from ..loop.runs import choose_device, open_contexts
-from ..outputs import check_target
 from ..scores import departures, pool, table
 from ..suites import SUITES, Settings, evaluate
 
@@ -86,9 +85,9 @@ def main(argv: Sequence[str]) -> int:
 def _read_record(path: Path) -> dict[str, Any]:
     """The scores of a record, or of the last stage where a file holds one for each stage (as a packed model's)."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
         last: dict[str, Any] = found if "scores" in found else list(found.values())[-1]
         scores: dict[str, Any] = last["scores"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadRequestError(f"--against {path}: expected a record of `evaluate --out` ({error})") from error
+        raise BadRequestError(f"--against {path}: expected a record of `evaluate --out` ({why(error)})") from error
     return scores

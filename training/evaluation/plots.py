@@ -18,8 +18,8 @@ import numpy as np
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.figures import blank_figure, log_axis, save
-
-from ..outputs import check_target
+from mindomni_rt.files import read_text, why
+from mindomni_rt.outputs import check_target, read_json
 
 CURVES = {
     "pretrain": (("loss/flow", "flow loss"),),
@@ -63,9 +63,9 @@ _ACROSS = 3  # panels in a row
 def read_metrics(path: Path) -> dict[str, list[float]]:
     """Columns of a metrics.jsonl; figures that were not finite are NaN. Raises BadRequestError without a log."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in read_text(path).splitlines()]
     except (OSError, ValueError) as error:
-        raise BadRequestError(f"{path}: expected the log of a run, a JSON object a line ({error})") from error
+        raise BadRequestError(f"{path}: expected the log of a run, a JSON object a line ({why(error)})") from error
     if not rows:
         raise BadRequestError(f"{path}: no line yet; a run writes one every log_every steps")
     names = dict.fromkeys(n for r in rows for n in r)
@@ -258,10 +258,10 @@ def plot_stages(records: dict[str, Any], out: Path) -> None:
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found[key] if key else found
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise BadRequestError(f"{path}: not the record that was expected ({type(error).__name__}: {error})") from error
 
 
@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sum(map(bool, (options.run, options.study, options.stages))) != 1:
         raise BadRequestError("expected run folders, --study or --stages: one of the three")
     if options.study:
+        check_target(options.out / "trial", "--out")
         results = _read(options.study, "results")
         for study in options.only or results:
             if study not in results:

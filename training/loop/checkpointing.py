@@ -135,6 +135,10 @@ def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / "state.pt").is_file())
 
 
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def latest(folder: Path) -> State | None:
     """The newest checkpoint, or None. Raises BadCheckpointError for one that does not read."""
     found = _all(folder)
@@ -142,8 +146,8 @@ def latest(folder: Path) -> State | None:
         return None
     path = found[-1] / "state.pt"
     try:
-        return State(**torch.load(path, map_location="cpu", weights_only=False))
+        return State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for a damaged file
         raise BadCheckpointError(
-            f"{path} does not read ({error}); delete its folder to resume from an earlier one"
+            f"{path} does not read ({_line(error)}); delete its folder to resume from an earlier one"
         ) from error

@@ -16,9 +16,10 @@ import torch
 
 import mindomni_rt
 from mindomni_rt.checkout import commit
+from mindomni_rt.files import write_text
 
 from ..config import Config
-from ..errors import StorageError
+from ..errors import BadConfigError, StorageError
 from ..stages.base import Sample
 from .board import Board
 from .rollout_dump import dump_rollouts
@@ -37,6 +38,11 @@ class Log:
         self._evaluations = self.path.with_name("evaluation.jsonl")
         if not writes:
             return
+        configuration, runs = (self.path.with_name(name) for name in ("config.json", "runs.jsonl"))
+        if configuration.exists() and not runs.exists():
+            raise BadConfigError(
+                f"out = {config.out!r} holds {configuration.name}, which is not of a run: choose another out"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self.path, start)
@@ -50,11 +56,9 @@ class Log:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "from_step": start,
             }
-            with (Path(config.out) / "runs.jsonl").open("a", encoding="utf-8") as file:
+            with runs.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            (Path(config.out) / "config.json").write_text(
-                json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
-            )
+            write_text(configuration, json.dumps(config.to_dict(), indent=2) + "\n")
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"log {self.path} cannot be written: {error.strerror or error}") from error
@@ -129,4 +133,4 @@ def _cut(path: Path, start: int) -> None:
                 lines.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # a half-written last line
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in lines))

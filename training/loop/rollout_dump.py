@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mindomni_rt.files import replace_file, write_text
+
 from ..errors import StorageError
 from ..stages.base import Sample
 
@@ -48,8 +50,8 @@ def dump_rollouts(folder: Path, step: int, samples: Sequence[Sample]) -> Image.I
     grid = labelled_grid(samples)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        name.with_suffix(".jsonl").write_text(text, encoding="utf-8")
-        grid.save(name.with_suffix(".png"))
+        write_text(name.with_suffix(".jsonl"), text)
+        replace_file(name.with_suffix(".png"), lambda temporary: grid.save(temporary, "PNG"))
     except OSError as error:
         raise StorageError(f"rollouts {name} cannot be written: {error.strerror or error}") from error
     return grid

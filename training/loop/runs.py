@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,8 @@ import torch
 
 from mindomni_rt.checkpoint.config import RecommendedConfig
 from mindomni_rt.checkpoint.hub import resolve
-from mindomni_rt.errors import UnsupportedDeviceError
+from mindomni_rt.checks import shown
+from mindomni_rt.errors import BadRequestError, UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
 from mindomni_rt.model.mindomni import load_model
 
@@ -39,9 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """A configuration's device; under torchrun each process takes the GPU of its local rank."""
+    """A configuration's device; under torchrun each process takes the GPU of its local rank. Raises BadRequestError,
+    UnsupportedDeviceError."""
     import os
 
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d{1,3})?", name):
+        raise BadRequestError(f"device {shown(name)}: expected auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -24,15 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bundle.contracts import STAGES, graph_specs
-from ...bundle.manifest import Bundle, open_bundle, read_manifest, write_whole
+from ...bundle.manifest import Bundle, open_bundle, read_manifest
 from ...errors import BadBundleError, BadRequestError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
-from ...files import cache_folder
+from ...files import cache_folder, read_bytes, write_whole
 from .backend import CompiledBackend
 from .graph_cache import Action, Captures, staged
 from .runner import NUMPY, DeviceArray
 from .trt_module import import_tensorrt, make_logger
 
 logger = logging.getLogger(__name__)
+_MOST_KERNELS = 2**31  # bytes
 RUNTIMES = ("tensorrt_rtx", "tensorrt")
 
 
@@ -311,9 +312,9 @@ class _KernelCache:
     def attach(self, config: Any) -> None:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 # Of another driver or GPU it is refused and made again; that costs time, nothing else.
-                if not self._cache.deserialize(self._path.read_bytes()):  # type: ignore[attr-defined]
+                if not self._cache.deserialize(read_bytes(self._path, _MOST_KERNELS)):  # type: ignore[attr-defined]
                     logger.info("%s does not fit this machine any more; kernels are compiled again", self._path)
         config.set_runtime_cache(self._cache)
 

@@ -16,7 +16,7 @@ import torch
 from mindomni_rt.kernels import launch
 from mindomni_rt.kernels.triton_compat import HAS_TRITON, triton
 
-from ...files import cache_folder, write_text
+from ...files import cache_folder, read_text, write_text
 
 logger = logging.getLogger(__name__)
 Times = dict[str, float]
@@ -66,7 +66,7 @@ def keep(device: torch.device, label: str, times: Times) -> None:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...checkpoint.json_files import Keys, read_json
 from ...checks import Number, shown
 from ...errors import BadCheckpointError, BadRequestError
+from ...files import require_regular, why
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -42,6 +43,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "use_qalora": (False,),
 }
+_ALPHA = Number(-1e6, 1e6)
+# Patterns of rank_pattern and alpha_pattern that a search cannot hang on: nothing inside of a repetition repeats.
+_PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|(?:\.|\\d|\[0-9-]+\])[*+]?)*")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -144,8 +148,6 @@ def _checked(scale: Any) -> float:
 
 def read_adapter(folder: Path, weights: Mapping[str, Tensor]) -> Adapter:
     """An adapter folder, checked against the weights that it would change. Raises BadCheckpointError by name."""
-    if not folder.is_dir():
-        raise BadCheckpointError(f"adapter {folder}: no such folder")
     config = Keys(read_json(folder / CONFIG), str(folder / CONFIG))
     config.require(_PLAIN)
     if config.get("peft_type") is None:
@@ -172,12 +174,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise BadCheckpointError(f"{path} is missing: expected a folder as peft's save_pretrained writes it")
     try:
+        require_regular(path)
         tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise BadCheckpointError(f"{path} is missing: expected a folder as peft's save_pretrained writes it") from error
     except (OSError, SafetensorError) as error:
-        raise BadCheckpointError(f"{path} cannot be read: {error}") from error
+        raise BadCheckpointError(f"{path} cannot be read: {why(error)}") from error
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise BadCheckpointError(f"{path}: {key} holds no finite floating-point numbers")
@@ -207,15 +210,25 @@ def _factors(name: str, pair: Mapping[str, Tensor], weight: Tensor, config: Keys
             f"{config.where}: {module} of shape {tuple(weight.shape)} with rank {rank} needs lora_A "
             f"({rank}, in) and lora_B (out, {rank}); found {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    alpha = _of_module(config, "alpha_pattern", module, config["lora_alpha"])
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise config.bad("lora_alpha", "a finite number")
+    try:
+        alpha = _ALPHA(_of_module(config, "alpha_pattern", module, config["lora_alpha"]))
+    except ValueError as error:
+        raise config.bad("lora_alpha", str(error)) from None
     return Factors(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _repeats(pattern: str) -> int:
+    return pattern.count("*") + pattern.count("+")
 
 
 def _of_module(config: Keys, key: str, module: str, default: Any) -> Any:
     """A module's own rank or alpha: peft takes the first pattern that matches the end of its name."""
     for pattern, value in config.part(key).data.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        if len(pattern) > 500 or not _PATTERN.fullmatch(pattern) or _repeats(pattern) > 2 or pattern.count("|") > 10:
+            raise config.bad(key, "names of modules, with at most two .* or \\d+ and ten | in each")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise config.bad(key, f"regular expressions, {shown(pattern)} is none: {error}") from error
     return default

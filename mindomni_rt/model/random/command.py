@@ -28,7 +28,7 @@ def _bar(silent: bool) -> Iterator[Callable[[int], object]]:
     except ImportError:
         yield lambda count: None
         return
-    with tqdm(unit="B", unit_scale=True, desc="writing", disable=silent, file=sys.stderr) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="writing", disable=silent, delay=1, file=sys.stderr) as bar:
         yield bar.update
 
 

@@ -14,6 +14,7 @@ from string import ascii_lowercase
 
 from ...checkpoint.config import LanguageConfig
 from ...errors import BadRequestError
+from ...files import write_text
 from ...inputs.prompts import LATENT_TOKEN
 from ..tiny import CHAT_TEMPLATE
 
@@ -77,6 +78,6 @@ def write_random_tokenizer(folder: Path, language: LanguageConfig) -> None:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     assert all(tokenizer.token_to_id(token) == index for token, index in special.items()), special
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    write_text(folder / "tokenizer.json", tokenizer.to_str())
     template = json.dumps({"chat_template": CHAT_TEMPLATE}, indent=1)
-    (folder / "chat_template.json").write_text(template + "\n", encoding="utf-8")
+    write_text(folder / "chat_template.json", template + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mindomni_rt.errors import BadCheckpointError
+from mindomni_rt.files import require_regular, why
 
 from ...outputs import save_tensors
 from .scene import BRIGHTNESS, all_scenes, render
@@ -107,7 +108,8 @@ def load_clip(folder: Path) -> WorldClip:
 
     model, path = WorldClip(), folder / "world_clip.safetensors"
     try:
+        require_regular(path)
         model.load_state_dict(load_file(str(path)))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise BadCheckpointError(f"{path}: not a model of the world's rewards ({error})") from error
+        raise BadCheckpointError(f"{path}: not a model of the world's rewards ({why(error)})") from error
     return model.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mindomni_rt.checkpoint.config import VAEConfig
 from mindomni_rt.errors import BadCheckpointError
+from mindomni_rt.files import require_regular, why
 from mindomni_rt.model.vae import AutoencoderKL
 
 from ...outputs import save_tensors
@@ -103,10 +104,11 @@ def load_vae(folder: Path) -> AutoencoderKL:
     path = folder / "world_vae.safetensors"
     model = AutoencoderKL(CONFIG)
     try:
+        require_regular(path)
         with safe_open(str(path), framework="pt") as file:
             model.load_state_dict({n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118  not a mapping
             scale = float((file.metadata() or {})["scaling_factor"])
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise BadCheckpointError(f"{path}: not the world's autoencoder ({error})") from error
-    model.config = replace(CONFIG, scaling_factor=scale)
+        model.config = replace(CONFIG, scaling_factor=scale)
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+        raise BadCheckpointError(f"{path}: not the world's autoencoder ({why(error)})") from error
     return model.eval().requires_grad_(False)
