@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindomni_rt.bundle.contracts import PROFILES
-from mindomni_rt.bundle.manifest import check_name, is_bundle, open_bundle, read_manifest
-from mindomni_rt.checkpoint.hub import resolve
+from mindomni_rt.bundle.manifest import check_name, open_bundle, read_manifest
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.demo import DEMO_MODELS, DEMO_NAME
-from mindomni_rt.errors import BadCheckpointError, BadRequestError
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.options import parse_size
 
 from .describe import describe
@@ -43,7 +43,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
-    build.add_argument("checkpoint", type=Path, help="a folder, or a hub id")
+    build.add_argument("checkpoint", type=Path, help="a folder, a hub id, or demo (the small model)")
     build.add_argument("--target", required=True, help="cpu, sm_89, rtx4090, dgx-spark, … or several: sm_86,sm_89")
     build.add_argument(
         "--precision", choices=[p for p in PRECISIONS if p != "mixed"], help="default: the target's table"
@@ -110,14 +110,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _checkpoint(given: Path) -> Path:
-    """The folder of a checkpoint: a path or a hub id. Raises BadCheckpointError."""
-    folder = resolve(given)
-    if is_bundle(folder):
-        raise BadCheckpointError(f"{given} is a bundle; expected the checkpoint that bundles are built of")
-    return folder
-
-
 def _bundle(given: Path) -> Path:
     """The folder of a bundle; "demo" is the package's own where no folder has that name."""
     return DEMO_MODELS[0][0] if str(given) == DEMO_NAME and not given.exists() else given
@@ -126,7 +118,7 @@ def _bundle(given: Path) -> Path:
 def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
-    checkpoint = _checkpoint(options.checkpoint)
+    checkpoint = resolve_checkpoint(options.checkpoint)
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
@@ -200,7 +192,7 @@ def _cache(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import table, verify
 
-    rows = verify(_bundle(options.bundle), _checkpoint(options.against) if options.against else None, options.device)
+    rows = verify(_bundle(options.bundle), resolve_checkpoint(options.against) if options.against else None, options.device)
     print(table(rows))
     if options.against is None:
         print("every stage ran; nothing was compared. Give --against CHECKPOINT to compare")
@@ -221,7 +213,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     plan = plan_build(
         options.device,
-        checkpoint=_checkpoint(options.checkpoint) if options.checkpoint else None,
+        checkpoint=resolve_checkpoint(options.checkpoint) if options.checkpoint else None,
         precision=options.precision,
         stages=stages_of(options.stage),
         size=parse_size(options.size) if options.size else None,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 from mindomni_rt.outputs import write_atomic, write_json
@@ -60,7 +60,7 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
     if dtype not in DTYPES:
         raise BadRequestError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     found = {stage: _read(path) for stage, path in records}
-    source = resolve(model)
+    source = resolve_checkpoint(model)
     loaded, _ = load_model(source, DTYPES[dtype])
     save_checkpoint(loaded, out, source)
     card = _CARD.format(

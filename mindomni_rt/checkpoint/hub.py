@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..checks import shown
-from ..demo import DEMO_NAME, demo_folder
+from ..demo import DEMO_NAME, demo_checkpoint, demo_folder
 from ..errors import BadCheckpointError, MissingExtraError
 
 
@@ -16,11 +16,13 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
     only: str | None = None,
+    checkpoint: bool = False,
 ) -> Path:
     """The local folder of a checkpoint or bundle; a hub id ("owner/name") is downloaded into huggingface_hub's cache.
     "demo" is the small model of the package, unless a folder has that name.
 
     only: download the files of this pattern alone, such as "*.json"; the folder is not a whole model then.
+    checkpoint: "demo" is the small model's checkpoint, even where its bundle can run.
     Honours HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN. Raises BadCheckpointError.
     """
     if not isinstance(path_or_repo_id, (str, Path)):
@@ -35,7 +37,7 @@ def resolve(
         if path.is_dir():
             return path
         if text == DEMO_NAME:
-            return demo_folder()
+            return demo_checkpoint() if checkpoint else demo_folder()
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL inside, or ~ without a home
         reason = getattr(error, "strerror", None) or error
