@@ -51,7 +51,11 @@ UNITS = {"vision": 1, "language.prefill": 1, "language.decode": 4, "connector": 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "model", nargs="?", type=Path, default=MODEL, help="a checkpoint, or demo (the small model); default, in a checkout of the repository: the tests'"
+        "model",
+        nargs="?",
+        type=Path,
+        default=MODEL,
+        help="a checkpoint, or demo (the small model); default: the tests'",
     )
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs to count")
     parser.add_argument("--out", type=Path, help="a .json file")

@@ -119,6 +119,9 @@ def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
     checkpoint = resolve_checkpoint(options.checkpoint)
+    check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
+    if not options.quiet:
+        _say(f"loading torch and {options.checkpoint} …")  # seconds before the first graph
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
@@ -139,7 +142,6 @@ def _build(options: argparse.Namespace) -> int:
         progress=_progress if sys.stderr.isatty() and not options.quiet else None,
         say=None if options.quiet or options.verbose else _say,  # -v shows the log, which has the same lines
     )
-    check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     began = time.perf_counter()
     with build_log(options.out) as log, watching() as peak:
         manifest = build(request)
@@ -192,7 +194,9 @@ def _cache(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import table, verify
 
-    rows = verify(_bundle(options.bundle), resolve_checkpoint(options.against) if options.against else None, options.device)
+    rows = verify(
+        _bundle(options.bundle), resolve_checkpoint(options.against) if options.against else None, options.device
+    )
     print(table(rows))
     if options.against is None:
         print("every stage ran; nothing was compared. Give --against CHECKPOINT to compare")

@@ -13,6 +13,7 @@ from .errors import MindOmniError, MissingExtraError
 
 USER_ERROR, INTERRUPTED = 2, 130
 Module = tuple[str, str]
+_LONG = 300
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,17 +21,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Prints the line and exits with code 2."""
-        self.exit(USER_ERROR, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        text = " ".join(message.split())
+        text = text if len(text) < _LONG else text[:_LONG] + "…"  # argparse repeats what was given
+        self.exit(USER_ERROR, f"error: {text} (see {self.prog} --help)\n")
 
 
-def front_door(run: Callable[[], int], name: str = "error", extra: str | None = None) -> int:
+def front_door(run: Callable[[], int], extra: str | None = None) -> int:
     """Runs a command and returns its exit code; an error that the user can mend is one line and code 2.
 
-    name: what the line begins with. extra: of pip, what installs the packages that the command imports.
+    extra: of pip, what installs the packages that the command imports.
 
     Such errors are MindOmniError, a package that is not installed, and the operating system's (a full disk, a read-only
-    folder). Ctrl-C is code 130. A
-    reader that closes the pipe, such as `head`, is no error. Other exceptions are bugs and keep their traceback.
+    folder). Ctrl-C is code 130. A reader that closes the pipe, such as `head`, is no error. Other exceptions are bugs
+    and keep their traceback.
     """
     try:
         return int(run())
@@ -38,22 +41,22 @@ def front_door(run: Callable[[], int], name: str = "error", extra: str | None = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more at exit
         return 0
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: interrupted\n")
+        sys.stderr.write("error: interrupted\n")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if extra is None or not missing or missing == "mindomni_rt" or missing in sys.stdlib_module_names:
             raise
-        sys.stderr.write(f"{name}: {MissingExtraError(missing, extra)}\n")
+        sys.stderr.write(f"error: {MissingExtraError(missing, extra)}\n")
         return USER_ERROR
     except MindOmniError as error:
-        sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USER_ERROR
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        sys.stderr.write(f"{name}: {where}{error.strerror or error}\n")
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         return USER_ERROR
 
 

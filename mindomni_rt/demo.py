@@ -15,6 +15,7 @@ _INSTALLED = Path(__file__).with_name("assets")
 _ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
 DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 DEMO_NAME = "demo"
+DEMO_PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 DEMO_SETTINGS: dict[str, Any] = dict(max_new_tokens=48)  # its thoughts are short; the rest is its own
 
 

@@ -20,8 +20,8 @@ _AT_LEAST = re.compile(r"(?P<name>[\w.-]+)(\[[^]]*\])?(>=(?P<least>[\d.]+))?$")
 def install(extra: str) -> str:
     """The command that installs what an extra needs and this environment lacks; all of it where nothing is lacking.
 
-    A few packages are named. More are the extra of the project by name, which needs no index that holds the project: pip
-    takes the installed one and adds what its extra lacks.
+    A few packages are named. More are the extra of the project by name, which needs no index that holds the project:
+    pip takes the installed one and adds what its extra lacks.
     """
     wanted = lacking(extra) or packages(extra)
     if 0 < len(wanted) <= _FEW:

@@ -103,7 +103,7 @@ def run(program: str, arguments: list[str]) -> int:
 def one_line(code: int, capsys: pytest.CaptureFixture[str], *names: str) -> None:
     error = capsys.readouterr().err
     assert code == 2, error
-    assert error.count("\n") == 1 and "Traceback" not in error and len(error) < 1000, error
+    assert error.count("\n") == 1 and error.startswith("error: ") and len(error) < 1000, error
     assert all(name in error for name in names), error
 
 
@@ -129,7 +129,7 @@ def test_what_is_missing_is_named(
 @pytest.mark.parametrize("program", MISSING)
 def test_an_unknown_command_and_none(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["no-such-command"]):
-        one_line(run(program, arguments), capsys)
+        one_line(run(program, arguments), capsys, "--help)")
 
 
 @pytest.mark.parametrize(
