@@ -215,6 +215,8 @@ def _inspect(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .plan import plan_build, report
 
+    if options.device.strip().lower() == "cpu":
+        raise BadRequestError("a plan is of a GPU; for this machine's CPU: mindomni doctor --model CHECKPOINT")
     plan = plan_build(
         options.device,
         checkpoint=resolve_checkpoint(options.checkpoint) if options.checkpoint else None,

@@ -83,7 +83,8 @@ def _hand_over(command: str, rest: Sequence[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    folder = resolve(options.model, options.revision, None, options.offline)
+    weights = options.backend == "torch" or bool(options.adapter)
+    folder = resolve(options.model, options.revision, None, options.offline, checkpoint=weights)
     if folder in [model for model, _ in DEMO_MODELS] and options.model == DEMO_NAME:
         tell_small(folder)
     if options.adapter and is_bundle(folder):

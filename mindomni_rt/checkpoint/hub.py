@@ -60,6 +60,11 @@ def resolve(
             snapshot_download(text, revision=revision, token=token, local_files_only=local, allow_patterns=only)
         )
     except Exception as error:  # noqa: BLE001 the hub raises a family of its own plus its HTTP library's; all mean "not available"
+        if local_files_only:
+            raise BadCheckpointError(
+                f"no folder at {text}, and the hub's cache on this machine does not hold it; without --offline "
+                "(local_files_only) it would be downloaded"
+            ) from None
         reason = silent or _first_line(error)
         raise BadCheckpointError(f"no folder at {text}, and the hub did not provide it: {reason}") from None
 
