@@ -19,6 +19,21 @@ _LONG = 300
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage text."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an argument that nothing takes is an error of the command it was given to."""
+        given = list(sys.argv[1:] if args is None else args)
+        options, rest = self.parse_known_args(given, namespace)
+        if rest:
+            self._of(given).error(f"unrecognized arguments: {' '.join(rest)}")
+        return options
+
+    def _of(self, given: Sequence[str]) -> argparse.ArgumentParser:
+        """The parser of the command that `given` begins with."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and given and given[0] in action.choices:
+                return action.choices[given[0]]  # type: ignore[no-any-return]
+        return self
+
     def error(self, message: str) -> Any:
         """Prints the line and exits with code 2."""
         text = " ".join(message.split())

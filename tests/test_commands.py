@@ -50,6 +50,19 @@ sys.exit(front_door(run))
     assert reader.wait(timeout=60) == 0 and reader.stderr.read() == b""
 
 
+def test_an_unknown_option_points_to_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="mindomni export")
+    parser.add_subparsers(required=True).add_parser("build").add_argument("--out")
+    for arguments, program in (
+        (["build", "--tarrget=a"], "mindomni export build"),
+        (["--x", "build"], "mindomni export"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(arguments)
+        error = capsys.readouterr().err
+        assert error.endswith(f"(see {program} --help)\n") and "unrecognized arguments: --" in error
+
+
 def test_the_parsers_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser(prog="mindomni export")
     commands = parser.add_subparsers(required=True)
