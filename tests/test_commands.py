@@ -53,10 +53,8 @@ sys.exit(front_door(run))
 def test_an_unknown_option_points_to_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser(prog="mindomni export")
     parser.add_subparsers(required=True).add_parser("build").add_argument("--out")
-    for arguments, program in (
-        (["build", "--tarrget=a"], "mindomni export build"),
-        (["--x", "build"], "mindomni export"),
-    ):
+    cases = ((["build", "--tarrget=a"], "mindomni export build"), (["--x", "build"], "mindomni export"))
+    for arguments, program in cases:
         with pytest.raises(SystemExit):
             parser.parse_args(arguments)
         error = capsys.readouterr().err
