@@ -328,6 +328,15 @@ def test_a_hub_that_does_not_answer_is_named_soon(answers: str, monkeypatch: pyt
     assert time.monotonic() - began < 30
 
 
+def test_a_saved_model_carries_no_record_of_its_source(folder: Path, tmp_path: Path) -> None:
+    """Measurements of a packed model are not those of what training makes of it."""
+    (folder / "evaluation.json").write_text("{}")
+    model, _ = load_model(folder)
+    save_model(model, tmp_path / "out", source=folder)
+    assert (tmp_path / "out" / "mllm" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
 def test_a_hub_cache_is_read(tmp_path: Path) -> None:
     """What huggingface_hub would have downloaded, found again offline by id and revision."""
     commit = "0" * 40
