@@ -66,7 +66,7 @@ def front_door(run: Callable[[], int], extra: str | None = None) -> int:
         return USER_ERROR
     except MindOmniError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return USER_ERROR
+        return int(getattr(error, "exit_code", USER_ERROR))  # a run that was stopped has its own
     except OSError as error:
         if error.errno is None:
             raise

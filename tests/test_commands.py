@@ -10,6 +10,7 @@ import pytest
 
 from mindomni_rt.commands import INTERRUPTED, USER_ERROR, Parser, front_door
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.training.errors import Interrupted
 
 
 def raising(error: BaseException) -> int:
@@ -21,6 +22,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     cases = (
         (BadRequestError("size 7:\n  expected a multiple"), USER_ERROR, "error: size 7: expected a multiple\n"),
         (KeyboardInterrupt(), INTERRUPTED, "error: interrupted\n"),
+        (Interrupted("stopped after step 7, saved"), INTERRUPTED, "error: stopped after step 7, saved\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), USER_ERROR, "error: /x: No space left on device\n"),
     )
     for error, code, line in cases:
