@@ -139,7 +139,10 @@ def run(options: argparse.Namespace) -> int:
     found, notes = count_changes(a, b) if counts else latency_changes(Result(options.a, a), Result(options.b, b))
     changed = [c for c in found if c.a != c.b or c.low < c.high]
     lines = [f"note: {note}" for note in notes]
-    lines.append(f"{len(found)} {'counts' if counts else 'times'} compared, {len(found) - len(changed)} the same")
+    if counts:
+        lines.append(f"{len(found)} counts compared, {len(found) - len(changed)} the same")
+    else:
+        lines.append(f"{len(found)} times compared; same: the interval reaches within {threshold:.0%}")
     lines += [c.line(threshold) for c in changed]
     failed = any(c.worse(threshold) for c in found)
     if counts and failed:

@@ -31,6 +31,7 @@ from mindomni_rt.backends.torch.backend import TorchBackend, load_torch
 from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.extras import install
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.memory.layers import Workload
 
 from .machine import header
@@ -50,7 +51,11 @@ UNITS = {"vision": 1, "language.prefill": 1, "language.decode": 4, "connector": 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "model", nargs="?", type=Path, default=MODEL, help="a checkpoint folder; default, in a checkout: the tests'"
+        "model",
+        nargs="?",
+        type=Path,
+        default=MODEL,
+        help="a checkpoint, or demo (the small model); default: the tests'",
     )
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="ONNX graphs to count")
     parser.add_argument("--out", type=Path, help="a .json file")
@@ -61,10 +66,10 @@ def run(options: argparse.Namespace) -> int:
     check_out(options.out)
     if options.model == MODEL and not MODEL.is_dir():
         raise BadRequestError(
-            "the checkpoint of the baseline's counts comes with a checkout's tests, not with an installation: give a "
-            "folder, for example one that `mindomni random-checkpoint` wrote"
+            "the checkpoint of the baseline's counts comes with the repository's tests, not with an installation: give "
+            "a folder, or demo (the small model)"
         )
-    data = measure(options.model, options.bundle)
+    data = measure(resolve_checkpoint(options.model), options.bundle)
     sys.stdout.write(report(data))
     if options.out:
         write_json(options.out, data)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 import mindomni_rt
 from mindomni_rt import AsyncPipeline, StepEvent
 
-BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
 PROMPTS = (
     "draw (1 + 2) things of the colour of a lemon, shaped like a wheel",
     "draw (7 - 2) things of the colour of grass, shaped like a window",
@@ -46,7 +44,7 @@ async def serve(model: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
+    parser.add_argument("--model", default="demo", help="a checkpoint or bundle; here the small model")
     asyncio.run(serve(parser.parse_args(arguments).model))
     return 0
 

@@ -35,9 +35,7 @@ def one_colour(image: NDArray[np.generic]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=str(HERE.parent / "assets" / "shapes-world"), help="a checkpoint to start from"
-    )
+    parser.add_argument("--model", default="demo", help="a checkpoint to start from")
     parser.add_argument("--out", default="out/custom_reward", help="run folder")
     options = parser.parse_args(arguments)
     # The configuration names the reward as module:function; this file's folder is on the path, so the module is found.

@@ -19,8 +19,6 @@ from mindomni_rt.inputs.images import to_pil
 from mindomni_rt.request import Request
 from mindomni_rt.sampling.random import batch_noise
 
-BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
-
 
 def result_of(events: Generator[Any, None, Any]) -> Any:
     """Runs a stage that reports events and returns what it returns."""
@@ -62,7 +60,7 @@ class Graph:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
+    parser.add_argument("--model", default="demo", help="a checkpoint or bundle; here the small model")
     parser.add_argument("--out", type=Path, default=Path("out/graph"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

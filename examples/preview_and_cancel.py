@@ -13,13 +13,12 @@ from pathlib import Path
 import mindomni_rt
 from mindomni_rt import GenerationCancelled, ImageEvent, StepEvent
 
-BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
 PROMPT = "i want (2 + 4) things, shaped like a tent and of the colour of the sea"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
+    parser.add_argument("--model", default="demo", help="a checkpoint or bundle; here the small model")
     parser.add_argument("--out", type=Path, default=Path("out/previews"), help="folder for the pictures")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,11 @@ from pathlib import Path
 import mindomni_rt
 from mindomni_rt import ImageEvent, StepEvent, TextEvent
 
-BUNDLE = Path(__file__).parents[1] / "assets" / "shapes-world-bundle"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="draw (7 - 2) things of the colour of grass, shaped like a window")
-    parser.add_argument("--model", default=str(BUNDLE), help="a checkpoint or bundle; here the small one")
+    parser.add_argument("--model", default="demo", help="a checkpoint or bundle; here the small model")
     parser.add_argument("--out", type=Path, default=Path("out/streaming.png"))
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)

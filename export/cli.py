@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindomni_rt.bundle.contracts import PROFILES
-from mindomni_rt.bundle.manifest import is_bundle, open_bundle, read_manifest
+from mindomni_rt.bundle.manifest import open_bundle, read_manifest
 from mindomni_rt.bundle.writing import check_name
-from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.checks import Whole, shown
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.demo import DEMO_MODELS, DEMO_NAME
-from mindomni_rt.errors import BadCheckpointError, BadRequestError
+from mindomni_rt.errors import BadRequestError
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.options import parse_size
 from mindomni_rt.outputs import check_target
 from mindomni_rt.request import MAX_SIDE
@@ -47,7 +47,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="compile a checkpoint into a bundle")
-    build.add_argument("checkpoint", type=Path, help="a folder, or a hub id")
+    build.add_argument("checkpoint", type=Path, help="a folder, a hub id, or demo (the small model)")
     build.add_argument("--target", required=True, help="cpu, sm_89, rtx4090, dgx-spark, … or several: sm_86,sm_89")
     build.add_argument(
         "--precision", choices=[p for p in PRECISIONS if p != "mixed"], help="default: the target's table"
@@ -114,14 +114,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _checkpoint(given: Path) -> Path:
-    """The folder of a checkpoint: a path or a hub id. Raises BadCheckpointError."""
-    folder = resolve(given)
-    if is_bundle(folder):
-        raise BadCheckpointError(f"{given} is a bundle; expected the checkpoint that bundles are built of")
-    return folder
-
-
 def _bundle(given: Path) -> Path:
     """The folder of a bundle; "demo" is the package's own where no folder has that name."""
     return DEMO_MODELS[0][0] if str(given) == DEMO_NAME and not given.exists() else given
@@ -130,16 +122,22 @@ def _bundle(given: Path) -> Path:
 def _build(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choice = choose(target, options.precision, stages_of(options.stage))  # refuses before torch is even imported
-    checkpoint = _checkpoint(options.checkpoint)
+    checkpoint = resolve_checkpoint(options.checkpoint)
     if options.calibration_size is not None:
         try:
             Whole(16, MAX_SIDE, 16)(options.calibration_size)
         except ValueError as error:
             raise BadRequestError(f"--calibration-size {options.calibration_size}: expected {error}") from None
+    from .record import append, build_run, check_record, resident_peak, watching
+
+    if options.record:
+        check_record(options.record, "--record")
+    check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
+    if not options.quiet:
+        _say(f"loading torch and {options.checkpoint} …")  # seconds before the first graph
     from .build import BuildRequest, build
     from .cache import default_cache
     from .quantize import DEFAULT_PROMPTS, read_prompts
-    from .record import append, build_run, check_record, resident_peak, watching
 
     request = BuildRequest(
         checkpoint=checkpoint,
@@ -156,9 +154,6 @@ def _build(options: argparse.Namespace) -> int:
         progress=_progress if sys.stderr.isatty() and not options.quiet else None,
         say=None if options.quiet or options.verbose else _say,  # -v shows the log, which has the same lines
     )
-    if options.record:
-        check_record(options.record, "--record")
-    check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     began = time.perf_counter()
     with build_log(options.out) as log, watching() as peak:
         manifest = build(request)
@@ -217,7 +212,9 @@ def _cache(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verify import table, verify
 
-    rows = verify(_bundle(options.bundle), _checkpoint(options.against) if options.against else None, options.device)
+    rows = verify(
+        _bundle(options.bundle), resolve_checkpoint(options.against) if options.against else None, options.device
+    )
     print(table(rows))
     if options.against is None:
         print("every stage ran; nothing was compared. Give --against CHECKPOINT to compare")
@@ -236,9 +233,11 @@ def _inspect(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .plan import plan_build, report
 
+    if options.device.strip().lower() == "cpu":
+        raise BadRequestError("a plan is of a GPU; for this machine's CPU: mindomni doctor --model CHECKPOINT")
     plan = plan_build(
         options.device,
-        checkpoint=_checkpoint(options.checkpoint) if options.checkpoint else None,
+        checkpoint=resolve_checkpoint(options.checkpoint) if options.checkpoint else None,
         precision=options.precision,
         stages=stages_of(options.stage),
         size=parse_size(options.size) if options.size else None,

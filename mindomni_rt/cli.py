@@ -26,7 +26,7 @@ from .bundle.manifest import is_bundle
 from .checkpoint.hub import resolve
 from .checks import shown
 from .commands import front_door
-from .demo import DEMO_MODELS, DEMO_NAME, DEMO_SETTINGS, runnable_demo, tell_small
+from .demo import DEMO_MODELS, DEMO_NAME, DEMO_PROMPT, DEMO_SETTINGS, runnable_demo, tell_small
 from .errors import BadRequestError, MissingExtraError
 from .events import AnswerEvent, Event, GenerationResult, ImageEvent, StepEvent, TextEvent
 from .inputs.saving import KINDS, numbered
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _accept_any_text()
-    return front_door(lambda: _run(given), "mindomni")
+    return front_door(lambda: _run(given))
 
 
 def _run(given: list[str]) -> int:
@@ -49,7 +49,7 @@ def _run(given: list[str]) -> int:
     if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
         near = get_close_matches(given[0], [*_COMMANDS, *HANDED_OVER], 1)
         instead = f"did you mean {near[0]}?" if near else f"expected one of {', '.join([*_COMMANDS, *HANDED_OVER])}"
-        raise BadRequestError(f"there is no command {shown(given[0])}; {instead}")
+        raise BadRequestError(f"there is no command {shown(given[0])}; {instead} (see mindomni --help)")
     options = build_parser().parse_args(given)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
@@ -83,7 +83,8 @@ def _hand_over(command: str, rest: Sequence[str]) -> int:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    folder = resolve(options.model, options.revision, None, options.offline)
+    weights = options.backend == "torch" or bool(options.adapter)
+    folder = resolve(options.model, options.revision, None, options.offline, checkpoint=weights)
     if folder in [model for model, _ in DEMO_MODELS] and options.model == DEMO_NAME:
         tell_small(folder)
     if options.adapter and is_bundle(folder):
@@ -237,8 +238,7 @@ def _demo(options: argparse.Namespace) -> int:
         raise BadRequestError(f"--out {shown(options.out)}: {getattr(error, 'strerror', error)}") from error
     paths = _targets(options.out, 1)
     if model := runnable_demo():
-        prompt = options.prompt or "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
-        return _demo_on(model, prompt, paths, options)
+        return _demo_on(model, options.prompt or DEMO_PROMPT, paths, options)
     try:
         importlib.import_module("torch")
     except ImportError as error:

@@ -25,19 +25,34 @@ def one_line(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage text."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an argument that nothing takes is an error of the command it was given to."""
+        given = list(sys.argv[1:] if args is None else args)
+        options, rest = self.parse_known_args(given, namespace)
+        if rest:
+            self._of(given).error(f"unrecognized arguments: {' '.join(rest)}")
+        return options
+
+    def _of(self, given: Sequence[str]) -> argparse.ArgumentParser:
+        """The parser of the command that `given` begins with."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and given and given[0] in action.choices:
+                return action.choices[given[0]]  # type: ignore[no-any-return]
+        return self
+
     def error(self, message: str) -> Any:
         """Prints the line and exits with code 2."""
         self.exit(USER_ERROR, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
-def front_door(run: Callable[[], int], name: str = "error", extra: str | None = None) -> int:
+def front_door(run: Callable[[], int], extra: str | None = None) -> int:
     """Runs a command and returns its exit code; an error that the user can mend is one line and code 2.
 
-    name: what the line begins with. extra: of pip, what installs the packages that the command imports.
+    extra: of pip, what installs the packages that the command imports.
 
     Such errors are MindOmniError, a package that is not installed, and the operating system's (a full disk, a read-only
-    folder). Ctrl-C is code 130. A
-    reader that closes the pipe, such as `head`, is no error. Other exceptions are bugs and keep their traceback.
+    folder). Ctrl-C is code 130. A reader that closes the pipe, such as `head`, is no error. Other exceptions are bugs
+    and keep their traceback.
     """
     try:
         return int(run())
@@ -45,22 +60,22 @@ def front_door(run: Callable[[], int], name: str = "error", extra: str | None = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more at exit
         return 0
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: interrupted\n")
+        sys.stderr.write("error: interrupted\n")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if extra is None or not missing or missing == "mindomni_rt" or missing in sys.stdlib_module_names:
             raise
-        sys.stderr.write(f"{name}: {MissingExtraError(missing, extra)}\n")
+        sys.stderr.write(f"error: {MissingExtraError(missing, extra)}\n")
         return USER_ERROR
     except MindOmniError as error:
-        sys.stderr.write(f"{name}: {one_line(str(error))}\n")
-        return USER_ERROR
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
+        return int(getattr(error, "exit_code", USER_ERROR))  # a run that was stopped has its own
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        sys.stderr.write(f"{name}: {where}{error.strerror or error}\n")
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         return USER_ERROR
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from .errors import BadCheckpointError
 
 logger = logging.getLogger(__name__)
-# A wheel carries the bundle inside the package; a checkout has both models beside it. The bundle needs no torch.
+# A wheel carries both forms inside the package; a checkout has them beside it. The bundle needs no torch.
 _INSTALLED = Path(__file__).with_name("assets")
 _ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "assets"
 DEMO_MODELS = ((_ASSETS / "shapes-world-bundle", "onnxruntime"), (_ASSETS / "shapes-world", "torch"))
 DEMO_NAME = "demo"
+DEMO_PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 DEMO_SETTINGS: dict[str, Any] = dict(max_new_tokens=48)  # its thoughts are short; the rest is its own
 
 
@@ -29,6 +30,14 @@ def demo_folder() -> Path:
     found = runnable_demo() or next((folder for folder, _ in DEMO_MODELS if folder.is_dir()), None)
     if found is not None:
         return found
+    raise BadCheckpointError("this installation has no small model; give a folder or a hub id")
+
+
+def demo_checkpoint() -> Path:
+    """The small model as a checkpoint: what training, export and the torch backend read. Raises BadCheckpointError."""
+    folder = DEMO_MODELS[-1][0] if DEMO_MODELS else None
+    if folder is not None and folder.is_dir():
+        return folder
     raise BadCheckpointError("this installation has no small model; give a folder or a hub id")
 
 

@@ -1,4 +1,4 @@
-"""What the optional extras install, by name: the advice holds whether or not this project is on a package index."""
+"""What to install where a package is missing; the advice holds whether or not this project is on a package index."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 PROJECT = "mindomni-rt"
+_FEW = 4  # packages that are named one by one
 _PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 _SELF = re.compile(rf"{PROJECT}\[([^]]*)\]")
 _EXTRA = re.compile(r"extra == ['\"]([^'\"]+)['\"]")
@@ -17,12 +18,18 @@ _AT_LEAST = re.compile(r"(?P<name>[\w.-]+)(\[[^]]*\])?(>=(?P<least>[\d.]+))?$")
 
 
 def install(extra: str) -> str:
-    """The command that installs what an extra needs and this environment lacks; all of it where nothing is lacking."""
+    """The command that installs what an extra needs and this environment lacks; all of it where nothing is lacking.
+
+    A few packages are named. More are the extra of the project by name, which needs no index that holds the project:
+    pip takes the installed one and adds what its extra lacks.
+    """
     wanted = lacking(extra) or packages(extra)
-    if not wanted:
-        return f'pip install ".[{extra}]" in a checkout of {PROJECT}'
-    # Double quotes hold in every shell, cmd.exe too.
-    return " ".join(["pip install", *(p if re.fullmatch(r"[\w.-]+", p) else f'"{p}"' for p in wanted)])
+    if 0 < len(wanted) <= _FEW:
+        # Double quotes hold in every shell, cmd.exe too.
+        return " ".join(["pip install", *(p if re.fullmatch(r"[\w.-]+", p) else f'"{p}"' for p in wanted)])
+    if wanted and _of_installation():
+        return f'pip install "{PROJECT}[{extra}]"'
+    return f'pip install ".[{extra}]" in a checkout of {PROJECT}'
 
 
 def lacking(extra: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .bundle.manifest import is_bundle, read_manifest
 from .checkpoint.hub import resolve
 from .checks import shown
-from .errors import BadRequestError, MissingExtraError
+from .errors import BadCheckpointError, BadRequestError, MissingExtraError
 from .memory.choose import choose_bundle, choose_checkpoint
 from .memory.guard import named_memory_errors
 
@@ -51,7 +51,7 @@ def load(
         raise BadRequestError(f"backend {shown(backend)}: expected one of {', '.join(BACKENDS)}")
     if not isinstance(device, str) or not re.fullmatch(r"[a-z]+(:\d{1,3})?", device):
         raise BadRequestError(f"device {shown(device)}: expected auto, cpu, cuda or cuda:N")
-    folder = resolve(path_or_repo_id, revision, token, local_files_only)
+    folder = resolve(path_or_repo_id, revision, token, local_files_only, checkpoint=backend == "torch" or bool(fast))
     if is_bundle(folder):
         if precision is not None or fast is not None:
             raise BadRequestError(
@@ -84,6 +84,20 @@ def load(
         if found.precision is not None or found.budget is not None:
             raise BadRequestError("precision and memory_budget need the fast path: device='cuda', or fast=True")
         return Pipeline(load_torch(folder, device, dtype), folder, found)
+
+
+def resolve_checkpoint(path_or_repo_id: str | Path) -> Path:
+    """The folder of a checkpoint, for what needs its weights: export, training, the torch backend's options.
+
+    A folder, a hub id, or "demo": the small model's. Raises BadCheckpointError, for a bundle too.
+    """
+    folder = resolve(path_or_repo_id, checkpoint=True)
+    if is_bundle(folder):
+        raise BadCheckpointError(
+            f"{path_or_repo_id} is a bundle; expected the checkpoint that bundles are built of: a folder, a hub id, or "
+            "demo (the small model's)"
+        )
+    return folder
 
 
 def _load_bundle(

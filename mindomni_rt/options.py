@@ -7,12 +7,12 @@ from typing import Any
 
 from . import __version__, doctor
 from .checks import shown
-from .demo import DEMO_NAME
+from .commands import Parser
+from .demo import DEMO_NAME, DEMO_PROMPT
 from .errors import BadRequestError
 from .model.random import command as random_checkpoint
 from .request import Request
 
-USER_ERROR = 2
 # command: module, arguments before the user's, extra, help
 HANDED_OVER = {
     "export": ("mindomni_rt.export.cli", (), "export", "build, verify and inspect bundles"),
@@ -23,11 +23,12 @@ HANDED_OVER = {
     "batch": ("mindomni_rt.serving.cli", ("batch",), "ray", "a file of prompts to a folder of pictures"),
     "train": ("mindomni_rt.training.cli", (), "train", "the three training stages"),
 }
-EXAMPLES = """examples:
+EXAMPLES = f"""examples, first on the small model:
   mindomni demo
-  mindomni generate "three yellow circles" --model MODEL --out a.png
-  mindomni edit photo.jpg "make it winter" --model MODEL --out b.png
-  mindomni understand "What is in this picture?" --image photo.jpg --model MODEL
+  mindomni generate "{DEMO_PROMPT}" --out a.png
+  mindomni edit a.png "the same, but one more and in the colour of the sea" --out b.png
+  mindomni understand "describe the picture." --image b.png
+  mindomni generate "an animal with (3 + 6) lives" --model MODEL --out c.png
   mindomni info --model MODEL
   mindomni doctor --model MODEL
   mindomni random-checkpoint FOLDER --layers 2
@@ -54,31 +55,24 @@ PRESET_HELP = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """One line, exit code 2."""
-        text = " ".join(message.split())
-        self.exit(USER_ERROR, f"{self.prog}: {text if len(text) < 300 else text[:300] + '…'}\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line; defaults are those of `Request`."""
     defaults = Request(prompt="-")
-    parser = _Parser(
+    parser = Parser(
         prog="mindomni",
         description="Think, then paint.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else there")
     common.add_argument("-v", "--verbose", action="store_true", help="log what happens")
     common.add_argument("-q", "--quiet", action="store_true", help="no text stream, no progress")
 
-    model = _Parser(add_help=False)
+    model = Parser(add_help=False)
     model.add_argument(
         "--model",
         default=DEMO_NAME,
@@ -103,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LoRA adapter (torch); repeatable",
     )
 
-    write = _Parser(add_help=False)
+    write = Parser(add_help=False)
     write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
     write.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
     write.add_argument("--seed", type=int, help="of the noise and of sampled tokens; random if absent, and reported")
@@ -111,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-image-tokens", type=int, default=defaults.max_image_tokens, help="cap on the input image; 0 for none"
     )
 
-    paint = _Parser(add_help=False)
+    paint = Parser(add_help=False)
     paint.add_argument("--size", metavar="WxH", help="pixels (default: the input image's, or the model's own)")
     paint.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
     paint.add_argument(
@@ -151,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_arguments(commands.add_parser("doctor", parents=[common], help=doctor.HELP))
     commands.add_parser("info", parents=[common, model], help="what a checkpoint or bundle holds")
     demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
-    demo.add_argument("prompt", nargs="?", help="a riddle of the small world, as in assets/shapes-world/README.md")
+    demo.add_argument("prompt", nargs="?", help=f"a riddle of the small world, such as: {DEMO_PROMPT}")
     demo.add_argument("--out", default="out/demo.png")
     for name, (_, _, _, text) in HANDED_OVER.items():
         commands.add_parser(name, add_help=False, help=text)

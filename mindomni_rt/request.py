@@ -256,7 +256,7 @@ def as_request(kind: type[R], prompt: Any, options: Mapping[str, Any]) -> R:
     options = {name: value for name, value in options.items() if name not in RECORDED}
     for name in options:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
+            near = difflib.get_close_matches(name, names, 1) or [known for known in names if name in known][:1]
             hint = f"; did you mean {near[0]}?" if near else f"; expected some of {', '.join(names)}"
             raise BadRequestError(f"there is no option {shown(name)}{hint}")
     if isinstance(prompt, kind):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from conftest import PARITY
 from PIL import Image
 
 from mindomni_rt import extras
+from mindomni_rt.benchmarks.quality.judge import read
 from mindomni_rt.cli import main
 from mindomni_rt.inputs.images import read_settings, save_image
-from mindomni_rt.options import HANDED_OVER
+from mindomni_rt.options import EXAMPLES, HANDED_OVER
 
 MODEL = ["--model", str(PARITY), "--device", "cpu"]
 SMALL = ["--size", "48x32", "--steps", "2", "--max-new-tokens", "6", "--seed", "5"]
@@ -126,7 +128,7 @@ def test_mistakes_take_one_line_and_exit_code_2(
         code = stop.code
     shown = capsys.readouterr()
     assert code == 2
-    assert len(shown.err.strip().splitlines()) == 1 and shown.err.startswith("mindomni")
+    assert len(shown.err.strip().splitlines()) == 1 and shown.err.startswith("error: ")
     assert "Traceback" not in shown.err and not list(tmp_path.iterdir())
 
 
@@ -268,7 +270,7 @@ def test_the_packages_commands(command: str) -> None:
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and ": pip install " in lines[0], done.stderr
     extra = HANDED_OVER[command][2]
-    assert any(package in lines[0] for package in extras.packages(extra)) and f"the extra {extra})" in lines[0]
+    assert any(p in lines[0] for p in [*extras.packages(extra), f"[{extra}]"]) and f"the extra {extra})" in lines[0]
 
 
 def test_help_has_an_example_a_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,6 +280,23 @@ def test_help_has_an_example_a_command(capsys: pytest.CaptureFixture[str]) -> No
     handed_over = ("export", "plan", "bench", "train", "serve", "batch")
     for command in ("generate", "edit", "understand", "info", "demo", *handed_over):
         assert f"  mindomni {command}" in shown, command
+
+
+def test_the_helps_examples_are_right_on_the_small_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every example that names no model of the user's: the small model must answer what it was asked."""
+    monkeypatch.chdir(tmp_path)
+    lines = [shlex.split(line)[1:] for line in EXAMPLES.splitlines() if line.startswith("  mindomni ")]
+    answers = {}
+    for line in lines:
+        if line[0] in ("generate", "edit", "understand") and "--model" not in line:
+            assert main([*line, "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
+            answers[line[0]] = (found["answer"] or found["text"]).strip()
+    four = "four blue circles"
+    assert answers == {"generate": "three yellow circles", "edit": four, "understand": four}
+    assert read(np.asarray(Image.open("b.png"), np.float32) / 255) == (4, "blue", "circle")
 
 
 def test_two_writers_of_one_name(tmp_path: Path) -> None:

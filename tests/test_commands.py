@@ -10,6 +10,7 @@ import pytest
 
 from mindomni_rt.commands import INTERRUPTED, USER_ERROR, Parser, front_door
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.training.errors import Interrupted
 
 
 def raising(error: BaseException) -> int:
@@ -21,6 +22,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     cases = (
         (BadRequestError("size 7:\n  expected a multiple"), USER_ERROR, "error: size 7: expected a multiple\n"),
         (KeyboardInterrupt(), INTERRUPTED, "error: interrupted\n"),
+        (Interrupted("stopped after step 7, saved"), INTERRUPTED, "error: stopped after step 7, saved\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), USER_ERROR, "error: /x: No space left on device\n"),
     )
     for error, code, line in cases:
@@ -48,6 +50,17 @@ sys.exit(front_door(run))
     reader.stdout.readline()
     reader.stdout.close()
     assert reader.wait(timeout=60) == 0 and reader.stderr.read() == b""
+
+
+def test_an_unknown_option_points_to_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="mindomni export")
+    parser.add_subparsers(required=True).add_parser("build").add_argument("--out")
+    cases = ((["build", "--tarrget=a"], "mindomni export build"), (["--x", "build"], "mindomni export"))
+    for arguments, program in cases:
+        with pytest.raises(SystemExit):
+            parser.parse_args(arguments)
+        error = capsys.readouterr().err
+        assert error.endswith(f"(see {program} --help)\n") and "unrecognized arguments: --" in error
 
 
 def test_the_parsers_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

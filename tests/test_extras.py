@@ -17,12 +17,14 @@ METADATA = [  # as a wheel holds it: extras within extras are resolved, names an
     "beta; extra == 'fast'",
     "gamma>=3; (platform_system == 'Linux') and extra == 'fast'",
     "alpha>=2; extra == 'all'",
+    *(f"package{i}; extra == 'many'" for i in range(9)),
 ]
 PYPROJECT = """[project]
 name = "mindomni-rt"
 [project.optional-dependencies]
 core = ["alpha>=2"]
 fast = ["mindomni-rt[core]", "beta", "gamma>=3; platform_system == 'Linux'", "alpha>=2"]
+many = ["package0", "package1", "package2", "package3", "package4", "package5", "package6", "package7", "package8"]
 """
 
 
@@ -57,6 +59,18 @@ def test_advice_names_what_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extras.packages("fast") == ["alpha>=2", "beta"]
 
 
+@pytest.mark.usefixtures("known")
+def test_many_packages_are_the_extra_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that a console shows whole. pip finds the project itself where it is installed, without an index."""
+    having(monkeypatch)
+    assert extras.install("many") == 'pip install "mindomni-rt[many]"'
+    having(monkeypatch, **{f"package{i}": "1" for i in range(7)})
+    assert extras.install("many") == "pip install package7 package8"
+    monkeypatch.setattr(extras, "requires", lambda _: [])
+    having(monkeypatch)
+    assert extras.install("many") == 'pip install ".[many]" in a checkout of mindomni-rt'
+
+
 def test_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A copy of the package alone; and a pyproject.toml above it that is another project's."""
     monkeypatch.setattr(extras, "PROJECT", "mindomni-rt-of-nobody")
@@ -85,4 +99,5 @@ def test_the_error_gives_the_advice() -> None:
     text = str(MissingExtraError("onnxruntime", "onnx"))
     assert text.startswith("onnxruntime is not installed: pip install ") and text.endswith("(the extra onnx)")
     assert "onnxruntime>=" in text or "tqdm" in text
+    assert max(len(str(MissingExtraError("torch", extra))) for extra in extras._of_checkout()) < 150
     assert str(MissingExtraError("tensorrt", "trt", "from NVIDIA")) == "tensorrt is not installed: from NVIDIA"

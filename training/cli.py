@@ -40,7 +40,7 @@ _MODULES = {  # name: (module of this package, what it does)
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mindomni train", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     named = f"a TOML file, or one of the package: {', '.join(named_configs())}"
     for stage in STAGES:
         run = commands.add_parser(stage, help=_HELP[stage])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mindomni_rt.commands import INTERRUPTED
 from mindomni_rt.errors import BadRequestError, MindOmniError
 from mindomni_rt.errors import StorageError as StorageError
 
@@ -20,3 +21,5 @@ class NonFiniteError(MindOmniError, ArithmeticError):
 
 class Interrupted(MindOmniError):
     """SIGTERM or Ctrl-C stopped the run after its state was saved; the same command resumes."""
+
+    exit_code = INTERRUPTED

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.errors import BadCheckpointError, BadRequestError
 from mindomni_rt.files import read_text, why
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.model.dtypes import DTYPES
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 from mindomni_rt.outputs import read_json, write_atomic, write_json
@@ -63,7 +63,7 @@ def pack(model: str, out: Path, dtype: str, records: Sequence[tuple[str, Path]],
     found = {stage: read_json(path) for stage, path in records}
     tables = "\n".join(_table(stage, found[stage], path) for stage, path in records)
     making = "\n".join(_making(r) for r in runs)
-    source = resolve(model)
+    source = resolve_checkpoint(model)
     check_model_folder(out)
     loaded, _ = load_model(source, DTYPES[dtype])
     save_checkpoint(loaded, out, source)

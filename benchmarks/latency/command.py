@@ -19,6 +19,7 @@ import numpy as np
 import mindomni_rt
 from mindomni_rt.bundle.manifest import MANIFEST, read_manifest
 from mindomni_rt.checks import UNSET
+from mindomni_rt.demo import DEMO_PROMPT
 from mindomni_rt.devices.table import load_devices
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.events import GenerationResult
@@ -43,13 +44,12 @@ from .energy import Energy, describe_energy
 _SIDES = {"cpu": (512, 1536), "cuda": (8192,)}
 _SECONDS = 0.5  # of each measurement of a ceiling
 _RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_new_tokens")
-_PROMPT = "draw (1 + 2) things of the colour of a lemon, shaped like a wheel"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="checkpoint folder, hub id or bundle")
-    parser.add_argument("--prompt", default=_PROMPT)
+    parser.add_argument("--prompt", default=DEMO_PROMPT)
     parser.add_argument("--image", type=Path, help="reference image")
     parser.add_argument("--size", metavar="WxH", help="pixels; one number for a square (default: the model's own)")
     parser.add_argument("--steps", type=int, help="default: the model's own")

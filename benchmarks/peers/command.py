@@ -23,6 +23,7 @@ from mindomni_rt.checks import shown
 from mindomni_rt.demo import DEMO_MODELS
 from mindomni_rt.errors import BadRequestError, MissingExtraError, UnsupportedDeviceError
 from mindomni_rt.figures import COLOURS, new_figure, save
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.model.mindomni import MindOmniModel, load_model
 from mindomni_rt.model.random.scaled import scaled
 from mindomni_rt.model.random.weights import random_model
@@ -45,7 +46,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("model", nargs="?", type=Path, help="a checkpoint folder; default: random weights")
+    parser.add_argument("model", nargs="?", help="a checkpoint, or demo (the small model); default: random weights")
     parser.add_argument("--preset", choices=tuple(_SIZES), default="toy", help="sizes of the model and the requests")
     parser.add_argument("--bundle", type=Path, default=DEMO_MODELS[0][0], help="ONNX graphs for onnxruntime")
     parser.add_argument("--rounded", type=Path, metavar="BUNDLE", help="ours from a bundle of the same checkpoint")
@@ -78,12 +79,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The result. A peer that is missing or fails is recorded and the others go on; an interrupt keeps those before it.
     With --out the result is stored after each group that found something."""
     device = cuda_or_cpu(options.device)
-    preset = preset_of(options, device.type)
+    source = resolve_checkpoint(options.model) if options.model else None
+    preset = preset_of(options, source, device.type)
     meter, record = Meter(device), Record()
 
     def model() -> MindOmniModel:  # one for each group: its backend may take the weights over
-        if options.model:
-            return load_model(options.model, preset.torch_dtype, device)[0]
+        if source:
+            return load_model(source, preset.torch_dtype, device)[0]
         return random_model(preset.config, preset.torch_dtype, device)
 
     groups: dict[str, Callable[[], Group]] = {
@@ -92,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "graphs": partial(onnx_group, options.bundle, device.type),
     }
     layers = [f"{options.layers} layers"] if options.layers else []
-    name = options.model.name if options.model else ", ".join(["random weights", options.preset, *layers])
+    name = source.name if source else ", ".join(["random weights", options.preset, *layers])
     name += f", ours from {options.rounded.name}" if options.rounded else ""
     data = {
         **header("peers"),
@@ -128,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def preset_of(options: argparse.Namespace, device: str) -> Preset:
+def preset_of(options: argparse.Namespace, source: Path | None, device: str) -> Preset:
     """Sizes of the model and the requests. Raises BadRequestError, BadCheckpointError."""
     if options.rounded and not options.model:
         raise BadRequestError("--rounded: the checkpoint it was built from is missing; give it as MODEL")
@@ -138,8 +140,8 @@ def preset_of(options: argparse.Namespace, device: str) -> Preset:
         if (value := getattr(options, name)) is not None and value < 1:
             raise BadRequestError(f"--{name} {value}: expected at least 1")
     config = scaled("published" if options.preset == "full" else "tiny")
-    if options.model:
-        config = open_checkpoint(options.model).config
+    if source:
+        config = open_checkpoint(source).config
     elif options.layers:
         config = cut(config, options.layers)
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")

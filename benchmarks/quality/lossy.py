@@ -15,6 +15,7 @@ from typing import Any
 
 import mindomni_rt
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.loading import resolve_checkpoint
 
 from .. import results
 from ..machine import commit, describe_machine
@@ -67,7 +68,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("model", type=Path, help="assets/shapes-world")
+    parser.add_argument("model", help="a checkpoint of the small world: demo (the small model), or what training wrote")
     parser.add_argument("--n", type=int, help="riddles (24), or pictures with --precisions (320)")
     parser.add_argument("--precisions", action="store_true", help="what rounding costs, alone and with the options")
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -78,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     """Measures and reports."""
     results.check_out(options.out)
     n = options.n if options.n is not None else 320 if options.precisions else 24
-    asked = {"model": options.model.name, "n": n, "guidance": options.guidance}
+    model = resolve_checkpoint(options.model)
+    asked = {"model": model.name, "n": n, "guidance": options.guidance}
     record = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": describe_machine(), **asked}
 
     def store(found: dict[str, Any], text: str) -> None:
@@ -86,16 +88,16 @@ def run(options: argparse.Namespace) -> int:
             results.write_result(options.out, {**record, "options": found}, text)
 
     if options.precisions:
-        text = _precisions(options, asked, store)
+        text = _precisions(options, model, asked, store)
     else:
-        found = measure(options.model, n, options.guidance)
+        found = measure(model, n, options.guidance)
         store(found, text := table(found))
     sys.stdout.write(text + "\n")
     return 0
 
 
 def _precisions(
-    options: argparse.Namespace, asked: dict[str, Any], store: Callable[[dict[str, Any], str], None]
+    options: argparse.Namespace, model: Path, asked: dict[str, Any], store: Callable[[dict[str, Any], str], None]
 ) -> str:
     """The table. Each arm is stored as it ends; the same command goes on with those that are missing."""
     from . import precisions
@@ -107,7 +109,7 @@ def _precisions(
             raise BadRequestError(f"{options.out} is of another model, n or guidance; name another --out")
         found = before["options"]
     if missing := {name: arm for name, arm in precisions.arms().items() if name not in found}:
-        bench = precisions.Bench(options.model, asked["n"], options.guidance)
+        bench = precisions.Bench(model, asked["n"], options.guidance)
         for name, (kind, options_of) in missing.items():
             found[name] = bench.figures(kind, options_of)
             store(found, precisions.table(found))

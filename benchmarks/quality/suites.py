@@ -190,7 +190,7 @@ SHAPES = Suite(
     title="shapes",
     prompts="nothing: benchmarks/quality/shapes.jsonl is built in",
     project="this one",
-    evaluated="benchmarks/quality/judge.py, at once; for assets/shapes-world or its bundle",
+    evaluated="benchmarks/quality/judge.py, at once; for demo (the small model) and what training made of it",
     published={},
     defaults=Settings(samples=1, max_new_tokens=48),  # the arms think or not, whatever the setting says
     items=_shapes_items,

@@ -16,6 +16,8 @@ from ..errors import BadCheckpointError
 from ..files import replace_file, write_text
 from .mindomni import MindOmniModel
 
+_RECORD = "evaluation.json"  # of a packed model: what its weights were measured at says nothing about others
+
 
 def save_model(model: MindOmniModel, folder: Path, source: Path | None = None) -> None:
     """Writes `folder` in the published layout; the tensors keep their dtype, so load and save is bit-exact.
@@ -62,6 +64,8 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 def _copy_files(source: Path, folder: Path) -> None:
     for path in source.rglob("*"):
         # A hub cache holds links; copy what they point to, and none of the weights.
+        if path.name == _RECORD:
+            continue
         if path.is_file() and path.suffix in (".json", ".txt", ".jinja", ".model") and ".index." not in path.name:
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,6 +309,32 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("nobody/nothing", local_files_only=True)
     with pytest.raises(BadCheckpointError, match=r"safetensors|missing"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("answers", ["refuses", "hangs"])
+def test_a_hub_that_does_not_answer_is_named_soon(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that refuses, and one that takes the connection and says nothing: the hub's own call has no time limit."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("mindomni_rt.checkpoint.hub._PATIENCE", 0.5)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        if answers == "refuses":
+            server.close()
+        began = time.monotonic()
+        with pytest.raises(BadCheckpointError, match=r"no folder at some/model.* does not answer"):
+            resolve("some/model")
+    assert time.monotonic() - began < 30
+
+
+def test_a_saved_model_carries_no_record_of_its_source(folder: Path, tmp_path: Path) -> None:
+    """Measurements of a packed model are not those of what training makes of it."""
+    (folder / "evaluation.json").write_text("{}")
+    model, _ = load_model(folder)
+    save_model(model, tmp_path / "out", source=folder)
+    assert (tmp_path / "out" / "mllm" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_a_hub_cache_is_read(tmp_path: Path) -> None:

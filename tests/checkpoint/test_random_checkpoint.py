@@ -147,8 +147,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[s
         assert json.loads(out)["config"]["language"]["vocab_size"] == 152064
     else:
         assert "random parameters" in out
-    assert ("writing" in err) == (not how)
+    assert err.startswith("writing 0.") == (not how)
+    if not how:  # the bytes are named before they are written
+        written = sum(path.stat().st_size for path in (tmp_path / "x").rglob("*.safetensors"))
+        assert abs(float(err.split()[1]) - written / 1e9) < 0.01
     assert main(arguments) == 2  # the folder is not empty
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_refusals(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

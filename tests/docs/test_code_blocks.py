@@ -1,4 +1,4 @@
-"""Code in README and docs runs as it is printed, page by page, in an empty folder with a link to assets/.
+"""Code in README and docs runs as it is printed, page by page, in an empty folder: it needs no checkout.
 
 Fenced blocks of `python` and `sh` run in order; those of a page share one folder and the Python blocks one namespace. A
 block that cannot run says why in a comment on the line before: <!-- not run: needs a GPU -->.
@@ -60,7 +60,6 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     todo = [block for block in runnable(page) if not block.reason]
     if not todo:
         pytest.skip("; ".join(sorted({block.reason for block in runnable(page)})))
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -173,6 +173,7 @@ def test_what_looks_like_a_hub_id_is_asked_for_its_configuration_alone(
         asked.append((name, options["allow_patterns"]))
         raise ConnectionError("no network")
 
+    monkeypatch.setattr("mindomni_rt.checkpoint.hub._silence", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     assert main(["serve", "models/missing"]) == 2
     assert asked == [("models/missing", "*.json")]

@@ -74,6 +74,15 @@ def test_mistakes_are_named(tmp_path):
         run_arm(STUDIES["stages"][0], tmp_path, tmp_path / "out", 0, 1.0, 4)
 
 
+def test_a_run_whose_losses_are_all_zero_is_drawn_without_a_warning(tmp_path, capsys, recwarn):
+    """The first step of stage 3: a logarithmic scale has nothing to show."""
+    from mindomni_rt.training.cli import main as command
+
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss/kl_text": 0.0, "reward/total": 0.5}) + "\n")
+    assert command(["plot", str(tmp_path), "--out", str(tmp_path / "run.png")]) == 0
+    assert capsys.readouterr().out == f"written to {tmp_path / 'run.png'}\n" and not recwarn.list
+
+
 def test_plot_of_runs_shows_only_what_they_logged(tmp_path, capsys):
     from mindomni_rt.training.cli import main as command
 

@@ -175,13 +175,16 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert make("mine_rewards:brief")([rollout(), rollout()]).tolist() == [0.5, 0.5]
-    for name in ("broken", "nan"):
-        with pytest.raises(BadRequestError, match="expected one finite number each"):
+    for name, match in (
+        ("broken", "returned 1 numbers for 2 rollouts; expected one number each"),
+        ("nan", "returned nan for rollout 1 of 2"),
+    ):
+        with pytest.raises(BadRequestError, match=match):
             make(f"mine_rewards:{name}")([rollout(), rollout()])
     for name, match in (
         ("beauty", "expected one of format, consistency"),
         ("mine_rewards:no", "no attribute"),
-        ("no:no", "No module"),
+        ("no:no", "No module named 'no'$"),  # and no line of Python's own importer
     ):
         with pytest.raises(BadRequestError, match=match):
             make(name)

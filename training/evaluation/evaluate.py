@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from mindomni_rt.checkout import commit
-from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.commands import Parser
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.files import why
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.outputs import check_target, read_json, write_json
 
 from ..loop.runs import choose_device, open_contexts
@@ -30,7 +30,7 @@ from ..suites import SUITES, Settings, evaluate
 def main(argv: Sequence[str]) -> int:
     """The command line. Raises MindOmniError for what a user can mend."""
     parser = Parser(prog="mindomni train evaluate", description=__doc__)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", help="a folder, a hub id, or demo (the small model)")
     parser.add_argument("--suite", action="append", choices=SUITES, help="repeatable; default: all")
     parser.add_argument("--n", type=int, default=96, help="prompts a suite")
     parser.add_argument("--steps", type=int, help="default: the model's own")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    own = read_recommended(resolve(options.checkpoint))
+    own = read_recommended(resolve_checkpoint(options.checkpoint))
     contexts = open_contexts(options.checkpoint, device, options.size or own.width)
     settings = Settings(
         n=options.n,

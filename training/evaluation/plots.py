@@ -127,7 +127,7 @@ def _panels(run: Path, log: dict[str, list[float]]) -> list[Panel]:
         found = sorted(c for c in log if re.fullmatch(pattern, c))
         if found:
             lines = {_short(c): smooth(log[c], window) for c in found}
-            out.append((title, log["step"], lines, logarithmic, False))
+            out.append((title, log["step"], lines, logarithmic and _positive(lines), False))
     held = run / "evaluation.jsonl"
     if held.exists():
         figures = read_metrics(held)
@@ -136,8 +136,13 @@ def _panels(run: Path, log: dict[str, list[float]]) -> list[Panel]:
         if right:
             out.append(("Held-out accuracy", figures["step"], right, False, True))
         if losses:
-            out.append(("Validation loss", figures["step"], losses, True, False))
+            out.append(("Validation loss", figures["step"], losses, _positive(losses), False))
     return out
+
+
+def _positive(lines: dict[str, Any]) -> bool:
+    """Whether a logarithmic scale shows something: stage 3's KLs are 0 at its first step."""
+    return any(np.nanmax(values, initial=0) > 0 for values in lines.values())
 
 
 def _short(column: str) -> str:
@@ -283,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if study not in results:
                 raise BadRequestError(f"--only {study!r}: expected some of {', '.join(results)}")
             plot_study(study, results[study], options.out)
+        print(f"written to {options.out}")
         return 0
     if options.out.suffix != ".png":
         raise BadRequestError(f"--out {options.out}: expected a name that ends in .png")
@@ -291,4 +297,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot_stages(_read(options.stages, ""), options.out)
     else:
         plot_runs(options.run, options.out)
+    print(f"written to {options.out}")
     return 0

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mindomni_rt.checkpoint.config import RecommendedConfig
-from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.checks import shown
 from mindomni_rt.errors import BadRequestError, UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.model.mindomni import load_model
 
 from ..adapter_folder import save_adapter
@@ -60,7 +60,7 @@ def choose_device(name: str) -> torch.device:
 
 def open_contexts(model: str, device: torch.device, image_size: int, cache: str = "", bf16: bool = False) -> Contexts:
     """A checkpoint ready for training: frozen weights in bf16 on request, the VAE always in float32."""
-    folder = resolve(model)
+    folder = resolve_checkpoint(model)
     dtype = torch.bfloat16 if bf16 else torch.float32
     loaded, report = load_model(folder, dtype, device, vae_dtype=torch.float32)
     logger.info("%s", report)
@@ -126,7 +126,7 @@ def finish(trainer: Trainer) -> Path:
     if any(name.startswith("decoder.") for name in trainer.trained):
         recommended = trained_for(stage.model.config.recommended, trainer.config.data.image_size)
         stage.model.config = replace(stage.model.config, recommended=recommended)
-    save_checkpoint(stage.model, out, resolve(trainer.config.model))
+    save_checkpoint(stage.model, out, resolve_checkpoint(trainer.config.model))
     return out
 
 

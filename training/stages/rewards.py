@@ -135,10 +135,13 @@ def _checked(name: str, function: Reward) -> Reward:
             values = np.asarray(function(rollouts), np.float32)
         except Exception as error:  # user code may raise anything
             raise BadRequestError(f"reward {name!r} raised {_told(error)}") from error
-        if values.shape != (len(rollouts),) or not np.isfinite(values).all():
-            raise BadRequestError(
-                f"reward {name!r} returned {values.shape} for {len(rollouts)} rollouts; expected one finite number each"
-            )
+        count = len(rollouts)
+        if values.shape != (count,):
+            found = f"an array of shape {values.shape}" if values.ndim != 1 else f"{len(values)} numbers"
+            raise BadRequestError(f"reward {name!r} returned {found} for {count} rollouts; expected one number each")
+        if not np.isfinite(values).all():
+            wrong = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise BadRequestError(f"reward {name!r} returned {values[wrong]} for rollout {wrong + 1} of {count}")
         return values
 
     return score
@@ -147,7 +150,7 @@ def _checked(name: str, function: Reward) -> Reward:
 def _told(error: Exception) -> str:
     """An error in one line: its type, message, and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and frames[-1].filename[0] != "<" else ""
     if isinstance(error, SyntaxError):
         where = f" ({error.filename}:{error.lineno})"
     text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())

@@ -21,24 +21,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def _bar(silent: bool) -> Iterator[Callable[[int], object]]:
+def _bar(silent: bool, total: int) -> Iterator[Callable[[int], object]]:
     """Takes the bytes written; shows them on standard error where tqdm is installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         yield lambda count: None
         return
-    with tqdm(unit="B", unit_scale=True, desc="writing", disable=silent, delay=1, file=sys.stderr) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=silent, delay=1, file=sys.stderr) as bar:
         yield bar.update
 
 
 def run(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Writes the checkpoint; the outcome as text and as data. Raises BadRequestError."""
     from ...checkpoint.config import published
-    from .write import cut, write_random_checkpoint
+    from .write import check_room, cut, weights_bytes, write_random_checkpoint
 
     config = cut(published(), options.layers, options.divide_width)
-    with _bar(options.quiet or options.json) as progress:
+    silent = options.quiet or options.json
+    check_room(Path(options.folder), total := weights_bytes(config))
+    if not silent:
+        sys.stderr.write(f"writing {total / 1e9:.2f} GB of random weights to {options.folder}\n")
+    with _bar(silent, total) as progress:
         done = write_random_checkpoint(Path(options.folder), config, seed=options.seed, progress=progress)
     text = (
         f"{done.folder}: {done.parameters:,} random parameters, {done.bytes / 1e9:.2f} GB in {done.files} files. "

@@ -105,8 +105,8 @@ def write_random_checkpoint(
     """
     config = config or published()
     files = dict(_files(config, shard_bytes))
-    total = 2 * sum(prod(shape) for tensors in files.values() for shape in tensors.values())
-    _check_room(folder, total)
+    total = weights_bytes(config)
+    check_room(folder, total)
     for name, data in config_files(config).items():
         _write_text(folder / name, json.dumps(data, indent=2) + "\n")
     write_random_tokenizer(folder / "mllm", config.language)
@@ -121,7 +121,13 @@ def write_random_checkpoint(
     return Written(folder, total // 2, total, len(files))
 
 
-def _check_room(folder: Path, total: int) -> None:
+def weights_bytes(config: ModelConfig) -> int:
+    """Of the weights that `write_random_checkpoint` writes."""
+    return 2 * sum(prod(shape) for tensors in tensor_shapes(config).values() for shape in tensors.values())
+
+
+def check_room(folder: Path, total: int) -> None:
+    """Makes the folder. Raises BadRequestError where it holds files or its disk has not `total` bytes."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRequestError(f"{folder} exists and is not an empty folder; choose another")
     folder.mkdir(parents=True, exist_ok=True)
