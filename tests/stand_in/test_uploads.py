@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
@@ -73,5 +74,5 @@ def test_the_peak_counts_what_has_arrived(runs: Runs, precision: str | None, bud
 def test_no_room_is_said() -> None:
     """16 GB hold the 16-bit language model and no block of the decoder beside it."""
     precision = parse_precision("bfloat16", "bfloat16", "bfloat16")
-    found = plan(published(), Workload(joint=True), precision=precision, budget=16 * 10**9, reserve=600 << 20)
+    found = plan(published(), Workload(joint=True), precision=precision, budget=16 * 10**9, reserve=RESERVE[False])
     assert found.moved and not found.hidden and "none of it while text is written" in found.summary()
