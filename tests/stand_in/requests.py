@@ -38,11 +38,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multistep": dict(solver="multistep", guidance_interval=(0.2, 0.8), preview_every=4),
     "condition only": dict(first_step="condition_only", num_inference_steps=4),
     "one branch": dict(guidance_scale=1.0, think=False),
+    "silent": dict(think=False, num_inference_steps=3),
     "several": dict(num_images=2, height=512, width=768),
     "large": dict(height=1536, width=2048, num_inference_steps=2, think=False),
     "edit": dict(image=True),
     "edit, cascade": dict(image=True, edit_features="vit+vae", cascade=True),
     "understand": dict(understand="what is it", image=True),
+    "last": dict(num_inference_steps=3),
 }
 """Every public option."""
 SEVERAL_GRAPHS = ("step cache", "multistep", "condition only")

@@ -53,7 +53,7 @@ LOADS: dict[str, dict[str, Any]] = {
     **{pairs: dict(precision=pairs) for pairs in KINDS_OF_PARTS},
     "the torch backend by name": dict(backend="torch", fast=True),
 }
-WAITS = {"preset fast": 1}
+WAITS = {"preset fast": 1, "step cache": 1}
 """Waits of the host that a step may have: see `test_requests.test_no_step_waits`."""
 
 
@@ -73,7 +73,7 @@ def seen(runs: Runs, load: dict[str, Any], requests: list[Any], more: list[Any])
 
 
 def test_every_request(runs: Runs) -> None:
-    (part,) = seen(runs, {}, [[name, options] for name, options in REQUESTS.items()], [])
+    (part,) = seen(runs, {}, [*OPTIONS, *([name, options] for name, options in REQUESTS.items())], [])
     planned = 0
     for request in part["requests"]:
         planned = max(planned, request["planned"])

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +51,7 @@ class Worker:
         found["captures"], found["timings"] = runtime.stand.captures, runtime.stand.timings
         found["plans"] = len(runtime.stand.plans)
         found["layouts"] = dict(self.stand_in.fake.operations.layouts.seen)
+        found["seconds"] = time.process_time()
         found["launches"] = [{**it.to_json(), "count": n} for it, n in self.stand_in.recorder.seen.items()]
         return found
 
