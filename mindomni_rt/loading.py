@@ -80,7 +80,7 @@ def load(
         if fast or (fast is None and device.startswith("cuda")):
             from .backends.fast.load import load_fast
 
-            return Pipeline(load_fast(folder, device, dtype, found.precision, found.budget), folder)
+            return Pipeline(load_fast(folder, device, dtype, found.precision, found.budget), folder, found)
         if found.precision is not None or found.budget is not None:
             raise BadRequestError("precision and memory_budget need the fast path: device='cuda', or fast=True")
         return Pipeline(load_torch(folder, device, dtype), folder, found)

@@ -128,6 +128,31 @@ def _work(group: Sequence[CompleteRequest]) -> Workload:
     )  # fmt: skip
 
 
+def _with_picture(sizes: Workload, patches: ImagePatches) -> Workload:
+    """Sizes with a picture's patches, and its tokens beside those that are guessed of the text."""
+    rows, columns = patches.grid[1:]
+    return replace(sizes, patches=(rows, columns), prompt_tokens=sizes.prompt_tokens + patches.tokens)
+
+
+def _with_text(sizes: Workload, language: LanguageRequest) -> Workload:
+    """Sizes with a prompt's length, and room for the text, of which a guess is written."""
+    most = language.max_new_tokens + language.draft_tokens
+    return replace(
+        sizes, prompt_tokens=len(language.token_ids), new_tokens=min(most, sizes.new_tokens), max_new_tokens=most
+    )
+
+
+def _with_thoughts(group: Sequence[CompleteRequest], thoughts: Sequence[Thought]) -> Workload:
+    """Sizes once the texts are written; their buffers stay as they were made."""
+    longest = room = 0
+    for request, thought in zip(group, thoughts, strict=True):
+        length = thought.hidden.shape[1]
+        prompt = thought.rounds[-1].prompt_tokens if thought.rounds else length
+        longest = max(longest, length)
+        room = max(room, prompt + request.draft_tokens + (request.max_new_tokens if request.think else 0))
+    return replace(_work(group), prompt_tokens=longest, new_tokens=0, max_new_tokens=max(room - longest, 0))
+
+
 def _short(count: int) -> str:
     """A number of parameters: 12.5 B, 2.4 M."""
     return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
@@ -268,7 +293,7 @@ class Pipeline(Calls, AdapterCalls):
             seed = request.seed if request.seed is not None else secrets.randbits(32)
             thoughts.append((yield from _at(place, self.think(request, seed=seed, cancel=cancel, clock=clock))))
             seeds.append(seed)
-        self._check_memory([one for _, one in group], max(thought.hidden.shape[1] for thought in thoughts), 0)
+        self._check_memory(_with_thoughts([one for _, one in group], thoughts))
         jobs, unguided = self._connect_all(group, seeds, thoughts, clock)
         each = tuple(job.guided for job in jobs for _ in range(job.request.num_images))
         latents = np.concatenate([job.latents() for job in jobs])
@@ -311,20 +336,15 @@ class Pipeline(Calls, AdapterCalls):
     ) -> Generator[Event, None, Thought]:
         """Prompt (and image) → text and hidden states. Without thinking, one prefill and no text."""
         request, clock = self.complete(request), clock or Clock(self.backend)
-        patches = embeds = latents = None
-        latent_tokens = 0
-        if request.image is not None:
+        sizes, patches, pixels = self._picture(request, clock)
+        embeds = latents = None
+        if patches is not None:
             with clock("vision"):
-                picture = open_image(request.image)
-                patches = prepare_image(picture, self.config, request.max_image_tokens)
                 embeds = self._finite("vision", self.backend.vision(patches))
-            if (request.edit_features or self.config.edit_features) == "vit+vae":
-                if self.chat.token_id(LATENT_TOKEN) is None:
-                    raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
-                with clock("vae"):
-                    most = self.config.language.max_positions // 2
-                    latents = self.backend.vae_encode(vae_pixels(picture, max_tokens=most))
-                latent_tokens = latents.shape[-2] * latents.shape[-1] // self.config.decoder.patch_size**2
+        if pixels is not None:
+            with clock("vae"):
+                latents = self.backend.vae_encode(pixels)
+        latent_tokens = 0 if pixels is None else self._tokens_of(*pixels.shape[2:])
         rounds: list[Round] = []
         prompt = request.prompt
         for index in range(2 if request.cascade else 1):
@@ -333,7 +353,7 @@ class Pipeline(Calls, AdapterCalls):
             language = self.language_request(
                 messages, patches, embeds, tokens, request.temperature, seed, cancel, request.draft_tokens, True
             )
-            self._check_memory([request], len(language.token_ids), min(tokens, Workload.new_tokens))
+            self._check_memory(_with_text(sizes, language))
             written, hidden = yield from self._write(language, index, clock)
             rounds += [written] if request.think else []
             prompt = cascade_prompt(written.text) or prompt
@@ -344,10 +364,32 @@ class Pipeline(Calls, AdapterCalls):
         text = CASCADE_SEPARATOR.join(r.text for r in rounds) if request.think else request.prompt
         return Thought(text, hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
 
-    def _check_memory(self, group: Sequence[CompleteRequest], prompt: int, new: int) -> None:
-        """Raises OutOfMemoryError before the work of a request whose prompt, once its length is known, does not fit."""
+    def _check_memory(self, sizes: Workload) -> None:
+        """Raises OutOfMemoryError before the work of a request that, as much of it as is known, does not fit."""
         if self._fit is not None:
-            self._fit.check(replace(_work(group), prompt_tokens=prompt, new_tokens=new))
+            self._fit.check(sizes)
+
+    def _picture(
+        self, request: CompleteRequest, clock: Clock
+    ) -> tuple[Workload, ImagePatches | None, NDArray[np.float32] | None]:
+        """The request's sizes, and its picture as the vision tower and the VAE take it; memory is checked for both."""
+        sizes = _work([request])
+        if request.image is None:
+            return sizes, None, None
+        with clock("vision"):
+            picture = open_image(request.image)
+            patches = prepare_image(picture, self.config, request.max_image_tokens)
+        sizes, pixels = _with_picture(sizes, patches), None
+        if (request.edit_features or self.config.edit_features) == "vit+vae":
+            if self.chat.token_id(LATENT_TOKEN) is None:
+                raise BadRequestError("this checkpoint knows no VAE features; use edit_features='vit'")
+            with clock("vae"):
+                pixels = vae_pixels(picture, max_tokens=self.config.language.max_positions // 2)
+            height, width = pixels.shape[2:]
+            tokens = sizes.prompt_tokens + self._tokens_of(height, width)
+            sizes = replace(sizes, encoded=(height, width), prompt_tokens=tokens)
+        self._check_memory(sizes)
+        return sizes, patches, pixels
 
     def _write(
         self, language: LanguageRequest, index: int, clock: Clock
@@ -517,12 +559,17 @@ class Pipeline(Calls, AdapterCalls):
         prompt, image, max_new_tokens = request.prompt, request.image, request.max_new_tokens
         temperature, seed = request.temperature, request.seed if request.seed is not None else secrets.randbits(32)
         patches = embeds = None
+        sizes = Workload(paints=False)
         if image is not None:
             with clock("vision"):
                 patches = prepare_image(image, self.config, request.max_image_tokens)
+            sizes = _with_picture(sizes, patches)
+            self._check_memory(sizes)
+            with clock("vision"):
                 embeds = self.backend.vision(patches)
         messages = understand_messages(prompt, image is not None)
         language = self.language_request(messages, patches, embeds, max_new_tokens, temperature, seed, cancel)
+        self._check_memory(_with_text(sizes, language))
         written, _ = yield from self._write(language, 0, clock)
         settings = {"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         yield AnswerEvent(
@@ -585,5 +632,9 @@ class Pipeline(Calls, AdapterCalls):
         )
 
     def _image_tokens(self, request: CompleteRequest) -> int:
+        return self._tokens_of(request.height, request.width)
+
+    def _tokens_of(self, height: int, width: int) -> int:
+        """The decoder's tokens of a picture in pixels."""
         side = self.config.vae.downscale * self.config.decoder.patch_size
-        return (request.height // side) * (request.width // side)
+        return (height // side) * (width // side)

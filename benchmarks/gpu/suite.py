@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindomni_rt.backends.fast.load import DEDICATED, choose
+from mindomni_rt.backends.fast.load import choose, reserve
 from mindomni_rt.backends.torch.backend import TorchBackend
 from mindomni_rt.clock import Clock
 from mindomni_rt.errors import BadRequestError
@@ -263,7 +263,7 @@ class Suite:
         gc.collect()
         found = self.request(backend)
         del found["latents"]
-        room = budget - (DEDICATED if self.cuda else 0)
+        room = budget - reserve(device)
         return {**found, "precision": str(precision), "resident": chosen.resident if chosen else None,
                 "moved_bytes": backend.residency.moved_bytes, "hidden_bytes": backend.residency.hidden_bytes,
                 "room_bytes": room, "loads": backend.residency.loads, "under": found["peak_bytes"] <= room}  # fmt: skip

@@ -17,7 +17,7 @@ from ..bundle.contracts import STAGES
 from ..bundle.manifest import Manifest
 from ..errors import OutOfMemoryError
 from .bundle_need import BUNDLE_RESERVE, peak, predicted_need
-from .fit import GPU_RESERVE, Fit, budget_bytes, room_of
+from .fit import Fit, budget_bytes, gpu_reserve, room_of
 from .footprint import Precision, StageMemory, stage_memory
 from .layers import Workload
 from .machine import Machine
@@ -50,7 +50,7 @@ def fit_bundle(
     # Where no GPU is seen, the runtime says what it lacks.
     free = machine.free(device) if device == "cpu" or machine.gpus else None
     limit = budget_bytes(memory_budget, free)
-    reserve = BUNDLE_RESERVE if device == "cpu" else GPU_RESERVE + _fixed_cache(manifest)
+    reserve = BUNDLE_RESERVE if device == "cpu" else gpu_reserve(machine, device) + _fixed_cache(manifest)
     weights, sides = graph_bytes(manifest), _sides(manifest)
     found: tuple[int, tuple[str, ...]] = (0, ())
     for side in sides:
@@ -112,7 +112,7 @@ def _needed(manifest: Manifest, weights: Mapping[str, int], stays: Sequence[str]
 def _stages(manifest: Manifest, weights: Mapping[str, int], work: Workload) -> list[StageMemory]:
     """Caches and intermediate tensors of the stages that this bundle holds."""
     stages = stage_memory(manifest.model, work, _precision(manifest))
-    return [s for s in stages if weights[s.stage] and (s.stage != "vision" or work.patches[0])]
+    return [s for s in stages if weights[s.stage] and s.stage in work.stages]
 
 
 def _fixed_cache(manifest: Manifest) -> int:

@@ -25,5 +25,5 @@ def predicted_need(config: ModelConfig, precision: str, work: Workload) -> int:
     kinds = Precision.of_stages(names, "float32")
     sizes = weight_bytes(config, kinds)
     weights = {stage: sizes[PART_OF[stage]] for stage in STAGES}
-    stages = [s for s in stage_memory(config, work, kinds) if s.stage != "vision" or work.patches[0]]
+    stages = [s for s in stage_memory(config, work, kinds) if s.stage in work.stages]
     return peak(stages, weights, ()) + BUNDLE_RESERVE

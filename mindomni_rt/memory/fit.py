@@ -13,6 +13,7 @@ pinned memory of the host and take turns.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.layout import PARTS, Checkpoint
 from ..checks import shown
+from ..devices.table import RESERVE
 from ..errors import BadRequestError, OutOfMemoryError
 from .bundle_need import predicted_need
 from .footprint import Precision, stage_memory, weight_bytes
@@ -32,20 +34,21 @@ from .precision import parse_precision, plain_vae, split_attention
 logger = logging.getLogger(__name__)
 HOST_RESERVE = 500 * 10**6  # the interpreter, torch and its buffers
 WIDE = 100 * 10**6  # a slice of a weight in float32, and the norms and biases
-GPU_RESERVE = 600 << 20  # a CUDA context and the libraries' workspaces
 SIDES = (3072, 2048, 1536, 1024, 768, 512, 256)
 """Sides of square images to name in advice, in pixels."""
+TOKENS = (8192, 4096, 2048, 1369, 1024, 512, 256)
+"""Tokens of an input image to name in advice."""
 BUDGETS = "auto, a size such as 8GiB, or None for no limit"
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How to load. dtype, precision, budget: arguments of the torch backend; stays: stages of a bundle that stay
-    loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most, a prediction, of which
-    `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what the defaults ask for;
-    needs: bytes at most of a request as loaded here, a prediction (None: unknown); moved_bytes: of weights that a
-    request uploads on a GPU, of which hidden_bytes while its text is written."""
+    """How to load. dtype, precision, budget: arguments of the torch backend; stays: stages of a bundle, or parts of a
+    model on a GPU, that stay loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most,
+    a prediction, of which `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what
+    the defaults ask for; needs: bytes at most of a request as loaded here, a prediction (None: unknown); moved_bytes:
+    of weights that a request uploads on a GPU, of which hidden_bytes while its text is written."""
 
     device: str
     dtype: str | None
@@ -75,16 +78,24 @@ class Fit:
         if self.fits(work):
             return
         assert self.needs is not None and self.free is not None
-        needed = self.needs(work)
-        fits = [side for side in SIDES if self.fits(replace(work, height=side, width=side, images=1))]
-        advice = "close other programs or shorten the prompt, and load again"
-        if fits:
-            advice = f"one image of {fits[0]}x{fits[0]} fits"
         what = f"{work.images} image{'s' * (work.images > 1)} of {work.width}x{work.height}"
         raise OutOfMemoryError(
-            f"{what}: {gigabytes(needed)} of memory needed after {work.condition_tokens} tokens of text, "
-            f"{gigabytes(self.free)} may be used (memory_budget, or what was free at loading); {advice}"
+            f"{what if work.paints else 'a question'}: {gigabytes(self.needs(work))} of memory needed after "
+            f"{work.condition_tokens} tokens of text, {gigabytes(self.free)} may be used (memory_budget, or what was "
+            f"free at loading); {self._smaller(work)}"
         )
+
+    def _smaller(self, work: Workload) -> str:
+        """Advice: the largest image that fits, then the largest input image."""
+        for side in SIDES if work.paints else ():
+            if self.fits(replace(work, height=side, width=side, images=1)):
+                return f"one image of {side}x{side} fits"
+        for tokens in TOKENS if work.patches[0] else ():
+            # As many merged tokens in a square, and the prompt shorter by the others.
+            side, spared = 2 * math.isqrt(tokens), work.patches[0] * work.patches[1] // 4 - tokens
+            if self.fits(replace(work, patches=(side, side), prompt_tokens=max(work.prompt_tokens - spared, 1))):
+                return f"with max_image_tokens={tokens} it fits"
+        return "close other programs or shorten the prompt, and load again"
 
     def summary(self) -> str:
         """One line."""
@@ -138,7 +149,7 @@ def cpu_needs(
     own = HOST_RESERVE + WIDE * wide + sum(size for part, size in weights.items() if not mapped[part])
     found = []
     for stage in stage_memory(config, work, computed, on_host=True):
-        if stage.stage == "vision" and not work.patches[0]:
+        if stage.stage not in work.stages:
             continue
         part = PART_OF[stage.stage]
         reads = weights[part] if mapped[part] else 0
@@ -200,6 +211,11 @@ def cpu_types(stored: str) -> tuple[str, ...]:
     """Types of weights to try on a CPU, the first choice first. Weights in 16 bits are computed as they are or widened
     to float32 by each product, so a float32 copy of them gains nothing."""
     return (stored,) if stored in ("bfloat16", "float16") else ("float32", "bfloat16")
+
+
+def gpu_reserve(machine: Machine, device: str) -> int:
+    """Bytes of a GPU's memory that are not for the model: a CUDA context and the libraries' workspaces."""
+    return RESERVE[bool(machine.gpus) and machine.gpu(device).free is None]
 
 
 def _fit_cpu(checkpoint: Checkpoint, machine: Machine, dtype: str | None, limit: int | None) -> Fit:
@@ -276,17 +292,19 @@ def _instead(checkpoint: Checkpoint, stored: Mapping[str, str], machine: Machine
 def _fit_gpu(
     checkpoint: Checkpoint, machine: Machine, device: str, dtype: str | None, precision: str | None, limit: int | None
 ) -> Fit:
-    config, gpu = checkpoint.config, machine.gpu(device)
+    config, gpu, reserve = checkpoint.config, machine.gpu(device), gpu_reserve(machine, device)
     dtype = dtype or ("bfloat16" if gpu.capability >= (8, 0) else "float16")
     asked, attention = split_attention(precision)
     work = replace(Workload(), joint=True)
     ladder = [parse_precision(asked, dtype, plain_vae(dtype, "cuda"))] if asked else list(_ladder(dtype))
     for place, choice in enumerate(ladder):
         try:
-            found = plan(config, work, precision=choice, budget=limit, reserve=GPU_RESERVE)
+            found = plan(config, work, precision=choice, budget=limit, reserve=reserve)
         except OutOfMemoryError:
             continue
         waiting = sum(size for part, size in weight_bytes(config, choice).items() if part not in found.resident)
+        if waiting and gpu.free is None:
+            continue  # what waits on the host would be there twice while it works
         if gpu.free is not None and machine.host and waiting + HOST_RESERVE > machine.host.free:
             continue
         default = place == 0 and not asked and not found.moved
@@ -298,6 +316,7 @@ def _fit_gpu(
             dtype=dtype,
             precision=",".join(pairs) or None,
             budget=limit if found.moved else None,
+            stays=found.resident,
             peak=found.peak,
             free=limit,
             why=f"{choice}{moved}",
@@ -308,8 +327,10 @@ def _fit_gpu(
         )
     assert limit is not None
     try:
-        plan(config, work, precision=ladder[-1], budget=limit, reserve=GPU_RESERVE)
+        plan(config, work, precision=ladder[-1], budget=limit, reserve=reserve)
         reason = f"the parts that wait need more than the {gigabytes(machine.free('cpu') or 0)} free on the host"
+        if gpu.free is None:
+            reason = f"not all of it fits into {gigabytes(limit)}, and where host and GPU share memory no part can wait"
     except OutOfMemoryError as error:
         reason = str(error)
     raise OutOfMemoryError(

@@ -10,11 +10,11 @@ from itertools import pairwise
 
 from ..checkpoint.config import ModelConfig, StackConfig, VAEConfig
 from ..stages import PART_OF, STAGES, VAE_TILE
-from .layers import Layer, Workload, parameters, vae_decoder
+from .layers import Layer, Workload, parameters, vae_decoder, vae_encoder
 from .precision import BITS, COMPUTE
 from .precision import Precision as Precision
 
-LEAST_CAPACITY = 512  # tokens of the fast path's buffers; larger ones double, so that few requests make them anew
+LEAST_CAPACITY = 512  # tokens of the fast path's buffers
 STEP_CACHE = 3  # copies of the image tokens' states that a request with a step cache adds
 UNPACKED = 64_000_000  # bytes of a packed weight that products with many rows unpack at once
 
@@ -36,8 +36,14 @@ class StageMemory:
 
 
 def capacity(tokens: int) -> int:
-    """Tokens that the fast path makes room for when a request has this many."""
-    return max(LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
+    """Tokens that the fast path makes room for when a request has this many.
+
+    The least, then four sizes to each doubling: few requests make buffers anew, and a quarter is unused at most.
+    """
+    if tokens <= LEAST_CAPACITY:
+        return LEAST_CAPACITY
+    step = (1 << (tokens - 1).bit_length()) // 8
+    return -(-tokens // step) * step
 
 
 def weight_bytes(config: ModelConfig, precision: Precision) -> dict[str, int]:
@@ -62,11 +68,12 @@ def _kv(stack: StackConfig, tokens: int, element: int) -> int:
     return 2 * stack.num_layers * stack.num_kv_heads * stack.head_dim * tokens * element
 
 
-def _block(stack: StackConfig, rows: int, element: int) -> int:
+def _block(stack: StackConfig, rows: int, element: int, gated: bool = False) -> int:
     """The larger of a block's two halves: x, its copy in the caller, its norm, then four tensors of the MLP's width;
-    or QKV, rotated Q and K with their halves, and the attention's output."""
+    or QKV, rotated Q and K with their halves, and the attention's output. gated: gate and up are one tensor, and
+    there is no other between it and the product."""
     width, key = stack.hidden_size, stack.num_kv_heads * stack.head_dim
-    mlp = 3 * width + 4 * stack.intermediate_size
+    mlp = 3 * width + (3 if gated else 4) * stack.intermediate_size
     attention = 3 * width + (width + 2 * key) + 2 * (width + key) + width
     return rows * max(mlp, attention) * element
 
@@ -89,7 +96,7 @@ def _language(config: ModelConfig, work: Workload, element: int, kind: str) -> t
     language = config.language
     stack, room = language.stack, work.condition_tokens
     if work.joint:
-        room = capacity(max(room, work.negative_tokens) + 1)
+        room = capacity(work.room_tokens)
     state = _kv(stack, room, element) + room * stack.hidden_size * element
     logits = language.vocab_size * (element + 4 + 8 + 8)
     graph = 0
@@ -97,7 +104,7 @@ def _language(config: ModelConfig, work: Workload, element: int, kind: str) -> t
         state += language.vocab_size * 9 + room * (stack.head_dim * 4 + 16)
         graph = 2 * logits + 8 * stack.intermediate_size * element
     rows = max(work.prompt_tokens, work.negative_tokens)
-    return state, _block(stack, rows, element) + logits + _unpacked(kind, work), graph
+    return state, _block(stack, rows, element, gated=work.joint) + logits + _unpacked(kind, work), graph
 
 
 def _unpacked(kind: str, work: Workload) -> int:
@@ -106,12 +113,17 @@ def _unpacked(kind: str, work: Workload) -> int:
 
 
 def _prefix(config: ModelConfig, length: int, work: Workload, element: int) -> tuple[int, int]:
-    """(K/V that stay, what the pass needs besides): all layers' K/V stand twice while they are sorted by step."""
+    """(K/V that stay, what the pass needs besides): all layers' K/V stand twice while they are sorted by step.
+
+    joint: each layer's go to their place at once.
+    """
     stack = config.decoder.stack
     rows = length + work.steps
     kept = _kv(stack, rows, element) + work.steps * 2 * stack.hidden_size * element
     gathered = 2 * _kv(stack, rows, element) + rows * stack.hidden_size * stack.num_layers * element
     mask = rows**2 * 5
+    if work.joint:
+        return kept, _block(stack, rows, element) + mask
     return kept, max(_block(stack, rows, element) + _kv(stack, rows, element), gathered) + mask
 
 
@@ -137,12 +149,27 @@ def _denoiser(config: ModelConfig, work: Workload, element: int) -> int:
 
 
 def _vae(vae: VAEConfig, work: Workload, element: int, on_host: bool) -> int:
+    """The larger of both ways. Of the encoder, which has one picture: its largest step, the input of its widest level
+    and the pixels in float32."""
+    decoded = _vae_decoder(vae, work, element, on_host)
+    height, width = work.encoded
+    if not height:
+        return decoded
+    places = height * width
+    step = _largest(vae_encoder(vae, height, width)) + places * vae.block_out_channels[0]
+    return max(decoded, step * element + places * vae.in_channels * (4 + element))
+
+
+def _largest(layers: list[Layer]) -> int:
+    return max(_layer(layer, following) for layer, following in pairwise(layers))
+
+
+def _vae_decoder(vae: VAEConfig, work: Workload, element: int, on_host: bool) -> int:
     """The largest step of the decoder: a layer's input and output, the residual kept beside them, and a copy of input
     and output in the layout that the convolution wants; pixels of all images in float32."""
     scale = vae.downscale
     height, width = (min(side, VAE_TILE * scale) for side in (work.height, work.width))
-    layers = vae_decoder(vae, height, width)
-    largest = max(_layer(layer, following) for layer, following in pairwise(layers))
+    largest = _largest(vae_decoder(vae, height, width))
     pixels = work.images * work.height * work.width * vae.out_channels * 4
     if max(work.height, work.width) <= VAE_TILE * scale:
         return largest * element + 3 * pixels

@@ -22,8 +22,10 @@ PIXELS_PER_TOKEN = 16  # a side: 8 of the VAE times 2 of the patch
 class Workload:
     """The sizes of one request. Tokens, pixels, steps.
 
-    prompt_tokens: of the rendered chat, image tokens included. new_tokens: written while thinking (0: no thinking).
-    patches: (rows, columns) of the input image's 14-pixel patches, (0, 0) for none. guidance: two branches or one.
+    prompt_tokens: of the rendered chat, image tokens included. new_tokens: written while thinking (0: no thinking);
+    max_new_tokens: for which a GPU's buffers have room from the beginning.
+    patches: (rows, columns) of the input image's 14-pixel patches, encoded: (height, width) of its pixels that the VAE
+    encodes, (0, 0) for none. guidance: two branches or one. paints: False for a question, which ends with its text.
     joint: both branches in one launch, as the fast path of the torch backend runs them.
     """
 
@@ -37,6 +39,9 @@ class Workload:
     images: int = 1
     guidance: bool = True
     joint: bool = False
+    encoded: tuple[int, int] = (0, 0)
+    paints: bool = True
+    max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_tokens", 1), ("new_tokens", 0), ("negative_tokens", 0), ("steps", 1)):
@@ -55,6 +60,11 @@ class Workload:
         return self.prompt_tokens + max(self.new_tokens - 1, 0)
 
     @property
+    def room_tokens(self) -> int:
+        """Tokens that buffers of the text and of the negative prompt have room for."""
+        return max(self.prompt_tokens + max(self.new_tokens, self.max_new_tokens, 1), self.negative_tokens + 1)
+
+    @property
     def image_tokens(self) -> int:
         return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
 
@@ -62,6 +72,13 @@ class Workload:
     def branches(self) -> tuple[int, ...]:
         """Condition lengths of the branches that the denoiser runs."""
         return (self.condition_tokens, self.negative_tokens) if self.guidance else (self.condition_tokens,)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that the request runs, each once, in `STAGES`' order."""
+        left_out = set() if self.patches[0] else {"vision"}
+        left_out |= set() if self.paints else {stage for stage in STAGES if stage not in ("vision", "language")}
+        return tuple(stage for stage in STAGES if stage not in left_out)
 
 
 @dataclass(frozen=True)

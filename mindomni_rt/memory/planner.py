@@ -111,10 +111,6 @@ def parse_bytes(text: str | float) -> int:
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _runs(stages: tuple[StageMemory, ...], work: Workload) -> list[StageMemory]:
-    return [s for s in stages if s.stage != "vision" or work.patches[0]]
-
-
 def _held(stages: tuple[StageMemory, ...], running: str, resident: tuple[str, ...]) -> int:
     """What resident parts hold while another stage runs. The stages after `language` up to `prefix` count its state."""
     counted = {"language": ("language", "connector", "prefix"), "denoiser": ("denoiser",)}
@@ -131,7 +127,7 @@ def schedule_of(
     weights = {PART_OF[s.stage]: s.weights for s in stages}
     base = sum(weights[part] for part in resident) + reserve
     moves, loaded = list[Move](), ""
-    for stage in _runs(stages, work):
+    for stage in (s for s in stages if s.stage in work.stages):
         part = PART_OF[stage.stage]
         drop = (loaded,) if loaded and loaded != part else ()
         load = (part,) if part not in resident and part != loaded else ()
@@ -157,7 +153,7 @@ def block_bytes(config: ModelConfig, precision: Precision) -> int:
 
 def blocks_ahead(config: ModelConfig, work: Workload, found: Plan) -> int:
     """Blocks of the decoder that a plan's budget leaves room for while a request of this size writes its text."""
-    if found.budget is None or "decoder" in found.resident or not work.joint or not work.new_tokens:
+    if found.budget is None or "decoder" in found.resident or not (work.joint and work.paints and work.new_tokens):
         return 0
     schedule = schedule_of(stage_memory(config, work, found.precision), work, found.resident, found.reserve)
     room = found.budget - max(move.peak for move in schedule if move.stage in BESIDE)
@@ -172,9 +168,12 @@ def _ahead(config: ModelConfig, found: Plan) -> Plan:
 
 
 def _choices(stages: tuple[StageMemory, ...]) -> Iterator[tuple[str, ...]]:
-    """Sets of parts to keep, the heaviest first: what is kept is not moved."""
+    """Sets of parts to keep: all, then the heaviest first, for what is kept is not moved. Without all of them the
+    vision tower comes for requests with a picture alone: kept, it would take the others' room in every request."""
     weights = {PART_OF[s.stage]: s.weights for s in stages}
-    sets = [kept for count in range(len(PARTS) + 1) for kept in combinations(PARTS, count)]
+    others = [part for part in PARTS if part != "vision"]
+    sets = [kept for count in range(len(others) + 1) for kept in combinations(others, count)]
+    yield PARTS
     yield from sorted(sets, key=lambda kept: -sum(weights[part] for part in kept))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mindomni_rt import BadRequestError, UnsupportedDeviceError
 from mindomni_rt.backends.compiled import providers
-from mindomni_rt.backends.compiled.providers import check_session, choose_device
+from mindomni_rt.backends.compiled.providers import check_session, choose_device, session_providers
 
 CPU, GPU = ["AzureExecutionProvider", "CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -52,6 +52,12 @@ def test_a_session_that_fell_to_the_cpu_is_an_error(caplog: pytest.LogCaptureFix
     assert "denoiser on CUDAExecutionProvider" in caplog.text
     with pytest.raises(UnsupportedDeviceError, match="denoiser: CUDAExecutionProvider could not start"):
         check_session("denoiser", "cuda", CPU)
+
+
+def test_cuda_computes_float32_in_float32() -> None:
+    """onnxruntime's own default, `use_tf32` = 1, rounds the operands of products and convolutions to 10 bits."""
+    assert session_providers("cuda", 1) == [(GPU[0], {"device_id": 1, "use_tf32": 0}), GPU[1]]
+    assert session_providers("cpu", 0) == CPU[1:]
 
 
 def test_what_is_installed_here() -> None:

@@ -14,6 +14,7 @@ from mindomni_rt.bundle.contracts import STAGES, profile
 from mindomni_rt.bundle.manifest import FileEntry, GraphEntry, Manifest
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.checkpoint.layout import PARTS, Checkpoint, TensorEntry
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.bundle_fit import fit_bundle, graph_bytes
 from mindomni_rt.memory.bundle_need import peak
 from mindomni_rt.memory.choose import choose_checkpoint
@@ -161,7 +162,7 @@ def test_a_smaller_gpu_takes_the_most_exact_plan_that_fits(free: float) -> None:
     assert found.precision is not None
     chosen = parse_precision(found.precision, "bfloat16")
     work = replace(Workload(), joint=True)
-    assert plan(published(), work, precision=chosen, budget=found.free, reserve=600 << 20).peak == found.peak
+    assert plan(published(), work, precision=chosen, budget=found.free, reserve=RESERVE[False]).peak == found.peak
     # bfloat16 swaps on 23 GB: language takes 15.2 GB, decoder 7.3. Below that, 16-bit language weights do not fit.
     assert (chosen.language == "bfloat16") == (free >= 16)
     assert (found.budget is None) == ("move" not in found.why)
@@ -175,6 +176,17 @@ def test_parts_that_wait_need_room_on_the_host() -> None:
     assert parse_precision(str(poor.precision), "bfloat16").language != "bfloat16"
 
 
+def test_no_part_waits_where_host_and_gpu_share_memory() -> None:
+    """On a Jetson a copy on the host beside the one on the device would cost memory, not spare it."""
+    orin = Gpu(index=0, name="Orin", capability=(8, 7), total=None, free=None)
+    assert set(fit_checkpoint(checkpoint(), host(40, True, orin), device="cuda").stays or ()) == set(PARTS)
+    small = fit_checkpoint(checkpoint(), host(18, True, orin), device="cuda")
+    assert set(small.stays or ()) == set(PARTS) and small.moved_bytes == 0
+    assert small.precision is not None and parse_precision(small.precision, "bfloat16").language == "int4"
+    with pytest.raises(OutOfMemoryError, match=r"share memory no part can wait"):
+        fit_checkpoint(checkpoint(), host(9, True, orin), device="cuda")
+
+
 @pytest.mark.parametrize("budget", ["auto", "7.5GB"])
 def test_a_request_on_a_gpu_is_checked_before_its_work(budget: str) -> None:
     """`memory_budget` limits as much as what is free."""
@@ -186,6 +198,15 @@ def test_a_request_on_a_gpu_is_checked_before_its_work(budget: str) -> None:
     for larger in (dict(height=2048, width=2048), dict(prompt_tokens=6000), dict(images=8)):
         with pytest.raises(OutOfMemoryError, match=r"of memory needed after \d+ tokens of text, 7\.50 GB may be used"):
             found.check(Workload(**larger))
+    # A picture of 1024 x 1024 pixels is 5476 patches and fits; one of 16,384 tokens does not, and the error says which.
+    found.check(Workload(patches=(74, 74), prompt_tokens=100 + 1369, height=512, width=512))
+    large = Workload(patches=(256, 256), prompt_tokens=100 + 16384, height=512, width=512)
+    with pytest.raises(OutOfMemoryError, match=r"of memory needed after .* with max_image_tokens=\d+ it fits"):
+        found.check(large)
+    # A question ends with its text: nothing of it is painted.
+    found.check(Workload(paints=False, height=4096, width=4096))
+    with pytest.raises(OutOfMemoryError, match=r"^a question: .* with max_image_tokens=\d+ it fits"):
+        found.check(replace(large, paints=False))
     # Without a limit nothing is known to be too large.
     free_of = fit_checkpoint(checkpoint(), host(64, True, card(80)), device="cuda", memory_budget=None)
     free_of.check(Workload(height=4096, width=4096))

@@ -15,8 +15,8 @@ import numpy as np
 from torch._subclasses.fake_tensor import FakeTensor
 
 import mindomni_rt
-from mindomni_rt import GenerationCancelled, Pipeline
-from mindomni_rt.events import Event, StepEvent
+from mindomni_rt import GenerationCancelled, GenerationResult, Pipeline, Request
+from mindomni_rt.events import Event, StepEvent, TextEvent
 
 from .checkpoint import reader
 from .launches import Recorder, recording
@@ -25,24 +25,26 @@ from .tensors import Fake, Values
 
 STAGES = ("vision", "connector", "prefix", "vae", "vae_encode")
 BASE: dict[str, Any] = dict(
-    prompt="red circle " * 10, height=1024, width=1024, num_inference_steps=12, seed=1, max_new_tokens=40,
-    output="numpy",
+    prompt="red circle " * 10, height=1024, width=1024, num_inference_steps=12, seed=1, output="numpy"
 )  # fmt: skip
-LONGER: dict[str, Any] = dict(prompt="blue square " * 40, max_new_tokens=150)
+END = 40  # tokens of a text, which has room for as many as a request without a limit of its own
+LONGER: dict[str, Any] = dict(prompt="blue square " * 40, end=150)
 PLAIN: dict[str, dict[str, Any]] = {"first": {}, "cancelled": dict(stop=3), "second": LONGER}
 """Two requests of different lengths and a cancelled one between."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "drafts": dict(draft_tokens=4),
-    "drawn": dict(temperature=1.0, draft_tokens=2, end=30),
+    "drawn": dict(temperature=1.0, draft_tokens=2),
     "step cache": dict(step_cache=0.1),
     "multistep": dict(solver="multistep", guidance_interval=(0.2, 0.8), preview_every=4),
     "condition only": dict(first_step="condition_only", num_inference_steps=4),
     "one branch": dict(guidance_scale=1.0, think=False),
+    "silent": dict(think=False, num_inference_steps=3),
     "several": dict(num_images=2, height=512, width=768),
     "large": dict(height=1536, width=2048, num_inference_steps=2, think=False),
     "edit": dict(image=True),
-    "edit, cascade": dict(image=True, edit_features="vit+vae", cascade=True, max_new_tokens=20),
+    "edit, cascade": dict(image=True, edit_features="vit+vae", cascade=True),
     "understand": dict(understand="what is it", image=True),
+    "last": dict(num_inference_steps=3),
 }
 """Every public option."""
 SEVERAL_GRAPHS = ("step cache", "multistep", "condition only")
@@ -68,6 +70,7 @@ class Seen:
     beside: dict[str, int] = field(default_factory=dict)  # copies off the default stream: their bytes, by phase
     read: list[int] = field(default_factory=list)  # tokens that were read when they were queued
     error: str = ""
+    kind: str = ""  # the error's class
 
 
 class StandIn:
@@ -78,9 +81,11 @@ class StandIn:
         self.values = Values(end_token=2)
         self.recorder = Recorder(runtime)
         self.fake = Fake(runtime, self.values)
+        self.end = 0  # tokens of each text, 0 for as many as a request allows
         self.index = 0  # of the device that requests run on
         self.prompts: list[int] = []  # tokens of the language runs of one request
         self.negative = 0
+        self.patches, self.encoded = (0, 0), (0, 0)  # of a request's picture: for the tower, pixels for the VAE
         self.token_waits: list[list[str]] = []
         self._since = 0
 
@@ -115,13 +120,24 @@ class StandIn:
             setattr(backend, name, call(name, getattr(backend, name)))
         denoiser, language = call("denoiser", backend.denoiser), call("language", backend.language)
 
+        vision, encode = backend.vision, backend.vae_encode
+
+        def seen(image: Any) -> Any:
+            self.patches = tuple(image.grid[1:])
+            return vision(image)
+
+        def encoded(pixels: Any) -> Any:
+            self.encoded = tuple(pixels.shape[2:])
+            return encode(pixels)
+
         def written(request: Any) -> Any:
             self.prompts.append(len(request.token_ids))
             self.token_waits.clear()
+            self.values.begin(self.end)
             self.stand.read = 0
             return _Session("language", language(request), call, self._read)
 
-        backend.language = written
+        backend.vision, backend.vae_encode, backend.language = seen, encoded, written
         backend.denoiser = lambda request: _Session("denoiser", denoiser(request), call)
 
     def _read(self) -> None:
@@ -130,42 +146,44 @@ class StandIn:
         self.token_waits.append(self._waits("language", self._since))
         self._since = len(self.stand.syncs)
 
-    def request(self, pipeline: Pipeline, name: str, stop: int = 0, end: int = 0, **options: Any) -> Seen:
-        """One request, cancelled after `stop` steps if that is not 0; the text ends after `end` tokens."""
+    def request(
+        self, pipeline: Pipeline, name: str, stop: int = 0, stop_text: int = 0, end: int = END, **options: Any
+    ) -> Seen:
+        """One request, cancelled after `stop` steps or `stop_text` pieces of text if that is not 0; the text ends after
+        `end` tokens."""
         seen, runtime = Seen(name), self.runtime
-        self.values.begin(end)
+        self.end = end
         self.stand.syncs.clear()
         self.stand.uploads.clear()
         self.prompts.clear()
+        self.patches = self.encoded = (0, 0)
         residency = pipeline.backend.residency
         before = residency.moved_bytes, residency.hidden_bytes
         runtime.allocator.reset_peaks(self.index)
-        marks, since, self._since = list[int](), [0], 0
+        marks, since, self._since, pieces = list[int](), [0], 0, [0]
 
         def watch(event: Event) -> bool | None:
+            if isinstance(event, TextEvent):
+                pieces[0] += 1
+                return not (stop_text and pieces[0] >= stop_text)
             if isinstance(event, StepEvent):
                 marks.append(runtime.issued)
-                seen.step_waits.append(self._waits("denoiser", since[0]))
+                # Before the first step of an image its buffers are filled.
+                seen.step_waits.append(self._waits("denoiser", since[0]) if event.step > 1 else [])
                 since[0] = len(self.stand.syncs)
                 seen.ahead.append(sum(mark > runtime.done for mark in marks))
                 return not (stop and event.step >= stop)
             return None
 
         self.stand.phase = "between"
-        options = {**options, **({"image": picture()} if options.get("image") is True else {})}
-        tokens: list[int] = []
         self.token_waits = seen.token_waits
+        results: list[GenerationResult] = []
         try:
-            if "understand" in options:
-                found = pipeline.understand(options["understand"], options["image"], max_new_tokens=20, callback=watch)
-            else:
-                options = {**BASE, **options}
-                found = pipeline.generate(**options, callback=watch)
-            tokens = found.token_ids
+            results = called(pipeline, options, watch)
         except GenerationCancelled:
-            assert stop
+            assert stop or stop_text
         except Exception as error:  # noqa: BLE001  # a test reports it
-            seen.error = "".join(traceback.format_exception(error))[-3000:]
+            seen.error, seen.kind = "".join(traceback.format_exception(error))[-3000:], type(error).__name__
         gc.collect()
         seen.moved, seen.hidden = residency.moved_bytes - before[0], residency.hidden_bytes - before[1]
         beside = [upload for upload in self.stand.uploads if upload.stream]
@@ -177,8 +195,9 @@ class StandIn:
         seen.stages = dict(allocator.stages)
         seen.syncs = dict(Counter(f"{s.phase} {s.kind} {s.where}" for s in self.stand.syncs))
         seen.pools = [asdict(pool) for pool in allocator.pools.values()]
-        if "understand" not in options and self.prompts:
-            seen.work = self._work(options, len(tokens))
+        if self.prompts:
+            settings = {k: v for k, v in (results[0].settings if results else {}).items() if k != "prompt"}
+            seen.work = self._work({**BASE, **options, **settings}, max((len(r.token_ids) for r in results), default=0))
         return seen
 
     def _waits(self, phase: str, since: int) -> list[str]:
@@ -190,17 +209,44 @@ class StandIn:
 
     def _work(self, options: dict[str, Any], new: int) -> dict[str, Any]:
         """The request as `memory.layers.Workload` has it. The last run may be the negative prompt's, which is kept."""
-        rounds = 2 if options.get("cascade") else 1
+        most = options.get("max_new_tokens", Request.max_new_tokens) if options.get("think", True) else 0
+        picture = dict(
+            joint=True, patches=self.patches, encoded=self.encoded, max_new_tokens=most + options.get("draft_tokens", 0)
+        )
+        if "understand" in options:
+            return dict(prompt_tokens=self.prompts[0], new_tokens=new, paints=False, **picture)
+        rounds = 2 if options.get("cascade") else len(options["prompt"]) if isinstance(options["prompt"], list) else 1
         if len(self.prompts) > rounds:
             self.negative = self.prompts[-1]
-        prompt = self.prompts[min(rounds, len(self.prompts)) - 1]
-        image = options.get("image")
         return dict(
-            prompt_tokens=prompt, new_tokens=new, negative_tokens=self.negative or 1, height=options["height"],
-            width=options["width"], steps=options["num_inference_steps"], images=options.get("num_images", 1),
-            guidance=options.get("guidance_scale", 3.0) != 1, joint=True,
-            patches=[side // 28 * 2 for side in image.shape[:2]] if image is not None else [0, 0],
+            prompt_tokens=max(self.prompts), new_tokens=new, negative_tokens=self.negative or 1,
+            height=options["height"], width=options["width"], steps=options["num_inference_steps"],
+            images=options.get("num_images", 1), guidance=options.get("guidance_scale", 3.0) != 1, **picture,
         )  # fmt: skip
+
+
+def called(
+    pipeline: Pipeline, options: dict[str, Any], watch: Callable[[Event], bool | None]
+) -> list[GenerationResult]:
+    """The public call that options mean: `understand`, `edit`, `generate`, or `generate_batch` for several prompts.
+
+    image: True or the sides of one; latents: True.
+    """
+    image = options.get("image")
+    if image is not None:
+        options = {**options, "image": picture() if image is True else picture(*image)}
+    if "understand" in options:
+        rest = {"max_new_tokens": 20, **{k: v for k, v in options.items() if k not in ("understand", "image")}}
+        return [pipeline.understand(options["understand"], options.get("image"), **rest, callback=watch)]
+    options = {**BASE, **options}
+    if options.get("latents"):
+        options["latents"] = np.zeros((1, 4, options["height"] // 8, options["width"] // 8), np.float32)
+    if options.pop("edit", False):
+        return [pipeline.edit(options.pop("image"), options.pop("prompt"), **options, callback=watch)]
+    prompt = options.pop("prompt")
+    if isinstance(prompt, list):
+        return pipeline.generate_batch(prompt, **options, callback=watch)
+    return [pipeline.generate(prompt, **options, callback=watch)]
 
 
 class _Session:

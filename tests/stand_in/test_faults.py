@@ -16,6 +16,7 @@ from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
 from .runs import ROOT, Runs
+from .test_requests import job
 from .tf32 import Tf32
 
 pytestmark = pytest.mark.timeout(1800)
@@ -79,7 +80,7 @@ def _latents(backend: TorchCudaBackend, config: ModelConfig) -> np.ndarray:
 
 
 def test_pinned_memory_is_what_the_weights_take(runs: Runs) -> None:
-    found = runs(load={"device": "cuda:0", "precision": "int4", "memory_budget": "8GB"})
+    found = runs(**job("int4", "8GB"))
     assert found["load"]["pinned"] <= 1.05 * found["load"]["pinned_wanted"]
 
 

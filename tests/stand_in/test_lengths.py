@@ -14,7 +14,7 @@ MOST_CAPTURES = 3
 REQUESTS: list[Any] = [
     [
         f"{words} words",
-        dict(prompt="red " * words, max_new_tokens=words, height=256, width=256, num_inference_steps=2),
+        dict(prompt="red " * words, max_new_tokens=words, end=0, height=256, width=256, num_inference_steps=2),
     ]
     for words in range(6, 166, 8)
 ]

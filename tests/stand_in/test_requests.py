@@ -14,16 +14,18 @@ from .runs import Runs
 
 PRECISIONS = (None, "bfloat16", "fp8", "int8", "int4")
 BUDGETS = (None, "8GB", "12GB", "16GB", "24GB")
-QUICK = ((None, None), ("int4", "8GB"))
-"""Run always; the others are slow."""
+QUICK: dict[Any, tuple[str, ...]] = {
+    (None, None): ("edit",),
+    ("int4", "8GB"): ("step cache", "understand", "silent", "drafts", "last"),
+}
+"""Run always, with these requests beside the plain ones; the others are slow. `test_options` has every option."""
 pytestmark = pytest.mark.timeout(1800)
 
 
 def job(precision: str | None, budget: str | None) -> dict[str, Any]:
     options = {k: v for k, v in (("precision", precision), ("memory_budget", budget)) if v}
-    some = SEVERAL_GRAPHS[:1] if (precision, budget) in QUICK else SEVERAL_GRAPHS
-    requests = [*PLAIN, *(OPTIONS if budget is None else some)]
-    return {"load": {"device": "cuda:0", **options}, "requests": requests}
+    some = QUICK.get((precision, budget), OPTIONS if budget is None else SEVERAL_GRAPHS)
+    return {"load": {"device": "cuda:0", **options}, "requests": [*PLAIN, *some]}
 
 
 def cases() -> list[Any]:
@@ -37,7 +39,10 @@ def cases() -> list[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _begun(runs: Runs, request: pytest.FixtureRequest) -> None:
-    """Starts the quick jobs together."""
+    """Starts the quick jobs together, where they are to run."""
+    here = [item for item in request.session.items if item.path == request.path]
+    if all(item.get_closest_marker("slow") for item in here):
+        return
     for precision, budget in QUICK:
         runs.begin(job(precision, budget))
 

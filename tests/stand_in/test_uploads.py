@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from mindomni_rt.checkpoint.config import published
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.memory.planner import parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
 
 from .requests import LONGER
 from .runs import Runs
+from .test_requests import QUICK, job
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS: dict[str, Any] = dict(num_inference_steps=3)
@@ -27,7 +29,8 @@ REQUESTS: list[Any] = [
     ["last", STEPS],
 ]
 CASES = [
-    ("int4", "12GB"),  # all blocks
+    ("int4", "8GB"),  # some blocks
+    pytest.param("int4", "12GB", marks=pytest.mark.slow),  # all
     pytest.param("int8", "16GB", marks=pytest.mark.slow),  # all
     pytest.param("int8", "12GB", marks=pytest.mark.slow),  # some, and the language model itself comes and goes
 ]
@@ -35,7 +38,8 @@ CASES = [
 
 def seen(runs: Runs, precision: str | None, budget: str) -> dict[str, Any]:
     load = {"device": "cuda:0", "memory_budget": budget, **({"precision": precision} if precision else {})}
-    found = runs(load=load, requests=REQUESTS)
+    quick = (precision, budget) in QUICK
+    found = runs(**job(precision, budget)) if quick else runs(load=load, requests=REQUESTS)
     assert not found["load"]["error"], found["load"]["error"]
     assert not found["faults"] and not found["stuck"]
     for request in found["requests"]:
@@ -73,5 +77,5 @@ def test_the_peak_counts_what_has_arrived(runs: Runs, precision: str | None, bud
 def test_no_room_is_said() -> None:
     """16 GB hold the 16-bit language model and no block of the decoder beside it."""
     precision = parse_precision("bfloat16", "bfloat16", "bfloat16")
-    found = plan(published(), Workload(joint=True), precision=precision, budget=16 * 10**9, reserve=600 << 20)
+    found = plan(published(), Workload(joint=True), precision=precision, budget=16 * 10**9, reserve=RESERVE[False])
     assert found.moved and not found.hidden and "none of it while text is written" in found.summary()

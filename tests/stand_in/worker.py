@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +51,7 @@ class Worker:
         found["captures"], found["timings"] = runtime.stand.captures, runtime.stand.timings
         found["plans"] = len(runtime.stand.plans)
         found["layouts"] = dict(self.stand_in.fake.operations.layouts.seen)
+        found["seconds"] = time.process_time()
         found["launches"] = [{**it.to_json(), "count": n} for it, n in self.stand_in.recorder.seen.items()]
         return found
 
@@ -75,20 +77,20 @@ class Worker:
         return pipeline
 
     def _loaded(self, job: dict[str, Any], pipeline: Any) -> dict[str, Any]:
-        from mindomni_rt.backends.fast.load import DEDICATED
+        from mindomni_rt.backends.fast.load import reserve
 
         from .plans import chosen
 
         allocator, index = self.runtime.allocator, self._index(job)
-        load = job["load"]
+        load, kept = job["load"], reserve(pipeline.backend.device)
         found = chosen(
-            pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), DEDICATED
+            pipeline.config, load.get("dtype", "bfloat16"), load.get("precision"), load.get("memory_budget"), kept
         )
         self.plan = (pipeline.config, found)
         vae = pipeline.backend.model.vae.post_quant_conv.weight.dtype
         return {
             "error": "", "used": allocator.used(index), "peak": allocator.devices[index].used_top,
-            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": DEDICATED,
+            "pinned": allocator.pinned, "pinned_wanted": allocator.pinned_wanted, "reserve": kept,
             "fraction": list(allocator.fractions), "vae": str(vae).removeprefix("torch."),
             "resident": list(found.resident), "precision": str(found.precision), "plan": found.to_dict(),
         }  # fmt: skip

@@ -23,7 +23,7 @@ from ...bundle.manifest import Bundle, open_bundle
 from ...errors import BadBundleError, MissingExtraError, OutOfMemoryError, UnsupportedDeviceError
 from ...memory.host import cpu_threads
 from .backend import CompiledBackend
-from .providers import PROVIDERS, check_session, choose_device
+from .providers import check_session, choose_device, session_providers
 from .runner import NUMPY, DeviceArray
 
 logger = logging.getLogger(__name__)
@@ -137,12 +137,11 @@ class OnnxRunner:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # The arena would keep each stage's peak for good.
         options.enable_cpu_mem_arena = False
-        providers: list[Any] = [PROVIDERS[self._kind]]
-        if self._kind == "cuda":
-            providers = [(PROVIDERS["cuda"], {"device_id": self._index}), PROVIDERS["cpu"]]
         path = self._bundle.path(self._bundle.manifest.graphs[graph].file)
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=session_providers(self._kind, self._index)
+            )
         except Exception as error:  # onnxruntime's errors share no base below Exception
             raise BadBundleError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
         session.disable_fallback()  # an operator that fails on CUDA must not run on the CPU from then on

@@ -67,6 +67,13 @@ def resolve_device(device: str) -> str:
     return kind if kind == "cpu" else f"{kind}:{index}"
 
 
+def session_providers(kind: str, index: int) -> list[str | tuple[str, dict[str, int]]]:
+    """The providers of a session. On CUDA float32 is float32: onnxruntime would round operands to 10 bits (TF32)."""
+    if kind == "cpu":
+        return [PROVIDERS["cpu"]]
+    return [(PROVIDERS["cuda"], {"device_id": index, "use_tf32": 0}), PROVIDERS["cpu"]]
+
+
 def check_session(graph: str, kind: str, used: Sequence[str]) -> None:
     """Raises UnsupportedDeviceError where a session left out the provider that was asked for.
 

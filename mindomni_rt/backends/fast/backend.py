@@ -180,7 +180,9 @@ class TorchCudaBackend(TorchBackend):
         room = max(capacity(needed), self._state.capacity if self._state else 0)
         embeds, prompt = request.image_embeds, len(request.token_ids)
         patches = (0, 0) if embeds is None else (2, 2 * len(embeds))  # as many as these were merged from
-        work = Workload(prompt_tokens=prompt, new_tokens=room - prompt, patches=patches, joint=True)
+        work = Workload(
+            prompt_tokens=prompt, new_tokens=room - prompt, max_new_tokens=0, patches=patches, joint=True
+        )  # fmt: skip
         return blocks_ahead(self.config, work, self.options.plan)
 
     def _decode_state(self, needed: int) -> DecodeState:

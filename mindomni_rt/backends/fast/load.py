@@ -22,7 +22,6 @@ from ..torch.device import is_cuda, limit_memory, with_index, working_on
 from .backend import FastOptions, TorchCudaBackend
 
 logger = logging.getLogger(__name__)
-DEDICATED = RESERVE[False]
 
 
 def load_fast(
@@ -51,9 +50,16 @@ def load_fast(
         return TorchCudaBackend(model, device, report, options)
 
 
+def reserve(device: str) -> int:
+    """Bytes of a budget that are the driver's and the libraries'; none on a CPU."""
+    if not is_cuda(device):
+        return 0
+    return RESERVE[torch.cuda.is_available() and bool(torch.cuda.get_device_properties(device).is_integrated)]
+
+
 def _share(memory_budget: str | float, device: str) -> float:
     """A budget as a share of a GPU's memory, what the driver and libraries take left out."""
-    return (parse_bytes(memory_budget) - DEDICATED) / torch.cuda.get_device_properties(device).total_memory
+    return (parse_bytes(memory_budget) - reserve(device)) / torch.cuda.get_device_properties(device).total_memory
 
 
 def check_device(precision: Precision, capability: tuple[int, int]) -> None:
@@ -91,9 +97,8 @@ def choose(
         assert wanted is not None
         return wanted, None
     budget = parse_bytes(memory_budget)
-    reserve = DEDICATED if is_cuda(device) else 0
     work = replace(work or Workload(), joint=True)
-    found = plan(config, work, precision=wanted, budget=budget, reserve=reserve)
+    found = plan(config, work, precision=wanted, budget=budget, reserve=reserve(device))
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
     log("memory budget %s: %s", gigabytes(budget), found.summary())
     return found.precision, found
