@@ -536,7 +536,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"calibration prompts {path}: {error}") from error
+        raise BadRequestError(f"calibration prompts {path}: {getattr(error, 'strerror', None) or error}") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise BadRequestError(f"calibration prompts {path}: no prompt in it; expected one a line")
