@@ -6,6 +6,7 @@ sm_75 to sm_121 entry without a GPU. Speeds and quality on devices are not measu
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,13 +82,16 @@ class Target:
         return [ARCHITECTURES[sm] for sm in self.sms]
 
 
+_UNKNOWN = "target {!r}: expected cpu, an architecture such as sm_89, or a device such as rtx4090"
+
+
 def parse_target(text: str) -> Target:
     """ "cpu", "sm_89", "RTX 4090", or several of one runtime: "sm_86,rtx4090". Raises UnsupportedDeviceError."""
     names = [n.strip() for n in text.split(",") if n.strip()]
     if [n.lower() for n in names] in (["cpu"], ["onnx"]):
         return Target(runtime="onnx")
     if not names:
-        raise UnsupportedDeviceError(f"target {text!r}: expected cpu, an architecture such as sm_89, or a device")
+        raise UnsupportedDeviceError(_UNKNOWN.format(text))
     if {n.lower() for n in names} & {"cpu", "onnx"}:
         raise UnsupportedDeviceError(f"target {text!r}: cpu cannot be combined with others: build a bundle for each")
     sms: list[str] = []
@@ -109,6 +113,8 @@ def _architecture_of(name: str) -> str:
     device = load_devices().named(name)
     if device is None and digits and name.lower().startswith("sm"):
         raise UnsupportedDeviceError(f"target {name!r}: expected one of {', '.join(ARCHITECTURES)}")
+    if device is None and difflib.get_close_matches(name.lower(), ["cpu", "onnx"]):
+        raise UnsupportedDeviceError(_UNKNOWN.format(name))
     return (device or find_device(name)).sm
 
 

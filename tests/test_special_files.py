@@ -11,7 +11,7 @@ from conftest import PARITY
 from test_mistakes import one_line, run
 
 from mindomni_rt.demo import DEMO_MODELS
-from mindomni_rt.export.engines import _report
+from mindomni_rt.export.engines import _kept_report
 from mindomni_rt.files import is_regular, read_bytes, read_text, replace_file, try_file
 from mindomni_rt.outputs import check_target
 
@@ -126,9 +126,9 @@ def test_what_is_read_of_special_files(special: list[str]) -> None:
         read_bytes(Path("file"), 9)
     assert read_bytes(Path("file"), 10) == b"0123456789" and is_regular(Path("file"))
     for name in special:  # the note on an engine that was kept
-        assert _report(Path(name)) is None
+        assert _kept_report(Path("file"), Path(name)) is None
     Path("note").write_text(json.dumps({"seconds": 1}))
-    assert _report(Path("note")) is None
+    assert _kept_report(Path("file"), Path("note")) is None
 
 
 def test_a_long_name_of_long_letters() -> None:

@@ -200,7 +200,7 @@ class Config:
     """One run of one stage."""
 
     stage: str  # "prior", "pretrain", "sft" or "rgpo"
-    model: str  # checkpoint to start from: a folder or hub id
+    model: str  # checkpoint to start from: a folder, a hub id, or demo (the small model)
     out: str  # run folder: logs, checkpoints, and the trained model under `model/`
     seed: int = 0  # of data order, noise, times, sampled text and adapters
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto is CUDA where there is one

@@ -300,7 +300,8 @@ def test_our_attention_as_a_function_of_the_graph(
     log = (tmp_path / "ours.build.log").read_text()
     assert "denoiser: trace" in log and "time: " in log and "export cache --clear" in log
     manifest = read_manifest(out)
-    lines = capsys.readouterr().err.splitlines()  # no terminal
+    first, *lines = capsys.readouterr().err.splitlines()  # no terminal
+    assert first == LOADING
     form = r"graph (\d+) of (\d+), (\w+): tr.*, [\d.]+ MB of weights written in [\d.]+ s(; about \d+ \w+ left of .*)?"
     found = [re.fullmatch(form, line) for line in lines]
     assert all(found), lines

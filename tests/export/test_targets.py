@@ -47,6 +47,9 @@ def test_products() -> None:
     for wrong in ("sm_42", "rtx9999", "", ","):
         with pytest.raises(UnsupportedDeviceError):
             parse_target(wrong)
+    for wrong in ("cup", "gpu"):  # the nearest device would be a guess
+        with pytest.raises(UnsupportedDeviceError, match="expected cpu, an architecture"):
+            parse_target(wrong)
     with pytest.raises(UnsupportedDeviceError, match="one runtime"):
         parse_target("sm_89,agx-orin")
 

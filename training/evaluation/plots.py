@@ -86,6 +86,7 @@ def slug(name: str) -> str:
 def _finish(axes: Any, title: str, logarithmic: bool = False, percent: bool = False) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.25)
     if logarithmic:
         log_axis(axes, "y", (1, 2, 5), (1,))
