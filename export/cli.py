@@ -25,6 +25,7 @@ from mindomni_rt.request import MAX_SIDE
 
 from .describe import describe
 from .log import build_log
+from .prompts import DEFAULT_PROMPTS, read_prompts
 from .targets import PRECISIONS, choose, parse_target, stages_of
 
 
@@ -132,12 +133,12 @@ def _build(options: argparse.Namespace) -> int:
 
     if options.record:
         check_record(options.record, "--record")
+    prompts = read_prompts(options.calibration) if options.calibration else DEFAULT_PROMPTS
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
     if not options.quiet:
         _say(f"loading torch and {options.checkpoint} …")  # seconds before the first graph
     from .build import BuildRequest, build
     from .cache import default_cache
-    from .quantize import DEFAULT_PROMPTS, read_prompts
 
     request = BuildRequest(
         checkpoint=checkpoint,
@@ -147,7 +148,7 @@ def _build(options: argparse.Namespace) -> int:
         profile=options.profile,
         attention=options.attention,
         condition_only=options.first_step == "condition_only",
-        prompts=read_prompts(options.calibration) if options.calibration else DEFAULT_PROMPTS,
+        prompts=prompts,
         calibration_size=options.calibration_size,
         cache=None if options.no_cache else default_cache(),
         overwrite=options.overwrite,

@@ -25,10 +25,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.files import read_text, why
 from mindomni_rt.memory.precision import KINDS
 from mindomni_rt.model.mindomni import MindOmniModel
 
+from .prompts import DEFAULT_PROMPTS
 from .store import WeightStore, transposed
 from .weights import MICROSOFT
 
@@ -41,12 +41,6 @@ _IN_INT8 = 4  # MatMulNBits' accuracy_level: blocks of the input are rounded to 
 _SLAB = 1 << 19  # numbers that are rounded at a time: they stay in a core's cache
 _HEAD = re.compile(r"\.(lm_head|embed_tokens)\.weight(\.T)?$")  # one matrix where head and input table are tied
 _LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
-DEFAULT_PROMPTS = (
-    "a red bicycle leaning against a yellow wall in the rain",
-    "the animal that gives us wool, asleep on a green hill, oil painting",
-    "(3 + 4) paper boats on a still lake at dawn",
-    "what a chemist would draw for water, as a neon sign",
-)
 
 
 @dataclass
@@ -530,15 +524,3 @@ def _watching(model: MindOmniModel) -> Iterator[dict[str, float]]:
     finally:
         for handle in hooks:
             handle.remove()
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line. Raises BadRequestError if there is none."""
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"calibration prompts {path}: {why(error)}") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise BadRequestError(f"calibration prompts {path}: no prompt in it; expected one a line")
-    return prompts

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import quantize
 from .engines import Progress
+from .prompts import DEFAULT_PROMPTS
 from .targets import Choice, Target
 
 
@@ -26,7 +26,7 @@ class BuildRequest:
     profile: str = "1024"
     condition_only: bool = False
     attention: str = "native"
-    prompts: Sequence[str] = quantize.DEFAULT_PROMPTS
+    prompts: Sequence[str] = DEFAULT_PROMPTS
     calibration_size: int | None = None
     cache: Path | None = None
     overwrite: bool = False

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from mindomni_rt import BadRequestError
 from mindomni_rt.bundle.manifest import read_manifest
-from mindomni_rt.export.quantize import DEFAULT_PROMPTS, read_prompts
+from mindomni_rt.export.prompts import DEFAULT_PROMPTS, read_prompts
 from mindomni_rt.export.verify import BOUNDS, table, verify
 
 
