@@ -18,6 +18,7 @@ from mindomni_rt.checks import Whole, shown
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.demo import DEMO_MODELS, DEMO_NAME
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.files import try_file
 from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.options import parse_size
 from mindomni_rt.outputs import check_target
@@ -135,6 +136,7 @@ def _build(options: argparse.Namespace) -> int:
         check_record(options.record, "--record")
     prompts = read_prompts(options.calibration) if options.calibration else DEFAULT_PROMPTS
     check_name(options.out, options.overwrite)  # before a log is written, and again when the bundle takes its name
+    try_file(options.out)
     if not options.quiet:
         _say(f"loading torch and {options.checkpoint} …")  # seconds before the first graph
     from .build import BuildRequest, build
