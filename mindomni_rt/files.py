@@ -74,7 +74,7 @@ def write_whole(path: Path, data: bytes) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(data))
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """What the system says about a file, without the error's number and the path, which the caller names."""
     return getattr(error, "strerror", None) or str(error)
 
