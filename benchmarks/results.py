@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
+from mindomni_rt.checks import shown
 from mindomni_rt.errors import BadRequestError, MissingExtraError, StorageError
 from mindomni_rt.files import try_file, why
 from mindomni_rt.memory.layers import Workload
@@ -176,6 +177,8 @@ def _not_finite(value: Any, where: str) -> Iterator[str]:
         yield from _not_finite(item, f"{where}{key}.")
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{where.rstrip('.')}: {value} is no finite number"
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield f"{where.rstrip('.')}: {shown(value)} is too large"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -198,7 +201,10 @@ class Result:
     @property
     def workload(self) -> Workload:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.data["workload"].items()}
-        return Workload(**values)
+        try:
+            return Workload(**values)
+        except (TypeError, ValueError) as error:
+            raise BadRequestError(f"{self.path}: workload: {error}") from error
 
     @property
     def machine(self) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.machine import physical
-from mindomni_rt.benchmarks.results import FOLDER, KINDS, problems
+from mindomni_rt.benchmarks.results import FOLDER, KINDS, all_results, problems
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.export.plan import plan_build
@@ -69,6 +69,37 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "lacks sections" in capsys.readouterr().out
     path.write_text("{")
     assert main(["check", str(path)]) == 2 and "not readable JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (["workload", "odd"], 3, "workload: .*'odd'"),
+        (["workload", "steps"], -1, "workload: steps = -1: expected at least 1"),
+        (["workload", "height"], 7, "workload: height = 7"),
+        (["workload", "steps"], 10**30, "workload.steps: 1000.* is too large"),
+        (["runs", 0, "total"], 10**400, "runs.0.total: 1000.* is too large"),
+        (["warmup"], "1" * 5000, "warmup: expected int"),
+        (["model", "config"], {}, "lacks"),
+        (["model", "config", "language"], 3, "language"),
+    ],
+)
+def test_results_that_lie(
+    tmp_path: Path, path: list[Any], value: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads(LATENCY.read_text())
+    place: Any = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    other = tmp_path / "r.json"
+    other.write_text(json.dumps(data))
+    command = ["roofline", "--device", "rtx4060"] if path[0] == "model" else ["compare", str(other), str(other)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_results, "__defaults__", (tmp_path,))
+        assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(expected, error) and error.count("\n") == 1, error
 
 
 def test_requests_that_differ_are_named_by_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
