@@ -34,7 +34,7 @@ MOST_GROWTH = 0.05
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="a bundle or checkpoint that runs on the CPU")
-    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--requests", type=int, default=2000, help="in all (default: 2000)")
     parser.add_argument("--clients", type=int, default=32, help="at once")
     parser.add_argument("--leaving", type=float, default=0.1, help="share of clients that leave early")
     parser.add_argument("--max-queue", type=int, default=24, help="the server's; fewer than clients, so some get 429")
