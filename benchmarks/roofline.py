@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--device", action="append", help="a key of devices.toml; repeatable; default: all")
     parser.add_argument("--size", default="1024", metavar="WxH", help="pixels; one number for a square")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--new-tokens", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=50, help="default: 50")
+    parser.add_argument("--new-tokens", type=int, default=300, help="of thinking (default: 300)")
     parser.add_argument("--plot", type=Path, help="a PNG")
 
 

@@ -56,35 +56,42 @@ def _parser() -> Parser:
     )
     build.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION", help="for one stage")
     build.add_argument("--profile", choices=PROFILES, default="1024", help="image sizes an engine serves")
-    build.add_argument("--first-step", choices=("full", "condition_only"), default="full")
+    build.add_argument(
+        "--first-step",
+        choices=("full", "condition_only"),
+        default="full",
+        help="condition_only: engines for it too",
+    )
     build.add_argument(
         "--attention", choices=("native", "triton"), default="native", help="triton: our kernel (tensorrt)"
     )
     build.add_argument("--calibration", type=Path, metavar="FILE", help="prompts, one a line, for int8, fp8 and nvfp4")
     build.add_argument("--calibration-size", type=int, metavar="PIXELS", help="default: the model's own, 512 at most")
-    build.add_argument("--out", required=True, type=Path)
-    build.add_argument("--overwrite", action="store_true")
+    build.add_argument("--out", required=True, type=Path, help="the folder of the bundle")
+    build.add_argument("--overwrite", action="store_true", help="replace the bundle of that name")
     build.add_argument("--no-cache", action="store_true", help="make graphs, ranges and engines anew, keep none")
     build.add_argument("-q", "--quiet", action="store_true", help="no line for each graph and engine")
     build.add_argument("--record", type=Path, help="a JSON file to append time, memory and bytes of the build to")
     build.set_defaults(run=_build)
 
     verify = commands.add_parser("verify", help="check hashes, run every stage, compare with the checkpoint")
-    verify.add_argument("bundle", type=Path)
-    verify.add_argument("--against", type=Path, metavar="CHECKPOINT")
-    verify.add_argument("--device", default="auto")
+    verify.add_argument("bundle", type=Path, help="a folder, or demo")
+    verify.add_argument("--against", type=Path, metavar="CHECKPOINT", help="compare each stage with its result")
+    verify.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="print a bundle's manifest")
-    inspect.add_argument("bundle", type=Path)
-    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument("bundle", type=Path, help="a folder, or demo")
+    inspect.add_argument("--json", action="store_true", help="the whole manifest; hashes are not checked")
     inspect.set_defaults(run=_inspect)
 
     plan = commands.add_parser("plan", help="what would be built and what it needs, before any work")
     plan.add_argument("--device", required=True, metavar="NAME", help="RTX 4090, orin, thor, h100, …")
     plan.add_argument("--checkpoint", type=Path, help="default: the published sizes")
-    plan.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"])
-    plan.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION")
+    plan.add_argument(
+        "--precision", choices=[p for p in PRECISIONS if p != "mixed"], help="default: the target's table"
+    )
+    plan.add_argument("--stage", action="append", default=[], metavar="STAGE=PRECISION", help="for one stage")
     plan.add_argument(
         "--size", metavar="WxH", help="pixels; one number for a square (default: the checkpoint's own, else 1024)"
     )
@@ -92,9 +99,11 @@ def _parser() -> Parser:
     plan.set_defaults(run=_plan)
 
     rehearse = commands.add_parser("rehearse", help="time and memory of a build at published size")
-    rehearse.add_argument("part", choices=("language", "connector", "decoder", "vae"))
-    rehearse.add_argument("--target", required=True)
-    rehearse.add_argument("--precision", choices=[p for p in PRECISIONS if p != "mixed"], default="bf16")
+    rehearse.add_argument("part", choices=("language", "connector", "decoder", "vae"), help="of the published sizes")
+    rehearse.add_argument("--target", required=True, help="as of build")
+    rehearse.add_argument(
+        "--precision", choices=[p for p in PRECISIONS if p != "mixed"], default="bf16", help="default: bf16"
+    )
     rehearse.add_argument("--layers", type=int, help="default: all of them")
     rehearse.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
     rehearse.add_argument("--out", type=Path, help="a JSON file to append the result to")
@@ -102,7 +111,7 @@ def _parser() -> Parser:
 
     products = commands.add_parser("products", help="forms of rounded products, compared on this machine's CPU")
     products.add_argument("--layers", type=int, default=1, help="of the published language model (default 1)")
-    products.add_argument("--rounds", type=int, default=7)
+    products.add_argument("--rounds", type=int, default=7, help="runs of each form, in turn (default 7)")
     products.add_argument("--provider", action="append", help="of onnxruntime, or several")
     products.add_argument("--folder", type=Path, help="for the weights while it runs; default: the temporary one")
     products.add_argument("--out", type=Path, help="a JSON file to write the result to")
@@ -112,7 +121,7 @@ def _parser() -> Parser:
     cache.add_argument("--clear", action="store_true", help="remove it")
     cache.set_defaults(run=_cache)
     for command in (build, verify, inspect, plan, rehearse, products, cache):
-        command.add_argument("-v", "--verbose", action="count", default=0)
+        command.add_argument("-v", "--verbose", action="count", default=0, help="show the log; twice: all of it")
     return parser
 
 

@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 """What `--preset` sets, by names of options. What "fast" costs: benchmarks/results/2026-11-28-lossy-precisions.json."""
+EDIT_FEATURES_HELP = "what the decoder sees of the image (default: as the model was trained)"
 PRESET_HELP = (
     "lossy, for a GPU. fast: int8, 25 multistep steps, guided to 0.6, step cache 0.1, a fifth of the decoder's work; "
     "on the small model 55 dB PSNR and 320 of 320 pictures right, on published weights not yet measured"
@@ -81,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--revision", help="hub revision")
     model.add_argument("--offline", action="store_true", help="use only what the hub cache holds")
-    model.add_argument("--backend", default="auto")
-    model.add_argument("--device", default="auto")
+    model.add_argument("--backend", default="auto", help="auto, torch (checkpoints), onnx or tensorrt (bundles)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     model.add_argument("--dtype", help="float32, bfloat16 or float16")
     model.add_argument("--precision", help="fp8, fp8fast, int8, int4, or pairs: decoder=fp8,language=int4 (torch)")
     model.add_argument(
@@ -98,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     write = Parser(add_help=False)
-    write.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    write.add_argument(
+        "--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of text (default: %(default)s)"
+    )
     write.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
     write.add_argument("--seed", type=int, help="of the noise and of sampled tokens; random if absent, and reported")
     write.add_argument(
@@ -115,9 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="guidance scale, 1 is none (default: the model's own)",
     )
     paint.add_argument("--negative", default=defaults.negative_prompt, help="what to stay away from")
-    paint.add_argument("--no-think", dest="think", action="store_false")
+    paint.add_argument("--no-think", dest="think", action="store_false", help="paint from the prompt alone")
     paint.add_argument("--cascade", action="store_true", help="a second round of thinking on the first one's answer")
-    paint.add_argument("--first-step", default=defaults.first_step, choices=["full", "condition_only"])
+    paint.add_argument(
+        "--first-step",
+        default=defaults.first_step,
+        choices=["full", "condition_only"],
+        help="condition_only: as the released code with its cache (default: full, as trained)",
+    )
     paint.add_argument(
         "--draft-tokens", type=int, default=defaults.draft_tokens, help="guesses verified at once; 0 is off"
     )
@@ -125,20 +133,20 @@ def build_parser() -> argparse.ArgumentParser:
     paint.add_argument("--guidance-interval", default="0:1", metavar="START:END", help="lossy: guide only steps within")
     paint.add_argument("--solver", default=defaults.solver, help="lossy: multistep, for 25 to 28 steps")
     paint.add_argument("--step-cache", type=float, default=defaults.step_cache, help="lossy: threshold; 0 is off")
-    paint.add_argument("--num-images", type=int, default=defaults.num_images)
+    paint.add_argument("--num-images", type=int, default=defaults.num_images, help="of one thought, with a seed each")
     paint.add_argument("--out", default="out.png", help="PNG, JPEG or WebP; several images get -0, -1, …")
 
     generate = commands.add_parser("generate", parents=[common, model, write, paint], help="a prompt to an image")
-    generate.add_argument("prompt")
+    generate.add_argument("prompt", help="what to paint")
     generate.add_argument("--image", help="reference image")
-    generate.add_argument("--edit-features", choices=["vit", "vit+vae"])
+    generate.add_argument("--edit-features", choices=["vit", "vit+vae"], help=EDIT_FEATURES_HELP)
     edit = commands.add_parser("edit", parents=[common, model, write, paint], help="an image and a prompt to an image")
-    edit.add_argument("image")
-    edit.add_argument("prompt")
-    edit.add_argument("--edit-features", choices=["vit", "vit+vae"])
+    edit.add_argument("image", help="the picture to change")
+    edit.add_argument("prompt", help="what to change")
+    edit.add_argument("--edit-features", choices=["vit", "vit+vae"], help=EDIT_FEATURES_HELP)
     understand = commands.add_parser("understand", parents=[common, model, write], help="a question to words")
-    understand.add_argument("prompt")
-    understand.add_argument("--image")
+    understand.add_argument("prompt", help="the question")
+    understand.add_argument("--image", help="the picture it is about")
     random_checkpoint.add_arguments(
         commands.add_parser("random-checkpoint", parents=[common], help=random_checkpoint.HELP)
     )
@@ -146,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("info", parents=[common, model], help="what a checkpoint or bundle holds")
     demo = commands.add_parser("demo", parents=[common], help="think and paint once on a small model")
     demo.add_argument("prompt", nargs="?", help=f"a riddle of the small world, such as: {DEMO_PROMPT}")
-    demo.add_argument("--out", default="out/demo.png")
+    demo.add_argument("--out", default="out/demo.png", help="default: %(default)s")
     for name, (_, _, _, text) in HANDED_OVER.items():
         commands.add_parser(name, add_help=False, help=text)
     return parser

@@ -27,8 +27,8 @@ _MOST_REPLICAS = 100_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file, the folder, the model and the replicas."""
-    parser.add_argument("file", type=Path, metavar="PROMPTS.jsonl")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("file", type=Path, metavar="PROMPTS.jsonl", help="fields of Request as JSON, one object a line")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for a picture and a JSON file each")
     model.add_arguments(parser, flag=True)
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model, one a GPU; above 1 by Ray Data")
     parser.add_argument("--ray-address", help="of a running Ray cluster; DIR must be a folder that all machines share")

@@ -19,10 +19,15 @@ import pytest
 from conftest import PARITY
 from PIL import Image
 
+import mindomni_rt
 from mindomni_rt import extras
 from mindomni_rt.benchmarks.quality.judge import read
+from mindomni_rt.checkpoint.hub import resolve
 from mindomni_rt.cli import main
+from mindomni_rt.demo import DEMO_MODELS
+from mindomni_rt.errors import BadCheckpointError
 from mindomni_rt.inputs.images import read_settings, save_image
+from mindomni_rt.loading import resolve_checkpoint
 from mindomni_rt.options import EXAMPLES, HANDED_OVER
 
 MODEL = ["--model", str(PARITY), "--device", "cpu"]
@@ -171,6 +176,23 @@ def test_demo_without_the_small_model_says_that_it_is_random(
     monkeypatch.setattr("mindomni_rt.demo.DEMO_MODELS", ())
     assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 0
     assert "RANDOM" in capsys.readouterr().out and (tmp_path / "demo.png").exists()
+
+
+def test_demo_is_the_checkpoint_where_weights_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, export and the torch backend read it, though its bundle is what runs without a word."""
+    monkeypatch.chdir(tmp_path)
+    bundle, checkpoint = (folder for folder, _ in DEMO_MODELS)
+    assert resolve_checkpoint("demo") == checkpoint and resolve("demo") == bundle
+    assert mindomni_rt.load("demo", backend="torch").backend.name == "torch"
+    with pytest.raises(BadCheckpointError, match=r"is a bundle; expected .* or demo"):
+        resolve_checkpoint(bundle)
+    (tmp_path / "demo").mkdir()
+    assert resolve_checkpoint("demo") == Path("demo")  # the user's own folder of that name
+
+
+def test_lossy_names_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "lossy", str(DEMO_MODELS[0][0])]) == 2
+    assert "expected the checkpoint that bundles are built of" in capsys.readouterr().err
 
 
 def test_interrupting_leaves_no_traceback_and_no_file(tmp_path: Path) -> None:

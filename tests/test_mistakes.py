@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -152,6 +153,24 @@ def test_wrong_values_are_found_before_the_model(
     arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one_line(run("mindomni", ["generate", "a cat", "--model", NOT, *arguments]), capsys, name)
+
+
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """Of every command, under the name that its help prints."""
+    for parser in (build_parser(), export._parser(), training._parser()):
+        choices = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+        yield from (choice for name, choice in (choices or {}).items() if name not in HANDED_OVER)  # type: ignore[misc]
+    for package, commands in (("benchmarks", benchmarks._COMMANDS), ("serving", serving._COMMANDS)):
+        for name, (module, _) in commands.items():
+            parser = argparse.ArgumentParser(prog=f"{package} {name}")
+            where = module if module.startswith("mindomni_rt") else f"mindomni_rt.{package}.{module}"
+            import_module(where).add_arguments(parser)
+            yield parser
+
+
+def test_every_argument_is_explained() -> None:
+    silent = [(p.prog, a.dest) for p in parsers() for a in p._actions if not a.help]
+    assert silent == []
 
 
 def test_no_command_is_left_out() -> None:

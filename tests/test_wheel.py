@@ -73,7 +73,9 @@ def test_wheel_owns_only_our_names(built: tuple[Path, Path]) -> None:
     assert [name for name in files if name.startswith("export/")] == ["export/__main__.py"]
     expected = {f"mindomni_rt/{name}" for name in package_files()}
     assert {n for n in files if n.startswith("mindomni_rt/") and not n.startswith("mindomni_rt/assets/")} == expected
-    assert {"mindomni_rt/py.typed", "mindomni_rt/assets/shapes-world-bundle/manifest.json"} <= set(files)
+    shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT / "assets").rglob("*") if p.is_file()}
+    assert {n.removeprefix("mindomni_rt/") for n in files if n.startswith("mindomni_rt/assets/")} == shipped
+    assert "assets/shapes-world/connector.safetensors" in shipped and "mindomni_rt/py.typed" in files
 
 
 def test_wheel_of_the_archive_equals_the_wheel_of_the_tree(built: tuple[Path, Path], tmp_path: Path) -> None:

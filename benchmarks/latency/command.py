@@ -48,18 +48,18 @@ _RECORDED = ("height", "width", "num_inference_steps", "guidance_scale", "max_ne
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("model", help="checkpoint folder, hub id or bundle")
-    parser.add_argument("--prompt", default=DEMO_PROMPT)
+    parser.add_argument("model", help="checkpoint folder, hub id, bundle, or demo (the small model)")
+    parser.add_argument("--prompt", default=DEMO_PROMPT, help="default: a riddle of the small model")
     parser.add_argument("--image", type=Path, help="reference image")
     parser.add_argument("--size", metavar="WxH", help="pixels; one number for a square (default: the model's own)")
     parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--max-new-tokens", type=int, default=300)
+    parser.add_argument("--max-new-tokens", type=int, default=300, help="at most (default: 300)")
     parser.add_argument("--guidance", type=float, default=UNSET, help="default: the model's own")
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype")
-    parser.add_argument("--memory-budget")
+    parser.add_argument("--warmup", type=int, default=1, help="runs that are not counted (default: 1)")
+    parser.add_argument("--runs", type=int, default=5, help="runs that are counted (default: 5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts take turns")
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the runs in fresh processes")
     parser.add_argument("--out", type=Path, help="a .json file; .md and .png are written beside it")
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="blocks of random weights to keep of each stack; default: all")
     parser.add_argument("--side", type=int, help="pixels a side of the painted image")
     parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=2, help="pairs that are not counted (default: 2)")
     parser.add_argument("--runs", type=int, default=15, help="pairs of runs")
     parser.add_argument("--out", type=Path, help="a .json file; .md and .png are written beside it")
 

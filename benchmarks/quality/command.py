@@ -45,16 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="this process's part of the items")
     parser.add_argument("--n", type=int, help="only the first N items")
     parser.add_argument("--seed", type=int, default=0, help="base of the seeds of all images")
-    parser.add_argument("--no-think", dest="think", action="store_false", default=None)
+    parser.add_argument(
+        "--no-think", dest="think", action="store_false", default=None, help="paint from the prompt alone"
+    )
     parser.add_argument("--samples", type=int, help="images a prompt")
     parser.add_argument("--size", metavar="WxH", help="pixels; square images, or one number")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype")
-    parser.add_argument("--memory-budget")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--guidance", type=float, help="default: the model's own")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the suite's own")
+    parser.add_argument("--backend", default="auto", help="auto, torch (checkpoints), onnx or tensorrt (bundles)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="such as 8GiB: parts take turns")
 
 
 def run(options: argparse.Namespace) -> int:

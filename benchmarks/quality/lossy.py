@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a checkpoint of the small world: demo (the small model), or what training wrote")
     parser.add_argument("--n", type=int, help="riddles (24), or pictures with --precisions (320)")
     parser.add_argument("--precisions", action="store_true", help="what rounding costs, alone and with the options")
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=3.0, help="default: 3")
     parser.add_argument("--out", type=Path, help="a .json file; the table goes beside it as .md")
 
 

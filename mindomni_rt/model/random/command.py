@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="new or empty")
     parser.add_argument("--layers", type=int, help="at most this many layers in each stack (default: all)")
     parser.add_argument("--divide-width", type=int, default=1, metavar="N", help="widths divided by N (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
 
 
 @contextmanager
