@@ -144,13 +144,12 @@ def _with_text(sizes: Workload, language: LanguageRequest) -> Workload:
 
 def _with_thoughts(group: Sequence[CompleteRequest], thoughts: Sequence[Thought]) -> Workload:
     """Sizes once the texts are written; their buffers stay as they were made."""
-    longest = room = 0
-    for request, thought in zip(group, thoughts, strict=True):
-        length = thought.hidden.shape[1]
-        prompt = thought.rounds[-1].prompt_tokens if thought.rounds else length
-        longest = max(longest, length)
-        room = max(room, prompt + request.draft_tokens + (request.max_new_tokens if request.think else 0))
-    return replace(_work(group), prompt_tokens=longest, new_tokens=0, max_new_tokens=max(room - longest, 0))
+    lengths = [thought.hidden.shape[1] for thought in thoughts]
+    prompts = [t.rounds[-1].prompt_tokens if t.rounds else n for t, n in zip(thoughts, lengths, strict=True)]
+    rooms = [one.draft_tokens + (one.max_new_tokens if one.think else 0) for one in group]
+    return replace(
+        _work(group), prompt_tokens=max(prompts), new_tokens=max(lengths) - max(prompts) + 1, max_new_tokens=max(rooms)
+    )
 
 
 def _short(count: int) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import PARITY
 
 import mindomni_rt
 from mindomni_rt import OutOfMemoryError, Pipeline
+from mindomni_rt.inputs.images import prepare_image
 from mindomni_rt.memory.fit import Fit
 from mindomni_rt.memory.layers import Workload
 
@@ -60,3 +62,30 @@ def test_loading_gives_the_check_to_the_pipeline() -> None:
     fit = mindomni_rt.load(PARITY, device="cpu")._fit
     assert fit is not None and fit.needs is not None
     assert fit.needs(Workload(images=4)) > fit.needs(Workload(height=256, width=256))
+
+
+def test_each_check_knows_what_is_known_by_then() -> None:
+    """The picture before the vision tower runs, the prompt and room for the text before prefill, then its length."""
+    known: list[Workload] = []
+
+    def needed(work: Workload) -> int:
+        known.append(work)
+        return 0
+
+    backend = mindomni_rt.load(PARITY, device="cpu").backend
+    pipe = Pipeline(backend, PARITY, Fit(device="cpu", dtype=None, free=1, needs=needed))
+    picture = np.zeros((60, 90, 3), np.uint8)
+    patches = prepare_image(picture, pipe.config)
+    result = pipe.generate("two cats", image=picture, height=48, max_new_tokens=5, **{**SMALL, "think": True})
+    guessed, seen, asked, written = known
+    assert guessed.patches == (0, 0) and seen.patches == asked.patches == patches.grid[1:]
+    assert seen.prompt_tokens == guessed.prompt_tokens + patches.tokens
+    (said,) = result.rounds
+    assert asked.prompt_tokens == written.prompt_tokens == said.prompt_tokens
+    assert asked.max_new_tokens == asked.new_tokens == written.max_new_tokens == 5
+    assert written.condition_tokens == said.prompt_tokens + len(said.token_ids) - 1
+    known.clear()
+    pipe.understand("what is it", picture, max_new_tokens=3)
+    seen, asked = known
+    assert not seen.paints and not asked.paints and seen.patches == asked.patches == patches.grid[1:]
+    assert asked.stages == ("vision", "language") and asked.max_new_tokens == 3

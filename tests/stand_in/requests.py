@@ -17,12 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 import mindomni_rt
 from mindomni_rt import GenerationCancelled, GenerationResult, Pipeline, Request
 from mindomni_rt.events import Event, StepEvent, TextEvent
+from mindomni_rt.memory import machine
+from mindomni_rt.memory.host import HostMemory
 
 from .checkpoint import reader
 from .launches import Recorder, recording
 from .runtime import Runtime
-from .tensors import Fake, Values
+from .tensors import Fake, Values, patched
 
+HOST = 256 * 10**9
 STAGES = ("vision", "connector", "prefix", "vae", "vae_encode")
 BASE: dict[str, Any] = dict(
     prompt="red circle " * 10, height=1024, width=1024, num_inference_steps=12, seed=1, output="numpy"
@@ -91,7 +94,9 @@ class StandIn:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Everything inside runs on the stand-in, of a machine with plenty of host memory."""
         with ExitStack() as stack:
+            stack.enter_context(patched(machine, "host_memory", lambda root: HostMemory(HOST, HOST)))
             stack.enter_context(recording(self.recorder))
             stack.enter_context(reader())
             stack.enter_context(self.fake.running())

@@ -254,7 +254,7 @@ def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
 
 
 @contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -283,9 +283,9 @@ class Fake:
     @contextmanager
     def running(self) -> Iterator[None]:
         with (
-            _patched(torch.nn.Module, "_apply", _apply),
-            _patched(torch, "Generator", _generator),
-            _patched(Tensor, "record_stream", _record_stream),
+            patched(torch.nn.Module, "_apply", _apply),
+            patched(torch, "Generator", _generator),
+            patched(Tensor, "record_stream", _record_stream),
             self.entered(),
         ):
             yield

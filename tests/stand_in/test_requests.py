@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from mindomni_rt import OutOfMemoryError
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.planner import parse_bytes
 
+from .checkpoint import sizes
+from .plans import chosen
 from .requests import OPTIONS, PLAIN, SEVERAL_GRAPHS
 from .runs import Runs
 
@@ -48,10 +52,13 @@ def _begun(runs: Runs, request: pytest.FixtureRequest) -> None:
 
 
 def seen(runs: Runs, precision: str | None, budget: str | None) -> dict[str, Any]:
-    """A run, or a skip where the planner says that nothing fits."""
+    """A run, or a skip where the planner says that nothing fits, which loading must say too."""
     found = runs(**job(precision, budget))
-    if found["load"].get("kind") == "OutOfMemoryError" and budget is not None:
-        pytest.skip(found["load"]["error"].strip().splitlines()[-1])
+    try:
+        chosen(sizes(), "bfloat16", precision, budget, RESERVE[False])
+    except OutOfMemoryError as error:
+        assert found["load"]["kind"] == "OutOfMemoryError", found["load"]
+        pytest.skip(str(error))
     assert not found["load"]["error"], found["load"]["error"]
     return found
 
