@@ -18,7 +18,7 @@ _LOGGERS = ("mindomni_rt",)
 
 class _Handler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing: on a full disk the build itself fails, and its error is told once."""
+        """Says nothing: on a full disk the build itself fails, and its error is reported once."""
 
 
 @contextmanager
