@@ -16,7 +16,7 @@ from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.checks import shown
-from mindomni_rt.errors import BadRequestError, MissingExtraError, StorageError
+from mindomni_rt.errors import BadCheckpointError, BadRequestError, MissingExtraError, StorageError
 from mindomni_rt.files import try_file, why
 from mindomni_rt.memory.layers import Workload
 from mindomni_rt.outputs import read_json as read_json
@@ -196,7 +196,10 @@ class Result:
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig.from_dict(self.data["model"]["config"])
+        try:
+            return ModelConfig.from_dict(self.data["model"]["config"])
+        except BadCheckpointError as error:
+            raise BadRequestError(f"{self.path}: {error}") from error
 
     @property
     def workload(self) -> Workload:

@@ -22,11 +22,10 @@ from mindomni_rt.checkpoint.layout import resolve
 from mindomni_rt.describe import read_recommended
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.options import parse_size
-from mindomni_rt.outputs import check_target
 from mindomni_rt.pipeline import Pipeline
 
 from ..machine import commit
-from ..results import FORMAT, read_json, table, write_result
+from ..results import FORMAT, check_out, read_json, table, write_result
 from .paint import make, request_of
 from .run import RunFolder, fingerprint, shard_of
 from .suite import Item, Job, Settings, Suite, hashed
@@ -90,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     code = 0
     if todo or not known:
         names = ("backend", "device", "dtype", "memory_budget")
-        check_target(job.folder.settings)
+        check_out(job.folder.settings)
         pipe = mindomni_rt.load(options.model, **{name: getattr(options, name) for name in names})
         device = pipe.backend.device.partition(":")[0]  # shards may have a GPU each
         claim["runs_on"] = {"backend": pipe.backend.name, "device": device, "dtype": pipe.backend.dtype}

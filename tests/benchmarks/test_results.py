@@ -80,8 +80,8 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["workload", "steps"], 10**30, "workload.steps: 1000.* is too large"),
         (["runs", 0, "total"], 10**400, "runs.0.total: 1000.* is too large"),
         (["warmup"], "1" * 5000, "warmup: expected int"),
-        (["model", "config"], {}, "lacks"),
-        (["model", "config", "language"], 3, "language"),
+        (["model", "config"], {}, r"r\.json: model configuration is incomplete"),
+        (["model", "config", "language"], 3, r"r\.json: model configuration is incomplete"),
     ],
 )
 def test_results_that_lie(
