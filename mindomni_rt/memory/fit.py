@@ -148,7 +148,7 @@ def cpu_needs(
     mapped = {part: stored[part] == ("float32" if part == "vae" else dtype) for part in weights}
     own = HOST_RESERVE + WIDE * wide + sum(size for part, size in weights.items() if not mapped[part])
     found = []
-    for stage in stage_memory(config, work, computed, on_host=True):
+    for stage in stage_memory(config, work, computed, parked=True):
         if stage.stage not in work.stages:
             continue
         part = PART_OF[stage.stage]

@@ -148,10 +148,10 @@ def _denoiser(config: ModelConfig, work: Workload, element: int) -> int:
     return _block(stack, rows, element) + buffers + latents + tables
 
 
-def _vae(vae: VAEConfig, work: Workload, element: int, on_host: bool) -> int:
+def _vae(vae: VAEConfig, work: Workload, element: int, parked: bool) -> int:
     """The larger of both ways. Of the encoder, which has one picture: its largest step, the input of its widest level
     and the pixels in float32."""
-    decoded = _vae_decoder(vae, work, element, on_host)
+    decoded = _vae_decoder(vae, work, element, parked)
     height, width = work.encoded
     if not height:
         return decoded
@@ -164,7 +164,7 @@ def _largest(layers: list[Layer]) -> int:
     return max(_layer(layer, following) for layer, following in pairwise(layers))
 
 
-def _vae_decoder(vae: VAEConfig, work: Workload, element: int, on_host: bool) -> int:
+def _vae_decoder(vae: VAEConfig, work: Workload, element: int, parked: bool) -> int:
     """The largest step of the decoder: a layer's input and output, the residual kept beside them, and a copy of input
     and output in the layout that the convolution wants; pixels of all images in float32."""
     scale = vae.downscale
@@ -173,7 +173,7 @@ def _vae_decoder(vae: VAEConfig, work: Workload, element: int, on_host: bool) ->
     pixels = work.images * work.height * work.width * vae.out_channels * 4
     if max(work.height, work.width) <= VAE_TILE * scale:
         return largest * element + 3 * pixels
-    return largest * element + 5 * pixels + (_parked(vae, work, element) if on_host else 0)
+    return largest * element + 5 * pixels + (_parked(vae, work, element) if parked else 0)
 
 
 def _parked(vae: VAEConfig, work: Workload, element: int) -> int:
@@ -193,11 +193,12 @@ def _layer(layer: Layer, following: Layer) -> int:
 
 
 def stage_memory(
-    config: ModelConfig, work: Workload, precision: Precision, *, on_host: bool = False
+    config: ModelConfig, work: Workload, precision: Precision, *, parked: bool = False
 ) -> tuple[StageMemory, ...]:
     """Bytes of each stage on its device, in order.
 
-    on_host: the device is the host, so what the VAE keeps there of a large picture counts. Bundles run tiles instead.
+    parked: what the VAE keeps of a large picture between layers is here: the device is the host, or a GPU without a
+    budget. Bundles run tiles instead.
     """
     element = COMPUTE[precision.compute]
     weights = weight_bytes(config, precision)
@@ -220,7 +221,7 @@ def stage_memory(
         "connector": (said + conditions, _block(connector, longest, element)),
         "prefix": (said + conditions + kept, max(extra for _, extra in passes) + unpacked),
         "denoiser": (kept + latents, step + unpacked),
-        "vae": (kept + latents, _vae(config.vae, work, COMPUTE[precision.vae], on_host)),
+        "vae": (kept + latents, _vae(config.vae, work, COMPUTE[precision.vae], parked)),
     }
     held = {"language": language + token, "denoiser": step + unpacked} if work.joint else {}
     return tuple(

@@ -31,5 +31,5 @@ def peak(config: ModelConfig, found: Plan, work: dict[str, Any]) -> int:
     """Bytes of a request, the reserve left out."""
     sizes = Workload(**{name: tuple(value) if isinstance(value, list) else value for name, value in work.items()})
     hidden = blocks_ahead(config, sizes, found) * block_bytes(config, found.precision)
-    stages = stage_memory(config, sizes, found.precision)
+    stages = stage_memory(config, sizes, found.precision, parked=found.budget is None)
     return max(move.peak for move in schedule_of(stages, sizes, found.resident, 0, hidden))

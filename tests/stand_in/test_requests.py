@@ -19,7 +19,6 @@ from .runs import Runs
 PRECISIONS = (None, "bfloat16", "fp8", "int8", "int4")
 BUDGETS = (None, "8GB", "12GB", "16GB", "24GB")
 QUICK: dict[Any, tuple[str, ...]] = {
-    (None, None): ("edit",),
     ("int4", "8GB"): ("step cache", "understand", "silent", "drafts", "last"),
 }
 """Run always, with these requests beside the plain ones; the others are slow. `test_options` has every option."""
