@@ -53,6 +53,8 @@ LOADS: dict[str, dict[str, Any]] = {
     **{pairs: dict(precision=pairs) for pairs in KINDS_OF_PARTS},
     "the torch backend by name": dict(backend="torch", fast=True),
 }
+QUICK = ("no limit", "float16", "float32", "fp8fast", "sdpa", "int8", KINDS_OF_PARTS[0])
+"""Loads that run always; the others differ from them by a kernel or a type."""
 WAITS = {"preset fast": 1, "step cache": 1}
 """Waits of the host that a step may have: see `test_requests.test_no_step_waits`."""
 
@@ -80,10 +82,15 @@ def test_every_request(runs: Runs) -> None:
         assert request["peak"] <= planned, request["name"]
 
 
-def test_every_load(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param(tuple(n for n in LOADS if n not in QUICK), marks=pytest.mark.slow)],
+    ids=["quick", "others"],
+)
+def test_every_load(runs: Runs, names: tuple[str, ...]) -> None:
     requests = [["plain", SHORT], ["longer", dict(SHORT, prompt="blue square " * 40, end=12)]]
-    _, *parts = seen(runs, {}, [], [(options, requests) for options in LOADS.values()])
-    for name, part in zip(LOADS, parts, strict=True):
+    _, *parts = seen(runs, {}, [], [(LOADS[name], requests) for name in names])
+    for name, part in zip(names, parts, strict=True):
         planned = 0
         for request in part["requests"]:
             planned = max(planned, request["planned"])
