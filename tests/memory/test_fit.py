@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mindomni_rt import BadRequestError, OutOfMemoryError
-from mindomni_rt.bundle.contracts import STAGES, profile
+from mindomni_rt.bundle.contracts import OPTIONAL, STAGES, graph_specs, profile
 from mindomni_rt.bundle.manifest import FileEntry, GraphEntry, Manifest
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.checkpoint.layout import PARTS, Checkpoint, TensorEntry
@@ -239,6 +239,11 @@ def bundle(runtime: str = "onnx", precision: str = "int8", **sizes: float) -> Ma
         )
         for stage in sizes
     }
+    for name, spec in graph_specs(published()).items():  # the small graphs that every bundle has beside them
+        if name not in {*graphs, *OPTIONAL}:
+            file = f"{name}.onnx"
+            files[file] = FileEntry(sha256="0" * 64, bytes=0)
+            graphs[name] = GraphEntry(stage=spec.stage, file=file, precision="fp32", dtype="float32")
     return Manifest(
         model=published(),
         runtime=runtime,
