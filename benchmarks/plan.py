@@ -2,17 +2,18 @@
 
 The planner, the bytes of each stage and the reserve for the system are those of `export plan`. Two choices differ, and
 `--precision` sets the first: without one this takes the most exact precision that fits, as loading does, where
-`export plan` takes the target's table; and an engine's KV cache has a fixed capacity.
+`export plan` takes the target's table; and an engine's KV cache has a fixed capacity. The prompt has 256 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import RESERVE
-from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.layers import BUDGETED
 from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
 from mindomni_rt.options import parse_size
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the plan."""
     width, height = parse_size(options.size)
-    work = Workload(height=height, width=width, joint=True)
+    work = replace(BUDGETED, height=height, width=width)
     precision = parse_precision(options.precision, "bfloat16", "bfloat16") if options.precision else None
     budget, reserve = parse_bytes(options.memory_budget), RESERVE[options.unified]
     found = plan(published(), work, precision=precision, budget=budget, reserve=reserve)

@@ -26,7 +26,7 @@ from ..devices.table import RESERVE
 from ..errors import BadRequestError, OutOfMemoryError
 from .bundle_need import predicted_need
 from .footprint import Precision, stage_memory, weight_bytes
-from .layers import PART_OF, Workload, parameters
+from .layers import BUDGETED, PART_OF, Workload, parameters
 from .machine import Machine
 from .planner import LADDER, Plan, gigabytes, parse_bytes, plan, schedule_of
 from .precision import parse_precision, plain_vae, split_attention
@@ -295,7 +295,7 @@ def _fit_gpu(
     config, gpu, reserve = checkpoint.config, machine.gpu(device), gpu_reserve(machine, device)
     dtype = dtype or ("bfloat16" if gpu.capability >= (8, 0) else "float16")
     asked, attention = split_attention(precision)
-    work = replace(Workload(), joint=True)
+    work = BUDGETED
     ladder = [parse_precision(asked, dtype, plain_vae(dtype, "cuda"))] if asked else list(_ladder(dtype))
     for place, choice in enumerate(ladder):
         try:

@@ -81,6 +81,11 @@ class Workload:
         return tuple(stage for stage in STAGES if stage not in left_out)
 
 
+BUDGETED = Workload(prompt_tokens=256, joint=True)
+"""The request by whose room a GPU's memory budget decides what stays loaded, and how exact. With the system prompt of
+thinking a short request has about 120 tokens, so that ordinary ones are never refused; longer ones are checked."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """A matrix product of `inputs` x `outputs` weights."""

@@ -23,7 +23,7 @@ from mindomni_rt.checkpoint.config import published
 from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.errors import OutOfMemoryError
 from mindomni_rt.memory.footprint import parameters
-from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.layers import BUDGETED
 from mindomni_rt.memory.planner import gigabytes, parse_bytes, plan
 from mindomni_rt.memory.precision import parse_precision
 from mindomni_rt.training.cli import main as training
@@ -184,13 +184,13 @@ def test_registers_of_the_attention() -> None:
 
 def test_what_budgets_move() -> None:
     """Each row is the planner's; pairs without a row keep everything or do not fit."""
-    work, seen = Workload(joint=True), {}
+    seen = {}
     for row in Page("docs/kernels.md").table("budget", "precision", "moved a request"):
         seen[row["budget"], row["precision"]] = row["moved a request"], row["hidden"]
     for budget, kind in product(("8 GB", "12 GB", "16 GB", "24 GB"), ("bfloat16", "fp8", "int8", "int4")):
         precision = parse_precision(kind, "bfloat16", "bfloat16")
         try:
-            found = plan(published(), work, precision=precision, budget=parse_bytes(budget), reserve=RESERVE[False])
+            found = plan(published(), BUDGETED, precision=precision, budget=parse_bytes(budget), reserve=RESERVE[False])
         except OutOfMemoryError:
             assert (budget, kind) not in seen
             continue

@@ -7,7 +7,7 @@ from typing import Any
 
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.memory.footprint import Precision, stage_memory
-from mindomni_rt.memory.layers import Workload
+from mindomni_rt.memory.layers import BUDGETED, Workload
 from mindomni_rt.memory.planner import Plan, block_bytes, blocks_ahead, parse_bytes, plan, schedule_of
 from mindomni_rt.memory.precision import parse_precision, plain_vae, split_attention
 
@@ -20,7 +20,7 @@ def chosen(config: ModelConfig, dtype: str, precision: str | None, budget: str |
         wanted = replace(Precision.uniform(dtype), vae="bfloat16" if dtype == "bfloat16" else "float32")
     return plan(
         config,
-        Workload(joint=True),
+        BUDGETED,
         precision=wanted,
         budget=parse_bytes(budget) if budget else None,
         reserve=reserve if budget else 0,

@@ -13,7 +13,7 @@ from ...checkpoint.layout import open_checkpoint
 from ...devices.table import RESERVE
 from ...errors import UnsupportedDeviceError
 from ...memory.footprint import Precision
-from ...memory.layers import Workload
+from ...memory.layers import BUDGETED, Workload
 from ...memory.planner import LADDER, Plan, gigabytes, parse_bytes, plan
 from ...memory.precision import parse_precision, plain_vae, split_attention
 from ...model.mindomni import load_model
@@ -83,7 +83,7 @@ def choose(
     device: str,
     work: Workload | None = None,
 ) -> tuple[Precision, Plan | None]:
-    """(how weights are kept, the plan of a budget). work: the largest request, 1024² unless given.
+    """(how weights are kept, the plan of a budget). work: the largest request, `BUDGETED` unless given.
 
     Raises OutOfMemoryError when nothing fits.
     """
@@ -97,7 +97,7 @@ def choose(
         assert wanted is not None
         return wanted, None
     budget = parse_bytes(memory_budget)
-    work = replace(work or Workload(), joint=True)
+    work = replace(work or BUDGETED, joint=True)
     found = plan(config, work, precision=wanted, budget=budget, reserve=reserve(device))
     log = logger.info if wanted is not None or found.precision == LADDER[0] else logger.warning
     log("memory budget %s: %s", gigabytes(budget), found.summary())
