@@ -148,7 +148,8 @@ def test_generate(
     seen = page.evaluate("seen")
     statuses = [status.split(" ")[0].rstrip(":") for status in seen["status"]]
     assert statuses.index("Thinking") < statuses.index("Painting") < statuses.index("Done")
-    assert len(seen["thinking"]) > 3 and all(THINKING.startswith(text.strip()) for text in seen["thinking"])
+    # Parts before the whole; how many of them a browser draws depends on how busy the machine is.
+    assert len(seen["thinking"]) > 1 and all(THINKING.startswith(text.strip()) for text in seen["thinking"])
     assert seen["thinking"][-1].strip() == THINKING
     assert page.input_value("#generate-answer textarea").strip() == "three yellow circles"
     assert len(seen["picture"]) >= 3  # previews, then the picture
