@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     given = json.loads(options.launches.read_text(encoding="utf-8")) if options.launches else None
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder))
+        runs = Runs(Path(folder), Path(folder) / "seen")
         for sm in options.sm:
             recorded = launches(runs, sm) if given is None else given
             wanted = [it for it in recorded if not options.module or it["kernel"].startswith(f"{options.module}.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -21,10 +23,12 @@ SECONDS = 1800  # of a worker; pytest's own limit ends a test before
 
 
 class Runs:
-    """Results of jobs by their text. `folder`: where checkpoints are written."""
+    """Results of jobs by their text. folder: where checkpoints are written; shared: what other processes of the same
+    run of the tests have seen already."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._pool = folder, ThreadPoolExecutor(WORKERS)
+    def __init__(self, folder: Path, shared: Path) -> None:
+        self._folder, self._shared, self._pool = folder, shared, ThreadPoolExecutor(WORKERS)
+        shared.mkdir(parents=True, exist_ok=True)
         self._here, self._servers = threading.local(), list[_Server]()
         self._found: dict[str, Future[dict[str, Any]]] = {}
         self._full = self._thin = ""
@@ -61,7 +65,16 @@ class Runs:
         return self.begin(job).result()
 
     def _run(self, text: str) -> dict[str, Any]:
-        """In a thread of the pool, each of which has a server."""
+        """In a thread of the pool, each of which has a server; once for all processes."""
+        key = hashlib.sha256(text.replace(str(self._folder), "").encode()).hexdigest()
+        kept = self._shared / f"{key}.json"
+        with (self._shared / f"{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                kept.write_text(json.dumps(self._work(text)))
+        return dict(json.loads(kept.read_text()))
+
+    def _work(self, text: str) -> dict[str, Any]:
         if not hasattr(self._here, "server"):
             self._here.server = _Server(self._folder)
             self._servers.append(self._here.server)
