@@ -27,6 +27,7 @@ from mindomni_rt.request import MAX_SIDE
 from .describe import describe
 from .log import build_log
 from .prompts import DEFAULT_PROMPTS, read_prompts
+from .record import append, build_run, check_record, resident_peak, watching
 from .targets import PRECISIONS, choose, parse_target, stages_of
 
 
@@ -139,8 +140,6 @@ def _build(options: argparse.Namespace) -> int:
             Whole(16, MAX_SIDE, 16)(options.calibration_size)
         except ValueError as error:
             raise BadRequestError(f"--calibration-size {options.calibration_size}: expected {error}") from None
-    from .record import append, build_run, check_record, resident_peak, watching
-
     if options.record:
         check_record(options.record, "--record")
     prompts = read_prompts(options.calibration) if options.calibration else DEFAULT_PROMPTS
@@ -263,7 +262,6 @@ def _rehearse(options: argparse.Namespace) -> int:
     target = parse_target(options.target)
     choose(target, options.precision)
     _check_folder(options.folder)
-    from .record import check_record
     from .rehearse import record, rehearse, table
 
     if options.out:

@@ -15,11 +15,11 @@ from typing import Any
 
 from mindomni_rt.commands import Parser, front_door
 from mindomni_rt.errors import BadRequestError
-from mindomni_rt.outputs import write_atomic, write_json
+from mindomni_rt.outputs import check_target, write_atomic, write_json
 
 from .config import STAGES, load_config, named_configs
 from .errors import BadConfigError
-from .outputs import check_model_folder, check_target, save_checkpoint
+from .outputs import check_model_folder, save_checkpoint
 
 _HELP = {
     "prior": "stage 0 (ours): decoder and MLLM of a model from scratch",

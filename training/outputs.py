@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mindomni_rt.errors import BadRequestError, MindOmniError
 from mindomni_rt.files import replace_file
-from mindomni_rt.outputs import check_target as check_target
+from mindomni_rt.outputs import check_target
 
 from .errors import StorageError
 

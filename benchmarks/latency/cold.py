@@ -41,7 +41,8 @@ def cold_starts(
     is not raised: what was measured before must not be lost.
 
     The third start reads the model from the disk: its pages are dropped from the cache before. It has "read" as well,
-    the seconds that reading the language model's files took from there. It is left out where no page can be dropped.
+    the seconds that reading the language model's files took from there. It is left out where no page can be dropped,
+    and for a model that is not given as a folder.
     model: as for `load`; load: its keyword arguments; request: those of `generate`, "prompt" among them.
     """
     text = json.dumps({**request, "model": model, "load": load}, default=str)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 import mindomni_rt
-from mindomni_rt.bundle.manifest import MANIFEST, read_manifest
 from mindomni_rt.checks import UNSET
 from mindomni_rt.demo import DEMO_PROMPT
 from mindomni_rt.devices.table import load_devices
@@ -128,7 +127,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "backend": pipe.backend.name,
             "device": pipe.backend.device,
             "dtype": pipe.backend.dtype,
-            "weights": _weights(pipe, Path(options.model)),
+            "weights": _weights(pipe),
         },
         "machine": describe_machine(pipe.backend.device),
         "clocks": {"before": before, "after": after},
@@ -150,11 +149,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _weights(pipe: Pipeline, model: Path) -> str:
+def _weights(pipe: Pipeline) -> str:
     """What the language model's and the decoder's weights are stored as, "mixed" where they differ."""
-    if (model / MANIFEST).is_file():
-        graphs = read_manifest(model).graphs
-        kinds = {graphs[name].precision for name in ("language", "denoiser")}
+    if manifest := getattr(pipe.backend, "manifest", None):
+        kinds = {manifest.graphs[name].precision for name in ("language", "denoiser")}
     else:
         chosen = getattr(getattr(pipe.backend, "options", None), "precision", None)
         kinds = {pipe.backend.dtype} if chosen is None else {chosen.language, chosen.decoder}

@@ -83,7 +83,7 @@ class Workload:
 
 BUDGETED = Workload(prompt_tokens=256, joint=True)
 """The request by whose room a GPU's memory budget decides what stays loaded, and how exact. With the system prompt of
-thinking a short request has about 120 tokens, so that ordinary ones are never refused; longer ones are checked."""
+thinking a short request has about 120 tokens (an estimate), so ordinary ones fit; longer ones are checked."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from mindomni_rt.commands import Parser
+from mindomni_rt.outputs import check_target
 
-from ...outputs import check_target
 from .clip import retrieval, save_clip, train_clip
 from .vae import check_vae, save_vae, train_vae
 
