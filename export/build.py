@@ -109,7 +109,8 @@ def _entry(spec: GraphSpec, choice: Choice, file: Path, report: dict[str, Any]) 
         precision=precision_of(spec, choice),
         dtype=attention_dtype(spec, choice),
         data=data,
-        report={**report, "bytes": _bytes(file)},
+        parts=tuple(report.get("parts", ())),
+        report={**{k: v for k, v in report.items() if k != "parts"}, "bytes": _bytes(file)},
     )
 
 

@@ -48,7 +48,7 @@ def _held(manifest: Manifest) -> dict[str, int]:
     seen: set[str] = set()
     found = {}
     for name, graph in _in_order(manifest):
-        files = [f for f in dict.fromkeys((graph.file, *graph.data)) if f not in seen]
+        files = [f for f in dict.fromkeys(graph.files) if f not in seen]
         seen.update(files)
         found[name] = sum(manifest.files[f].bytes for f in files)
     return found

@@ -23,6 +23,7 @@ from .cache import WEIGHTS, Unfinished, identity, key_of, unshare
 from .graphs import halve_attention, wrapper_of
 from .progress import Progress
 from .request import BuildRequest
+from .split import split
 from .store import WeightStore, write_graph
 from .targets import Choice
 from .traces import Traces, fill
@@ -43,6 +44,9 @@ _DATA = {
     "vae": "vae",
     "vae_encode": "vae",
 }
+# The graph that an application waits for, and the output that is as what passes between its layers. It is divided
+# where its weights take long to open.
+_DIVIDED, _LIKE, _PARTS, _LARGE = "language", "hidden", 8, 1 << 30
 _FLOAT32 = ("choose", "update")  # arithmetic on a few numbers, without weights
 _TRACE_COST, _NUMBERS_A_SECOND = 2.0, 5e7  # seconds a layer to trace, numbers to round: to judge the time left by
 
@@ -97,7 +101,8 @@ class Parts:
             found = self._unfinished.take(key, self._work)
             if found is None:
                 found = self._make(group, data, ranges)
-                self._unfinished.keep(key, self._work, [f"{data}.data", *(f"{n}.onnx" for n in group)], found)
+                files = [file for name in group for file in (f"{name}.onnx", *found[name].get("parts", ()))]
+                self._unfinished.keep(key, self._work, [f"{data}.data", *files], found)
             else:
                 for name in group:
                     self._progress.done(name, "from a build that did not end", 0.0)
@@ -135,6 +140,13 @@ class Parts:
         if self._request.attention == "triton" and name == "denoiser":
             onnx.save(add_function(onnx.load(str(file), load_external_data=False)), str(file))
         report |= self._held(spec, file)
+        if (
+            name == _DIVIDED
+            and self._request.target.runtime == "onnx"
+            and sum(report["bytes_by_type"].values()) > _LARGE
+        ):
+            layers = self._model.config.language.stack.num_layers
+            report["parts"] = [part.name for part in split(file, layers, _PARTS, _LIKE)]
         written = time.perf_counter() - began
         report["export_seconds"] = round(seconds + written, 2)
         self._progress.spend("tracing", seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -82,3 +83,20 @@ def bundles(export_cache: Path) -> Callable[[str], Path]:
         return out
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with its language model in three parts, as builds divide large ones."""
+    pytest.importorskip("onnx", reason="dividing graphs needs the export extra")
+    from mindomni_rt.bundle.reseal import reseal
+    from mindomni_rt.export.split import split
+
+    folder = tmp_path_factory.mktemp("divided") / "bundle"
+    shutil.copytree(Path(__file__).parents[1] / "assets" / "shapes-world-bundle", folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    parts = split(folder / "language.onnx", manifest["model"]["language"]["stack"]["num_layers"], 3, like="hidden")
+    manifest["graphs"]["language"]["parts"] = [part.name for part in parts]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    reseal(folder)
+    return folder

@@ -27,7 +27,8 @@ from ..files import parse_json, read_text, require_regular, why
 from .checked import Checked
 from .contracts import DTYPE_BYTES, OPTIONAL, STAGES, Profile, graph_specs
 from .interface import check_interface
-from .onnx_file import read_onnx
+from .onnx_file import OnnxFile, read_onnx
+from .parts import check_parts
 from .seal import KEY, seal_of, sealed_json
 
 FORMAT = 1
@@ -61,7 +62,10 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphEntry:
-    """One graph. file: ONNX or engine; data: the weight files it refers to; report: what the build measured."""
+    """One graph. file: ONNX or engine; data: the weight files it refers to; report: what the build measured.
+
+    parts: files that compute the same one after another, for a runtime that opens them side by side (`parts.py`).
+    """
 
     stage: str
     file: str
@@ -69,6 +73,12 @@ class GraphEntry:
     dtype: Annotated[str, OneOf(tuple(DTYPE_BYTES))]
     data: Annotated[tuple[str, ...], Many(Text(), most=64)] = ()
     report: Annotated[Mapping[str, Any], Object()] = field(default_factory=dict)
+    parts: Annotated[tuple[str, ...], Many(Text(), most=64)] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files of the graph."""
+        return (self.file, *self.parts, *self.data)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -113,7 +123,7 @@ class Manifest:
                     f"{MANIFEST}: graph {shown(name)} of stage {graph.stage} is none that this version knows: build "
                     "the bundle again"
                 )
-            for file in (graph.file, *graph.data):
+            for file in graph.files:
                 if file not in self.files:
                     raise BadBundleError(f"{MANIFEST}: graph {name!r} needs {file}, which has no hash")
 
@@ -277,16 +287,20 @@ def _check_listed(folder: Path, manifest: Manifest) -> None:
 def _check_graphs(folder: Path, manifest: Manifest) -> None:
     specs = graph_specs(manifest.model)
     for name, graph in manifest.graphs.items():
-        path = folder / graph.file
-        found = read_onnx(path)
-        other = sorted(found.data - set(graph.data))
-        if other:
-            raise BadBundleError(
-                f"{path} reads the file {shown(other[0])}, which {MANIFEST} does not give to graph {name}"
-            )
-        if found.nested:  # no graph of ours has one, and a loop need not end
-            raise BadBundleError(f"{path} has a graph inside its graph (Loop, Scan or If): build the bundle again")
-        check_interface(str(path), specs[name], manifest.dtype, found.inputs, found.outputs)
+        whole, *parts = [_read_graph(folder / file, name, graph) for file in (graph.file, *graph.parts)]
+        check_interface(str(folder / graph.file), specs[name], manifest.dtype, whole.inputs, whole.outputs)
+        if parts:
+            check_parts(str(folder), whole, zip(graph.parts, parts, strict=True))
+
+
+def _read_graph(path: Path, name: str, graph: GraphEntry) -> OnnxFile:
+    found = read_onnx(path)
+    other = sorted(found.data - set(graph.data))
+    if other:
+        raise BadBundleError(f"{path} reads the file {shown(other[0])}, which {MANIFEST} does not give to graph {name}")
+    if found.nested:  # no graph of ours has one, and a loop need not end
+        raise BadBundleError(f"{path} has a graph inside its graph (Loop, Scan or If): build the bundle again")
+    return found
 
 
 def walk(folder: Path) -> Iterator[Path]:

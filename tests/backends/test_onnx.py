@@ -1,4 +1,4 @@
-"""The language model of a bundle is opened while `load` and its caller go on."""
+"""The language model of a bundle is opened while `load` and its caller go on, its parts side by side."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ REQUEST: dict[str, Any] = {"seed": 0, "num_inference_steps": 2, "max_new_tokens"
 
 
 class Gate:
-    """Sessions of language.onnx wait for `go`; `opened` lists the threads that made each."""
+    """Sessions of a file wait for `go`; `opened` lists the threads that made each."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, file: str = "language.onnx") -> None:
         self.began, self.go, self.opened = threading.Event(), threading.Event(), list[str]()
         make = onnxruntime.InferenceSession
 
         def session(path: str, *args: Any, **options: Any) -> Any:
-            if path.endswith("language.onnx"):
+            if path.endswith(file):
                 self.began.set()
                 assert self.go.wait(60)
                 self.opened.append(threading.current_thread().name)
@@ -98,6 +98,53 @@ def test_a_forked_process_opens_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     if child == 0:
         gate.go.set()
         pipe.generate("three red circles", **REQUEST)
-        os._exit(0 if gate.opened == ["MainThread"] else 1)
+        os._exit(0 if len(gate.opened) == 1 else 1)
     gate.go.set()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_parts_are_opened_side_by_side_and_the_first_work_at_once(
+    divided: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, ran = Gate(monkeypatch, "language.2.onnx"), threading.Event()
+    run = backend._Session.run
+
+    def noted(self: Any, *args: Any) -> None:
+        run(self, *args)
+        ran.set()
+
+    monkeypatch.setattr(backend._Session, "run", noted)
+    pipe = mindomni_rt.load(divided, device="cpu")
+    results: list[Any] = []
+    work = threading.Thread(target=lambda: results.append(pipe.generate("three red circles", **REQUEST)))
+    work.start()
+    assert ran.wait(60) and not gate.opened
+    gate.go.set()
+    work.join(60)
+    whole = mindomni_rt.load(BUNDLE, device="cpu").generate("three red circles", **REQUEST)
+    assert results[0].text == whole.text and np.array_equal(results[0].images, whole.images)
+
+
+def test_a_part_that_cannot_be_opened_is_tried_again(divided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, refused = onnxruntime.InferenceSession, list[str]()
+
+    def session(path: str, *args: Any, **options: Any) -> Any:
+        if path.endswith("language.1.onnx") and not refused:
+            refused.append(path)
+            raise RuntimeError("no memory now")
+        return make(path, *args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    pipe = mindomni_rt.load(divided, device="cpu")
+    with pytest.raises(BadBundleError, match=r"language\.1\.onnx: .*no memory now"):
+        pipe.generate("three red circles", **REQUEST)
+    assert pipe.generate("three red circles", **REQUEST).text
+
+
+def test_a_draft_through_parts(divided: Path) -> None:
+    request = {**REQUEST, "max_new_tokens": 12, "draft_tokens": 3}
+    texts = [
+        mindomni_rt.load(folder, device="cpu").generate("three red circles", **request).text
+        for folder in (BUNDLE, divided)
+    ]
+    assert texts[0] == texts[1]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .providers import check_session, choose_device, session_providers
 from .runner import NUMPY, DeviceArray
 
 logger = logging.getLogger(__name__)
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
 
 
@@ -69,22 +70,23 @@ class OnnxRunner:
         self.device = kind if kind == "cpu" else f"{kind}:{index}"
         self._bundle, self._kind, self._index = bundle, kind, index
         self._threads = threads or cpu_threads()
-        self._sessions: dict[str, _Session] = {}
-        self._opening: dict[str, Future[_Session]] = {}
-        self._process = os.getpid()
+        self._graphs: dict[str, _Graph] = {}
 
     def open_ahead(self, graph: str) -> None:
-        """Begins to open a graph in a thread. At the published size onnxruntime packs the language model's weights for
-        seconds, on one core, while the tokenizer is read or a user types. What goes wrong is raised by the first `run`.
-        """
-        pool = ThreadPoolExecutor(1, thread_name_prefix=f"open-{graph}")
-        self._opening[graph] = pool.submit(self._open, graph)
-        pool.shutdown(wait=False)
+        """Begins to open a graph in threads, while the tokenizer is read or a user types. What goes wrong is raised by
+        the first `run`.
 
-    def _opened(self, graph: str) -> _Session | None:
-        """What `open_ahead` made of a graph, after it ended; None without, or in a forked process, which lacks it."""
-        opening = self._opening.pop(graph, None)
-        return None if opening is None or os.getpid() != self._process else opening.result()
+        At the published size onnxruntime packs the language model's weights for seconds, on one core for a session. So
+        a bundle has it in parts, which are opened side by side, and the first ones work while the last are opened.
+        """
+        entry = self._bundle.manifest.graphs[graph]
+        # A GPU's runtime packs nothing, and would wait for the end of each part.
+        files = (entry.parts if self._kind == "cpu" else ()) or (entry.file,)
+        for name in entry.data:
+            _read_ahead(self._bundle.path(name))
+        pool = ThreadPoolExecutor(min(len(files), self._threads), thread_name_prefix=f"open-{graph}")
+        self._graphs[graph] = _Graph([pool.submit(self._open, graph, file) for file in files])
+        pool.shutdown(wait=False)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         try:
@@ -116,10 +118,13 @@ class OnnxRunner:
         return flat.view(NUMPY[array.dtype]).reshape(array.shape)
 
     def run(self, graph: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._opened(graph) or self._open(graph)
+        if graph not in self._graphs or self._graphs[graph].lost:
+            self.open_ahead(graph)
         try:
-            self._sessions[graph].run(inputs, outputs)
+            self._graphs[graph].run(inputs, outputs, self.empty)
+        except BadBundleError:  # it could not be opened
+            self.release(graph)
+            raise
         except Exception as error:  # onnxruntime's errors share no base below Exception; the message is all there is
             if "allocate" in str(error).lower() or "bad_alloc" in str(error):
                 raise OutOfMemoryError(f"onnxruntime found no memory for graph {graph}: {error}") from error
@@ -127,7 +132,7 @@ class OnnxRunner:
                 f"{self._bundle.folder}: graph {graph} failed in onnxruntime: {error}. Build the bundle again"
             ) from error
 
-    def _open(self, graph: str) -> _Session:
+    def _open(self, graph: str, file: str) -> _Session:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -137,7 +142,7 @@ class OnnxRunner:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # The arena would keep each stage's peak for good.
         options.enable_cpu_mem_arena = False
-        path = self._bundle.path(self._bundle.manifest.graphs[graph].file)
+        path = self._bundle.path(file)
         try:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=session_providers(self._kind, self._index)
@@ -149,12 +154,50 @@ class OnnxRunner:
         return _Session(session, self._kind, self._index)
 
     def release(self, graph: str) -> None:
-        with suppress(BadBundleError):
-            self._opened(graph)  # its memory is free when this returns
-        self._sessions.pop(graph, None)
+        if found := self._graphs.pop(graph, None):
+            found.wait()  # its memory is free when this returns
 
     def synchronize(self) -> None:
         """onnxruntime returns when the work is done."""
+
+
+def _read_ahead(path: Path) -> None:
+    """Lets the system read a file into its cache, without waiting: mapped pages alone come in small pieces."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+class _Graph:
+    """The sessions of a graph, which run one after another. Any of them may still be opening."""
+
+    def __init__(self, parts: Sequence[Future[_Session]]) -> None:
+        self._parts, self._process = parts, os.getpid()
+        self._passed: dict[str, DeviceArray] = {}  # from one part to the next
+
+    @property
+    def lost(self) -> bool:
+        """Whether the process was forked before all was open: the threads that opened it are not in this one."""
+        return os.getpid() != self._process and not all(part.done() for part in self._parts)
+
+    def wait(self) -> None:
+        """Returns when nothing is being opened."""
+        if not self.lost:
+            wait(self._parts)
+
+    def run(
+        self,
+        inputs: Mapping[str, DeviceArray],
+        outputs: Mapping[str, DeviceArray],
+        empty: Callable[[tuple[int, ...], str], DeviceArray],
+    ) -> None:
+        """empty: makes memory for what one part passes to the next."""
+        for part in self._parts:
+            session = part.result()
+            for name, (shape, dtype) in session.further(inputs, outputs).items():
+                if name not in self._passed or self._passed[name].shape != shape:
+                    self._passed[name] = empty(shape, dtype)
+            session.run({**inputs, **self._passed}, {**outputs, **self._passed})
 
 
 class _Session:
@@ -164,13 +207,33 @@ class _Session:
         self._session, self._binding = session, session.io_binding()
         self._kind, self._index = kind, index
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._names = {i.name for i in session.get_inputs()} | {o.name for o in session.get_outputs()}
+        self._inputs, self._outputs = (
+            {t.name: t for t in half} for half in (session.get_inputs(), session.get_outputs())
+        )
+
+    def further(
+        self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of the outputs that the caller does not know: what this part passes to the next."""
+        names = [name for name in self._outputs if name not in outputs]
+        if not names:
+            return {}
+        known = [(t.shape, inputs[name].shape) for name, t in self._inputs.items() if name in inputs]
+        sizes = {axis: size for axes, shape in known for axis, size in zip(axes, shape, strict=True)}
+        return {
+            name: (tuple(sizes.get(axis, axis) for axis in self._outputs[name].shape), _TYPES[self._outputs[name].type])
+            for name in names
+        }
 
     def run(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
-        for bind, arrays in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
-            for name, array in arrays.items():
+        for bind, known, arrays in (
+            (self._binding.bind_input, self._inputs, inputs),
+            (self._binding.bind_output, self._outputs, outputs),
+        ):
+            for name in known.keys() & arrays.keys():
+                array = arrays[name]
                 place = (array.pointer, array.shape)
-                if name in self._names and self._bound.get(name) != place:
+                if self._bound.get(name) != place:
                     element = _BFLOAT16 if array.dtype == "bfloat16" else NUMPY[array.dtype].type
                     bind(name, self._kind, self._index, element, array.shape, array.pointer)
                     self._bound[name] = place
