@@ -20,6 +20,7 @@ from mindomni_rt.model.mindomni import MindOmniModel
 
 from . import quantize
 from .cache import WEIGHTS, Unfinished, identity, key_of, unshare
+from .calibrate import calibrate
 from .graphs import halve_attention, wrapper_of
 from .progress import Progress
 from .request import BuildRequest
@@ -184,7 +185,7 @@ class Parts:
         size = request.calibration_size
         ranges = self._progress.timed(
             "calibration",
-            lambda: quantize.calibrate(self._model, request.checkpoint, request.prompts, size, done=done),
+            lambda: calibrate(self._model, request.checkpoint, request.prompts, size, done=done),
         )
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -2,21 +2,17 @@
 
 Rounded are the products inside the blocks (`…layers.N…`), the language model's head to 8 bits (a ninth of what decoding
 reads), and its input table to 16. Norms, time and patch embeddings are small or sensitive and stay. A matrix that does
-not divide into the blocks of a 4-bit type takes 8 bits. Rounding is
-to nearest; activation ranges come from running the reference model on prompts (`calibrate`). The forms are those that
-TensorRT-RTX 1.7 was seen to take, with weights kept compressed in the plan.
+not divide into the blocks of a 4-bit type takes 8 bits. Numbers are made in `rounding`, ranges of activations in
+`calibrate`. The forms are those that TensorRT-RTX 1.7 was seen to take, with weights kept compressed in the plan.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -26,21 +22,28 @@ from numpy.typing import NDArray
 
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.memory.precision import KINDS
-from mindomni_rt.model.mindomni import MindOmniModel
 
-from .prompts import DEFAULT_PROMPTS
+from .rounding import (
+    FP4_BLOCK,
+    FP4_MAX,
+    FP8_MAX,
+    INT8_MAX,
+    WeightRounder,
+    to_fp8,
+    to_int4,
+    to_int8,
+    to_nvfp4,
+    to_packed,
+)
 from .store import WeightStore, transposed
 from .weights import MICROSOFT
 
 logger = logging.getLogger(__name__)
 CALIBRATED = tuple(name for name, kind in KINDS.items() if kind.calibrated)
-_INT8_MAX, _INT4_MAX, _FP8_MAX, _FP4_MAX = 127.0, 7.0, 448.0, 6.0
 _INT4_BLOCKS = (128, 64, 32, 16)  # TensorRT-RTX takes these; the largest that divides the matrix is the smallest plan
-_FP4_BLOCK = 16
 _IN_INT8 = 4  # MatMulNBits' accuracy_level: blocks of the input are rounded to int8 as they come
-_SLAB = 1 << 19  # numbers that are rounded at a time: they stay in a core's cache
 _HEAD = re.compile(r"\.(lm_head|embed_tokens)\.weight(\.T)?$")  # one matrix where head and input table are tied
-_LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
+LAYER = re.compile(r"\.layers\.\d+\..*\.weight(\.T)?$")
 
 
 @dataclass
@@ -152,7 +155,7 @@ def _halve_tables(model: ir.Model) -> None:
 
 def _rounded_name(weight: ir.Value) -> bool:
     name = f".{weight.name or ''}"
-    return bool(_LAYER.search(name) or _HEAD.search(name))
+    return bool(LAYER.search(name) or _HEAD.search(name))
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
@@ -249,67 +252,8 @@ class _Site:
         return value
 
 
-class WeightRounder:
-    """A matrix (K, N) and the constants that it is rounded to. It works on slabs of columns: temporaries stay small."""
-
-    def __init__(self, values: NDArray[np.float32], dtype: ir.DataType) -> None:
-        self.values, self.type = values, dtype
-        self.tensors: dict[str, ir.TensorProtocol] = {}
-        self._lost = self._whole = 0.0
-
-    @property
-    def squares(self) -> tuple[float, float]:
-        return self._lost, self._whole
-
-    def slabs(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Column ranges, and the numbers in them, contiguous."""
-        inner, outer = self.values.shape
-        width = max(1, _SLAB // inner)
-        for start in range(0, outer, width):
-            columns = slice(start, min(start + width, outer))
-            yield columns, np.ascontiguousarray(self.values[:, columns])
-
-    def rows(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """The same transposed, (columns, K): no copy where the matrix is a Linear's weight seen from the other side."""
-        width = max(1, _SLAB // self.values.shape[0])
-        for start in range(0, self.values.shape[1], width):
-            columns = slice(start, min(start + width, self.values.shape[1]))
-            yield columns, np.ascontiguousarray(self.values[:, columns].T)
-
-    def lose(self, found: NDArray[np.float32], values: NDArray[np.float32]) -> None:
-        """Notes a slab's error; `found` is overwritten."""
-        found -= values
-        lost, whole = found.ravel(), values.ravel()
-        self._lost += float(lost @ lost)
-        self._whole += float(whole @ whole)
-
-    def keep(self, suffix: str, array: NDArray[Any], dtype: ir.DataType) -> None:
-        self.tensors[suffix] = ir.Tensor(array, dtype=dtype)
-
-    def keep_scale(self, suffix: str, array: NDArray[np.float32] | np.float32) -> None:
-        self.keep(suffix, np.asarray(array).astype(self.type.numpy()), self.type)
-
-
-def _channel_scales(weight: NDArray[np.float32], largest: float) -> NDArray[np.float32]:
-    return np.maximum(np.maximum(weight.max(axis=0), -weight.min(axis=0)), 1e-8) / np.float32(largest)
-
-
-def _to_int8(rounder: WeightRounder) -> None:
-    inner, outer = rounder.values.shape
-    q, scales = np.empty((inner, outer), np.int8), np.empty(outer, np.float32)
-    for columns, values in rounder.slabs():
-        scale = scales[columns] = _rounded(_channel_scales(values, _INT8_MAX), rounder.type)
-        found = values / scale
-        np.clip(np.rint(found, out=found), -_INT8_MAX, _INT8_MAX, out=found)
-        q[:, columns] = found
-        found *= scale
-        rounder.lose(found, values)
-    rounder.keep("int8", q, ir.DataType.INT8)
-    rounder.keep_scale("scale", scales)
-
-
 def _int8_weight(site: _Site, report: QuantReport) -> ir.Value:
-    made = site.rounded("int8", _to_int8, report)
+    made = site.rounded("int8", to_int8, report)
     return site.insert("DequantizeLinear", [made["int8"], made["scale"]], axis=1)
 
 
@@ -326,43 +270,14 @@ def _quantized_x(site: _Site, zero: NDArray[Any], dtype: ir.DataType, most: floa
 
 
 def _int8(site: _Site, report: QuantReport) -> None:
-    x = _quantized_x(site, np.zeros((), np.int8), ir.DataType.INT8, _INT8_MAX)
+    x = _quantized_x(site, np.zeros((), np.int8), ir.DataType.INT8, INT8_MAX)
     site.replace(_int8_weight(site, report), x)
 
 
-def _to_fp8(rounder: WeightRounder) -> None:
-    inner, outer = rounder.values.shape
-    q, scales = np.empty((inner, outer), ml_dtypes.float8_e4m3fn), np.empty(outer, np.float32)
-    for columns, values in rounder.slabs():
-        scale = scales[columns] = _rounded(_channel_scales(values, _FP8_MAX), rounder.type)
-        part = q[:, columns] = np.clip(values / scale, -_FP8_MAX, _FP8_MAX).astype(q.dtype)
-        rounder.lose(part.astype(np.float32) * scale, values)
-    rounder.keep("fp8", q, ir.DataType.FLOAT8E4M3FN)
-    rounder.keep_scale("scale", scales)
-    rounder.keep("zero", np.zeros(outer, q.dtype), ir.DataType.FLOAT8E4M3FN)
-
-
 def _fp8(site: _Site, report: QuantReport) -> None:
-    x = _quantized_x(site, np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, _FP8_MAX)
-    made = site.rounded("fp8", _to_fp8, report)
+    x = _quantized_x(site, np.zeros((), ml_dtypes.float8_e4m3fn), ir.DataType.FLOAT8E4M3FN, FP8_MAX)
+    made = site.rounded("fp8", to_fp8, report)
     site.replace(site.insert("DequantizeLinear", [made["fp8"], made["scale"], made["zero"]], axis=1), x)
-
-
-def _to_int4(rounder: WeightRounder, block: int) -> None:
-    inner, outer = rounder.values.shape
-    nibbles, scales = np.empty((inner, outer), np.uint8), np.empty((inner // block, outer), np.float32)
-    for columns, values in rounder.slabs():
-        groups = values.reshape(inner // block, block, -1)
-        most = np.maximum(np.maximum(groups.max(axis=1), -groups.min(axis=1)), 1e-8)
-        scale = scales[:, columns] = _rounded(most / np.float32(_INT4_MAX), rounder.type)
-        found = groups / scale[:, None]
-        np.clip(np.rint(found, out=found), -_INT4_MAX - 1, _INT4_MAX, out=found)
-        nibbles[:, columns] = found.reshape(inner, -1).astype(np.int8).view(np.uint8) & 15
-        found *= scale[:, None]
-        rounder.lose(found.reshape(inner, -1), values)
-    flat = nibbles.reshape(-1)  # of an even length: the blocks are
-    rounder.tensors["int4"] = ir.PackedTensor(flat[::2] | flat[1::2] << 4, ir.DataType.INT4, shape=(inner, outer))
-    rounder.keep_scale("scale", scales)
 
 
 def _int4(site: _Site, report: QuantReport) -> None:
@@ -371,77 +286,33 @@ def _int4(site: _Site, report: QuantReport) -> None:
         report.in_8_bits += 1
         _int8wo(site, report)
         return
-    made = site.rounded("int4", lambda rounder: _to_int4(rounder, block), report)
+    made = site.rounded("int4", lambda rounder: to_int4(rounder, block), report)
     site.replace(site.insert("DequantizeLinear", [made["int4"], made["scale"]], axis=0, block_size=block))
 
 
-def _to_nvfp4(rounder: WeightRounder) -> None:
-    inner, outer = rounder.values.shape
-    # Two levels: a float8 scale for each block of 16, one float32 scale for the tensor that brings those into range.
-    most = max(float(rounder.values.max()), -float(rounder.values.min()), 1e-8)
-    top = np.float32(most / (_FP8_MAX * _FP4_MAX))
-    q = np.empty((inner, outer), ml_dtypes.float4_e2m1fn)
-    blocks = np.empty((inner // _FP4_BLOCK, outer), ml_dtypes.float8_e4m3fn)
-    for columns, values in rounder.slabs():
-        groups = values.reshape(inner // _FP4_BLOCK, _FP4_BLOCK, -1)
-        part = blocks[:, columns] = (np.abs(groups).max(axis=1) / np.float32(_FP4_MAX) / top).astype(blocks.dtype)
-        scale = part.astype(np.float32) * top
-        rounded = np.clip(groups / np.maximum(scale, 1e-12)[:, None], -_FP4_MAX, _FP4_MAX).astype(q.dtype)
-        q[:, columns] = rounded.reshape(inner, -1)
-        rounder.lose((rounded.astype(np.float32) * scale[:, None]).reshape(inner, -1), values)
-    rounder.keep("fp4", q, ir.DataType.FLOAT4E2M1)
-    rounder.keep("blocks", blocks, ir.DataType.FLOAT8E4M3FN)
-    rounder.keep_scale("level", top)
-
-
 def _nvfp4(site: _Site, report: QuantReport) -> None:
-    if site.inner % _FP4_BLOCK:
+    if site.inner % FP4_BLOCK:
         report.in_8_bits += 1
         _int8wo(site, report)
         return
-    made = site.rounded("nvfp4", _to_nvfp4, report)
+    made = site.rounded("nvfp4", to_nvfp4, report)
     level = site.insert("DequantizeLinear", [made["blocks"], made["level"]])
-    weight = site.insert("DequantizeLinear", [made["fp4"], level], axis=0, block_size=_FP4_BLOCK)
+    weight = site.insert("DequantizeLinear", [made["fp4"], level], axis=0, block_size=FP4_BLOCK)
 
-    x_top = site.scale("x_level", np.float32(max(site.largest, 1e-6) / (_FP8_MAX * _FP4_MAX)))
+    x_top = site.scale("x_level", np.float32(max(site.largest, 1e-6) / (FP8_MAX * FP4_MAX)))
     q_x, s_x = site.insert(
         "TRT_FP4DynamicQuantize",
         [site.x, x_top],
         domain="trt",
         outputs=2,
         axis=-1,
-        block_size=_FP4_BLOCK,
+        block_size=FP4_BLOCK,
         scale_type=17,
     )
     x_level = site.insert("DequantizeLinear", [s_x, x_top])
-    x = site.insert("DequantizeLinear", [q_x, x_level], axis=-1, block_size=_FP4_BLOCK)
+    x = site.insert("DequantizeLinear", [q_x, x_level], axis=-1, block_size=FP4_BLOCK)
     site.model.opset_imports.setdefault("trt", 1)
     site.replace(weight, x)
-
-
-def _rounded(scale: NDArray[np.float32], dtype: ir.DataType) -> NDArray[np.float32]:
-    """A scale as the model's type will hold it, so that weights are rounded against what will multiply them."""
-    return np.maximum(scale.astype(dtype.numpy()).astype(np.float32), np.finfo(np.float16).smallest_subnormal)
-
-
-def _to_packed(rounder: WeightRounder, bits: int, block: int) -> None:
-    """What MatMulNBits reads: rows of an output channel, each in blocks of unsigned numbers around the middle."""
-    inner, outer = rounder.values.shape
-    largest = np.float32(2 ** (bits - 1) - 1)
-    q = np.empty((outer, inner // block, block * bits // 8), np.uint8)
-    scales = np.empty((outer, inner // block), np.float32)
-    for columns, rows in rounder.rows():
-        groups = rows.reshape(-1, inner // block, block)
-        most = np.maximum(np.maximum(groups.max(axis=2), -groups.min(axis=2)), 1e-8)
-        scale = scales[columns] = _rounded(most / largest, rounder.type)
-        found = groups / scale[..., None]
-        np.clip(np.rint(found, out=found), -largest - 1, largest, out=found)
-        numbers = np.add(found, largest + 1).astype(np.uint8)
-        q[columns] = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
-        found *= scale[..., None]
-        rounder.lose(found.reshape(-1, inner), rows)
-    rounder.keep(f"int{bits}", q, ir.DataType.UINT8)
-    rounder.keep_scale("scale", scales)
 
 
 def _pack(site: _Site, report: QuantReport, bits: int) -> None:
@@ -450,7 +321,7 @@ def _pack(site: _Site, report: QuantReport, bits: int) -> None:
         report.in_8_bits += bits == 4
         _int8wo(site, report)
         return
-    made = site.rounded(f"packed{bits}", lambda rounder: _to_packed(rounder, bits, block), report)
+    made = site.rounded(f"packed{bits}", lambda rounder: to_packed(rounder, bits, block), report)
     site.multiply(
         "MatMulNBits",
         [made[f"int{bits}"], made["scale"]],
@@ -466,61 +337,3 @@ def _pack(site: _Site, report: QuantReport, bits: int) -> None:
 Pass = Callable[[_Site, QuantReport], None]
 _PACKED: dict[str, Pass] = {"int4": partial(_pack, bits=4), "int8wo": partial(_pack, bits=8)}
 PASSES: dict[str, Pass] = {"int8": _int8, "int8wo": _int8wo, "fp8": _fp8, "int4": _int4, "nvfp4": _nvfp4}
-
-
-def calibrate(
-    model: MindOmniModel,
-    folder: Path,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
-    size: int | None = None,
-    steps: int = 4,
-    done: Callable[[int, float], None] = lambda *_: None,
-) -> dict[str, float]:
-    """The largest magnitude at the input of every Linear in the blocks, over runs of the whole pipeline on prompts.
-
-    folder: the checkpoint, for its tokenizer. size: image side in pixels; None is the model's own, 512 at most. steps:
-    of the sampler, which spread over all noise levels. done: called with the place of each prompt and its seconds.
-    """
-    from mindomni_rt.backends.torch.backend import TorchBackend
-    from mindomni_rt.pipeline import Pipeline
-
-    pipe = Pipeline(TorchBackend(model), folder)
-    height, width = (size or min(side, 512) for side in (pipe.recommended.height, pipe.recommended.width))
-    with _watching(model) as ranges:
-        for seed, prompt in enumerate(prompts):
-            began = time.perf_counter()
-            pipe.generate(
-                prompt,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                seed=seed,
-                max_new_tokens=64,
-                output="numpy",
-            )
-            done(seed, time.perf_counter() - began)
-    return ranges
-
-
-@contextmanager
-def _watching(model: MindOmniModel) -> Iterator[dict[str, float]]:
-    import torch
-
-    ranges: dict[str, float] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            ranges[name] = max(ranges.get(name, 0.0), float(inputs[0].detach().abs().max()))
-
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and _LAYER.search(f".{name}.weight")
-    ]
-    try:
-        yield ranges
-    finally:
-        for handle in hooks:
-            handle.remove()
