@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -155,6 +155,9 @@ class OnnxRunner:
 
     def synchronize(self) -> None:
         """onnxruntime returns when the work is done."""
+
+    def mark(self) -> Callable[[], None]:
+        return self.synchronize
 
 
 class _Session:
