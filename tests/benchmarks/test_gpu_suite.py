@@ -69,7 +69,9 @@ def test_a_budget_swaps_parts(report: tuple[dict, str]) -> None:
 def test_sweep(tmp_path: Path) -> None:
     assert main([*TOY, "--only", "sweep", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
-    found = json.loads(path.read_text())["sections"]["sweep"]
+    sections = json.loads(path.read_text())["sections"]
+    assert list(sections) == ["sweep"]  # and nothing else that was not asked for
+    found = sections["sweep"]
     for name in ("segment_attention", "linear8_int8", "gemv", "int4_gemv"):
         assert found[name]["best"][0]["seconds"] > 0 and found[name]["refused"] == 0
 
@@ -262,9 +264,11 @@ def test_a_kernel_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypa
         raise ValueError("type fp8e4nv not supported in this architecture")
 
     monkeypatch.setattr(kernels, "quantize_rows", refused)
-    assert main([*TOY, "--only", "kernels", "--out", str(tmp_path)]) == 1
+    assert main([*TOY, "--only", "kernels,sweep", "--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
-    cases = {c["name"]: c for c in json.loads(path.read_text())["sections"]["kernels"]["cases"]}
+    sections = json.loads(path.read_text())["sections"]
+    assert "fp8e4nv not supported" in sections["sweep"]["linear8_int8"]["failed"] and sections["sweep"]["gemv"]["best"]
+    cases = {c["name"]: c for c in sections["kernels"]["cases"]}
     assert len(cases) == 14 and [n for n, c in cases.items() if "failed" in c] == ["linear8_int8", "linear8_fp8"]
     assert "fp8e4nv not supported" in cases["linear8_fp8"]["failed"]
 
