@@ -1,4 +1,4 @@
-"""Clocks and judgement: how long work takes on a device, how far a result is from an exact one, a run's record."""
+"""Clocks: how long work takes on a device; how far a result is from an exact one; a run's record."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindomni_rt.errors import MindOmniError, MissingExtraError
+from mindomni_rt.errors import MissingExtraError
 from mindomni_rt.extras import install
+from mindomni_rt.judgement import described
 
 from .machine import device_peak
 
 Run = Callable[[], Any]
 FLUSH = 512 << 20  # bytes written between runs: more than any L2
 PEERS = ("transformers", "diffusers", "onnxruntime")
-RATIO = 1.2
-"""How much farther from the float32 reference than the baseline a 16-bit result may be."""
 
 
 @dataclass
@@ -93,21 +92,6 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def judged(error: float, bound: float, baseline: float | None = None) -> dict[str, Any]:
-    """Whether a result is right: within the bound, and no farther from the reference than RATIO times the baseline.
-
-    error, baseline: distances from the same float32 or float64 reference. None where no baseline rounds alike. Two
-    16-bit results are never compared with each other: both may be good and yet differ by twice their distance.
-    """
-    right = error < bound and (baseline is None or error <= RATIO * baseline)
-    return {
-        "error": error if math.isfinite(error) else None,
-        "bound": bound,
-        "baseline_error": baseline,
-        "right": right,
-    }
-
-
 @dataclass
 class Record:
     """What a run found, part by part, and what went wrong. `store` is called after each part."""
@@ -164,14 +148,6 @@ def _why(error: Exception) -> dict[str, str]:
     if module in PEERS or isinstance(error, MissingExtraError):
         return {"missing": f"not installed: {install('bench')}"}
     return {"failed": described(error)}
-
-
-def described(error: BaseException) -> str:
-    """An error in one line of at most 500 characters."""
-    if isinstance(error, MindOmniError):
-        return str(error)[:500]
-    memory = "out of memory: " if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ else ""
-    return " ".join(f"{memory}{type(error).__name__}: {error}".split())[:500]
 
 
 def ceilings(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,63 +24,12 @@ from mindomni_rt.outputs import read_json as read_json
 from mindomni_rt.outputs import write_atomic as write_atomic
 from mindomni_rt.outputs import write_json as write_json
 
+from .shapes import KINDS, WHYS, Part, Shape
+
 FOLDER = Path(__file__).with_name("results")
 IN_CHECKOUT = (FOLDER.resolve().parents[1] / "pyproject.toml").is_file()
 """Whether FOLDER is the repository's, to which results are added; that of an installation is left as it is."""
 FORMAT = 1
-NUMBER, OPTIONAL_TEXT = (int, float), (str, type(None))
-Shape = Any
-"""A type or a tuple of types; a list of one shape: a list of such values, not empty; {str: shape}: any keys;
-{"name": shape}: these keys and perhaps others, those that end in "?" only if they are there."""
-
-_COMMON: dict[Any, Shape] = {"format": int, "date": str, "commit": OPTIONAL_TEXT}
-_MODEL = {"config": dict, "dtype": str}
-_RUN = {**_COMMON, "machine": {str: (str, int, float, dict, type(None))}, "versions": {str: str}}
-KINDS: Mapping[str, Shape] = {
-    "latency": {
-        **_RUN,
-        "model": {**_MODEL, "name": str, "backend": str, "device": str},
-        "workload": {"steps": int, "height": int, "width": int},
-        "request": dict,
-        "warmup": int,
-        "tokens": [int],
-        "runs": [{str: NUMBER}],
-    },
-    "counts": {
-        **_COMMON,
-        "model": {"config": dict},
-        "request": dict,
-        "torch": str,
-        "stages": {str: {str: int}},
-        "graphs": {str: {str: int}},
-        "operators": {str: {str: int}},
-    },
-    "peers": {
-        **_RUN,
-        "model": _MODEL,
-        "device": str,
-        "groups": {str: {"peer": str, "pairs?": {str: dict}}},
-    },
-    "load": {
-        **_RUN,
-        "model": {"name": str},
-        "requests": int,
-        "clients": int,
-        "seconds": NUMBER,
-        "outcomes": {str: int},
-        "latency_s": {str: NUMBER},
-        "memory": {"early": NUMBER, "late": NUMBER, "growth": NUMBER, "samples": [NUMBER]},
-    },
-    "gpu": {
-        **_COMMON,
-        "command": str,
-        "preset": str,
-        "model": _MODEL,
-        "machine": {"gpu": OPTIONAL_TEXT, "versions": {str: OPTIONAL_TEXT}},
-        "wall_s": NUMBER,
-        "sections": {str: dict},
-    },
-}
 
 
 def write_result(out: Path, data: Any, text: str, plot: Callable[[Path], None] | None = None) -> None:
@@ -143,32 +93,70 @@ def problems(data: Any) -> list[str]:
         return [f"kind {kind!r}: expected one of {', '.join(KINDS)}"]
     if data.get("format") != FORMAT:
         return [f"format {data.get('format')!r}: expected {FORMAT}"]
-    return list(_faults(data, KINDS[data["kind"]], "")) + list(_not_finite(data, ""))
+    return [*_faults(data, KINDS[data["kind"]], ""), *_not_finite(data, ""), *_not_a_model(data.get("model"))]
 
 
 def _faults(value: Any, shape: Shape, where: str) -> Iterator[str]:
-    if isinstance(shape, dict):
+    name = where.rstrip(".")
+    if isinstance(shape, Part):
+        yield from _faults_of_part(value, shape, where)
+    elif isinstance(shape, dict):
         if not isinstance(value, dict):
-            yield f"{where.rstrip('.') or 'the file'}: expected an object"
-            return
-        for key, inner in shape.items():
-            if key is str:
-                for name, item in value.items():
-                    yield from _faults(item, inner, f"{where}{name}.")
-            elif key.removesuffix("?") in value:
-                yield from _faults(value[key.removesuffix("?")], inner, f"{where}{key.removesuffix('?')}.")
-            elif not key.endswith("?"):
-                yield f"lacks {where}{key}"
+            yield f"{name or 'the file'}: expected an object"
+        elif any(isinstance(key, re.Pattern) for key in shape):
+            yield from _faults_by_name(value, shape, where)
+        else:
+            yield from _faults_of_object(value, shape, where)
     elif isinstance(shape, list):
         if not isinstance(value, list) or not value:
-            yield f"{where.rstrip('.')}: expected a list that is not empty"
+            yield f"{name}: expected a list that is not empty"
             return
         for index, item in enumerate(value):
             yield from _faults(item, shape[0], f"{where}{index}.")
+    elif isinstance(shape, re.Pattern):
+        if not (isinstance(value, str) and shape.fullmatch(value)):
+            yield f"{name}: expected text of the form {shape.pattern}, found {value!r:.40}"
     elif not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):
         kinds = shape if isinstance(shape, tuple) else (shape,)
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        yield f"{where.rstrip('.')}: expected {names}, found {value!r:.40}"
+        yield f"{name}: expected {names}, found {value!r:.40}"
+
+
+def _faults_of_object(value: dict[Any, Any], shape: dict[Any, Shape], where: str) -> Iterator[str]:
+    for key, inner in shape.items():
+        if key is str:
+            for name, item in value.items():
+                yield from _faults(item, inner, f"{where}{name}.")
+        elif key.removesuffix("?") in value:
+            yield from _faults(value[key.removesuffix("?")], inner, f"{where}{key.removesuffix('?')}.")
+        elif not key.endswith("?"):
+            yield f"lacks {where}{key}"
+
+
+def _faults_by_name(value: dict[Any, Any], shape: dict[re.Pattern[str], Shape], where: str) -> Iterator[str]:
+    if not value:
+        yield f"{where.rstrip('.')}: expected an object that is not empty"
+    for name, item in value.items():
+        inner = next((inner for pattern, inner in shape.items() if pattern.fullmatch(name)), None)
+        if inner is None:
+            yield f"{where}{name:.60}: no part of such a result"
+        else:
+            yield from _faults(item, inner, f"{where}{name}.")
+
+
+def _faults_of_part(value: Any, shape: Part, where: str) -> Iterator[str]:
+    why = [name for name in WHYS if isinstance(value, dict) and name in value]
+    fields = {f"{key.removesuffix('?')}?": inner for key, inner in shape.fields.items()} if why else shape.fields
+    yield from _faults(value, {**fields, **dict.fromkeys(why, str)}, where)
+
+
+def _not_a_model(model: Any) -> Iterator[str]:
+    """What is wrong with the configuration of the model that was measured."""
+    if isinstance(model, dict) and isinstance(model.get("config"), dict):
+        try:
+            ModelConfig.from_dict(model["config"])
+        except BadCheckpointError as error:
+            yield str(error)
 
 
 def _not_finite(value: Any, where: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mindomni_rt.backends.base import DenoiseRequest, LanguageRequest, Prefix
 from mindomni_rt.backends.fast.backend import FastOptions, TorchCudaBackend
+from mindomni_rt.backends.torch.device import is_cuda
 from mindomni_rt.checkpoint.config import ModelConfig
 from mindomni_rt.inputs.images import ImagePatches
 from mindomni_rt.memory.layers import Workload
@@ -190,6 +191,10 @@ def dtype_of(model: MindOmniModel) -> str:
 def make_backend(
     model: MindOmniModel, device: str, precision: Precision | None = None, plan: Plan | None = None, impl: str = "auto"
 ) -> TorchCudaBackend:
-    """The fast path over a model, whose block weights it takes; unquantized unless a precision is given."""
+    """The fast path over a model, whose block weights it takes; unquantized unless a precision is given.
+
+    A plan's budget limits what runs beside the weights, as in `load`; the caller limits the process's memory.
+    """
     precision = precision or Precision.uniform(dtype_of(model))
-    return TorchCudaBackend(model, device, options=FastOptions(precision=precision, plan=plan, impl=impl))
+    options = FastOptions(precision=precision, plan=plan, impl=impl, limited=plan is not None and is_cuda(device))
+    return TorchCudaBackend(model, device, options=options)

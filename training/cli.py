@@ -134,15 +134,18 @@ def _gpu_step(options: argparse.Namespace) -> int:
     pretrain = load_config(Path("pretrain-full"), small)
     rollouts = ["optim.batch=1", "rgpo.max_new_tokens=64", "rgpo.image_steps=10"]
     rgpo = load_config(Path("rgpo-full"), [*small, *rollouts])
-    result: dict[str, Any] = gpu_step(pretrain, rgpo)
-    print(json.dumps(result, indent=2))
-    if options.out:
-        from mindomni_rt.checkout import commit
+    from mindomni_rt.checkout import commit
 
-        sizes = {"pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
-        record = {"commit": commit() or "unknown", "result": result, **sizes}
-        write_json(options.out, record)
-    return 0
+    record = {"commit": commit() or "unknown", "result": {}, "pretrain": pretrain.to_dict(), "rgpo": rgpo.to_dict()}
+
+    def store(results: dict[str, Any]) -> None:
+        record["result"] = results
+        if options.out:
+            write_json(options.out, record)
+
+    result = gpu_step(pretrain, rgpo, store=store)
+    print(json.dumps(result, indent=2))
+    return int(any("failed" in found or found.get("right") is False for found in result.values()))
 
 
 def _new(options: argparse.Namespace) -> int:

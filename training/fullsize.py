@@ -7,11 +7,13 @@ random weights on a GPU and runs one step of stage 1 and one of RGPO. The plan i
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import nn
 from mindomni_rt.checkpoint.config import ModelConfig, published
 from mindomni_rt.errors import UnsupportedDeviceError
 from mindomni_rt.inputs.prompts import Chat
+from mindomni_rt.judgement import described, judged
 from mindomni_rt.model.block import Block
 from mindomni_rt.model.mindomni import MindOmniModel
 from mindomni_rt.model.random.weights import random_model
@@ -34,6 +37,8 @@ from .stages.base import Draws, Stage
 from .stages.contexts import Contexts
 
 GIB = 2**30
+GRADIENT = 0.4
+"""Bound of a gradient's distance from float32's, all of the model in 16 bits; that of another gradient is above 1."""
 OMNIGEN_VOCABULARY = 32064
 # Bytes kept for the backward pass, per token and layer: about 17 values of width `hidden` and 3 of the MLP's, at 2
 # bytes; attention keeps no matrix (fused kernels). An estimate: `--gpu-step` measures.
@@ -176,35 +181,83 @@ def report(config: Config, model_config: ModelConfig | None = None, gpus: Sequen
 
 
 def gpu_step(
-    pretrain: Config, rgpo: Config, model_config: ModelConfig | None = None, device: str = "cuda"
-) -> dict[str, dict[str, float | str]]:
-    """One step of stage 1 and one of RGPO on random weights: seconds and peak GiB of each.
+    pretrain: Config,
+    rgpo: Config,
+    model_config: ModelConfig | None = None,
+    device: str = "cuda",
+    store: Callable[[dict[str, dict[str, Any]]], None] = lambda results: None,
+) -> dict[str, dict[str, Any]]:
+    """One step of stage 1 and one of RGPO on random weights: seconds and peak GiB of each, and whether its gradient is
+    right, judged by its distance from float32's.
 
-    The second of two equal steps is timed. Raises UnsupportedDeviceError without a CUDA device.
+    The second of two equal steps is timed. A stage that fails is recorded and the other runs; `store` gets all results
+    after each part. Raises UnsupportedDeviceError without a CUDA device.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedDeviceError(
             "--gpu-step needs a CUDA device, and this PyTorch finds none; the dry run does not"
         )
-    results: dict[str, dict[str, float | str]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    keep, sizes = partial(store, results), model_config or full_config()
     for config in (pretrain, rgpo):
-        config = dataclasses.replace(config, device=device)
-        with tempfile.TemporaryDirectory() as folder:
-            stage = _random_stage(config, model_config or full_config(), where, Path(folder))
-            chosen = stage.choose_trainable()
-            optimizer = torch.optim.AdamW(chosen.values(), lr=1e-5)
-            for turn in range(2):
-                if where.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                seconds, loss = _step(stage, optimizer, config, turn)
-            peak = torch.cuda.max_memory_allocated() / GIB if where.type == "cuda" else math.nan
-            name = torch.cuda.get_device_name() if where.type == "cuda" else "cpu"
-            results[config.stage] = {"seconds": seconds, "peak_gib": peak, "loss": loss, "device": name}
-            del stage, chosen, optimizer
+        found = results[config.stage] = {}
+        try:
+            _measure(dataclasses.replace(config, device=device), sizes, where, found, keep)
+        except Exception as error:  # noqa: BLE001  # minutes on a borrowed GPU: the other stage must still run
+            found["failed"] = described(error)
+        keep()
+        gc.collect()
         if where.type == "cuda":
             torch.cuda.empty_cache()
     return results
+
+
+def _measure(
+    config: Config, sizes: ModelConfig, where: torch.device, found: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Fills `found`: times first, stored before the reference in float32, which may not fit."""
+    cuda = where.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        stage = _random_stage(config, sizes, where, Path(folder))
+        chosen = stage.choose_trainable()
+        optimizer = torch.optim.AdamW(chosen.values(), lr=1e-5)
+        for turn in range(2):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(where)
+            seconds, loss = _step(stage, optimizer, config, turn)
+        found |= {"seconds": seconds, "loss": loss, "device": torch.cuda.get_device_name(where) if cuda else "cpu"}
+        if cuda:  # reserved counts what the allocator holds beside tensors
+            peaks = torch.cuda.max_memory_allocated(where), torch.cuda.max_memory_reserved(where)
+            found |= dict(zip(("peak_gib", "reserved_gib"), (peak / GIB for peak in peaks), strict=True))
+        keep()
+        if config.wants_bf16(where.type):
+            found |= _judgement(stage, config)
+
+
+def _judgement(stage: Stage, config: Config) -> dict[str, Any]:
+    """The gradient of one micro-batch in 16 bits, by its distance from that of the same batch in float32.
+
+    Of RGPO that of the chosen tokens' probabilities: advantages cancel each other, and how far a policy is from its own
+    reference is rounding alone.
+    """
+    stage.config = dataclasses.replace(config, rgpo=dataclasses.replace(config.rgpo, beta_text=0.0, beta_image=0.0))
+    prepared = _prepared(stage, config, 2)
+    if hasattr(prepared, "advantages"):
+        prepared.advantages = torch.ones_like(prepared.advantages)
+    ours = _gradient(stage, prepared)
+    stage.config = dataclasses.replace(stage.config, precision="fp32")
+    stage.model.float()
+    exact = _gradient(stage, prepared)
+    return judged(float((ours - exact).norm() / exact.norm()), GRADIENT)
+
+
+def _gradient(stage: Stage, prepared: Any) -> torch.Tensor:
+    """Of what trains, flat, in float64 on the host."""
+    stage.zero_grad(set_to_none=True)
+    stage("terms", prepared).total.backward()
+    found = [p.grad for p in stage.parameters() if p.grad is not None]
+    return torch.cat([grad.flatten().cpu().double() for grad in found])
 
 
 def _random_stage(config: Config, model_config: ModelConfig, device: torch.device, folder: Path) -> Stage:
@@ -225,15 +278,20 @@ def _length_reward(rollouts: Sequence[Any]) -> NDArray[np.float64]:
     return np.array([float(len(set(r.token_ids))) for r in rollouts])
 
 
-def _step(stage: Stage, optimizer: torch.optim.Optimizer, config: Config, turn: int) -> tuple[float, float]:
+def _prepared(stage: Stage, config: Config, turn: int) -> Any:
+    """What the stage makes of a batch of one record, repeated."""
     size, count = config.data.image_size, config.optim.batch
     pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
     record = Record(instruction="draw a cat on the moon", output_image=pixels, gt_prompt="a cat on the moon")
-    records = [record] * count
-    began = time.perf_counter()
     stage.eval()
-    prepared = stage("prepare", records, Draws(0, turn, 0, count, 0, count))
+    prepared = stage("prepare", [record] * count, Draws(0, turn, 0, count, 0, count))
     stage.train()
+    return prepared
+
+
+def _step(stage: Stage, optimizer: torch.optim.Optimizer, config: Config, turn: int) -> tuple[float, float]:
+    began = time.perf_counter()
+    prepared = _prepared(stage, config, turn)
     optimizer.zero_grad(set_to_none=True)
     terms = stage("terms", prepared)
     terms.total.backward()
@@ -241,5 +299,5 @@ def _step(stage: Stage, optimizer: torch.optim.Optimizer, config: Config, turn: 
     optimizer.step()
     loss = float(terms.total.detach())
     if stage.contexts.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(stage.contexts.device)
     return time.perf_counter() - began, loss

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mindomni_rt.backends.fast.attention import Segments, candidates, eight_bit, masked, ours
 from mindomni_rt.checkpoint.config import StackConfig
+from mindomni_rt.judgement import described, judged
 from mindomni_rt.kernels.decode_attention import decode_attention
 from mindomni_rt.kernels.gemv import gemv
 from mindomni_rt.kernels.int4_linear import int4_linear, quantize_int4
@@ -33,7 +34,7 @@ from mindomni_rt.kernels.swiglu import swiglu
 from mindomni_rt.kernels.triton_compat import REFUSALS
 from mindomni_rt.memory.layers import Workload
 
-from ..measure import Meter, Run, described, judged, relative_error
+from ..measure import Meter, Run, relative_error
 from ..stages import Preset
 
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}

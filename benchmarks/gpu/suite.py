@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import logging
 import sys
 import time
@@ -30,8 +29,10 @@ import torch
 
 from mindomni_rt.backends.fast.load import choose, reserve
 from mindomni_rt.backends.torch.backend import TorchBackend
+from mindomni_rt.backends.torch.device import limit_memory
 from mindomni_rt.clock import Clock
 from mindomni_rt.errors import BadRequestError
+from mindomni_rt.judgement import judged
 from mindomni_rt.memory.footprint import weight_bytes
 from mindomni_rt.memory.layers import parameters
 from mindomni_rt.memory.planner import gigabytes, plan
@@ -40,7 +41,7 @@ from mindomni_rt.model.random.scaled import scaled
 from mindomni_rt.model.random.weights import random_model
 
 from ..machine import describe_machine, free_memory, header
-from ..measure import Meter, Record, ceilings, judged, relative_error
+from ..measure import Meter, Record, ceilings, relative_error
 from ..peers.baselines import EagerDecoder
 from ..peers.command import cuda_or_cpu
 from ..peers.pairs import BOUNDS, marked, run_group
@@ -256,17 +257,24 @@ class Suite:
         return [size * 10**9 for size in (8, 12, 16, 24)] if self.cuda else [int(0.7 * peak)]
 
     def budget(self, budget: int) -> dict[str, Any]:
-        """A whole request within a budget, twice: parts come and go, and the peak must stay below."""
+        """A whole request within a budget, twice: parts come and go, and what torch holds must stay below, pools of
+        graphs and what it keeps for later among it."""
         config, device = self.preset.config, str(self.device)
         precision, chosen = choose(config, self.preset.dtype, None, budget, device, self.preset.work())
         backend = make_backend(self.model(), device, precision, chosen)
-        gc.collect()
-        found = self.request(backend)
-        del found["latents"]
+        residency = backend.residency
+        free_memory()  # what the whole model took
         room = budget - reserve(device)
+        if self.cuda:
+            limit_memory(device, room / torch.cuda.get_device_properties(self.device).total_memory)
+        try:
+            found = self.request(backend)
+        finally:
+            backend.close()  # and the limit ends
+        del found["latents"]
         return {**found, "precision": str(precision), "resident": chosen.resident if chosen else None,
-                "moved_bytes": backend.residency.moved_bytes, "hidden_bytes": backend.residency.hidden_bytes,
-                "room_bytes": room, "loads": backend.residency.loads, "under": found["peak_bytes"] <= room}  # fmt: skip
+                "moved_bytes": residency.moved_bytes, "hidden_bytes": residency.hidden_bytes, "room_bytes": room,
+                "loads": residency.loads, "under": found["reserved_bytes"] <= room}  # fmt: skip
 
     def baseline(self, name: str) -> dict[str, Any]:
         """A peer of `benchmarks peers` on the same weights; fewer tokens and steps, for it recomputes much."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from mindomni_rt.judgement import described, judged
+
 from ..compare import change
-from ..measure import Meter, described, judged
+from ..measure import Meter
 
 Sample = Callable[[Meter], float]
 """One measurement: seconds."""
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.1}
-"""Of whole models. 16 bits: by rounding of some 30 layers; RATIO is the sharper test there."""
+"""Of whole models. 16 bits: by rounding of some 30 layers; `judgement.RATIO` is the sharper test there."""
 ROUNDED = 1.0
 """Of 8- and 4-bit weights, which err by half in four layers of random ones. It shows that the same model ran, not how
 well: unrelated outputs of one size err by 1.4."""

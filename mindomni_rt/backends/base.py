@@ -10,7 +10,7 @@ arrays from one stage to the next without looking inside, so nothing need leave 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ OPTIONAL = {
     "first_step": "leave it out, or build the bundle with --first-step condition_only",
 }
 """Options of a request that a backend may lack, beside their defaults, and what to do then."""
+IN_FLIGHT = 2
+"""Denoising steps that a device has yet to finish when one is reported: no more, so that progress is true and a
+cancelled request ends soon."""
 ADAPTERS = "adapters"
 """A capability: LoRA adapters are loaded and unloaded, by the backend's `adapters`."""
 PROMPT_BATCHES = "prompt_batches"
@@ -138,6 +141,10 @@ class DenoiseSession(Protocol):
 
     def step(self, step: Step) -> None:
         """Queues one step: velocities, guidance, update. Nothing is copied to the host."""
+        ...
+
+    def mark(self) -> Callable[[], None]:
+        """A function that waits until what is queued so far has run."""
         ...
 
     @property

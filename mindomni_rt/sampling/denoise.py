@@ -7,10 +7,11 @@ latents move and when the loop stops is decided here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..backends.base import Array, Backend, DenoiseRequest, DenoiseSession
+from ..backends.base import IN_FLIGHT, Array, Backend, DenoiseRequest, DenoiseSession
 from ..errors import GenerationCancelled
 from .schedule import Step, plan_steps
 
@@ -63,10 +64,13 @@ def denoise(backend: Backend, request: DenoiseRequest) -> Iterator[DenoiseState]
 def run_steps(
     session: DenoiseSession, steps: Iterable[Step], cancel: threading.Event | None = None
 ) -> Iterator[DenoiseState]:
-    """Takes a session through planned steps."""
-    steps = list(steps)
+    """Takes a session through planned steps, at most IN_FLIGHT of them ahead of its device."""
+    steps, waits = list(steps), deque[Callable[[], None]]()
     for step in steps:
         check(cancel)
         session.step(step)
+        waits.append(session.mark())
+        if len(waits) > IN_FLIGHT:
+            waits.popleft()()
         yield DenoiseState(step=step.index + 1, total=len(steps), outlook=step.outlook, session=session)
     check(cancel)

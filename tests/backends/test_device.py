@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mindomni_rt.backends.fast import graph
 from mindomni_rt.backends.fast.graph import GraphPool, Replay
 from mindomni_rt.backends.torch.device import index_of, is_cuda, limit_memory, on_device, with_index
 
@@ -54,6 +55,21 @@ def test_a_share_of_memory_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for share in (-0.5, 0.25, 7.0):
         limit_memory("cuda:1", share)
     assert told == [(0.0, 1), (0.25, 1), (1.0, 1)]
+
+
+def test_a_failed_capture_uses_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    handles = count()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: SimpleNamespace(number=next(handles)))
+    monkeypatch.setattr(graph, "captured", failing)
+    pool = GraphPool()
+    replays = [Replay(lambda: None, "cuda:0", pool) for _ in range(2)]
+    for replay in replays:
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            replay.prepare()
+    assert next(handles) == 2  # each began a pool of its own
 
 
 def test_a_pool_without_graphs_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import mindomni_rt
 from mindomni_rt.backends.fast.attention import Segments, candidates, choose
 from mindomni_rt.backends.fast.graph import Replay
 from mindomni_rt.backends.fast.linear import LinearDense, LinearW8A8
-from mindomni_rt.backends.fast.load import check_device
+from mindomni_rt.backends.fast.load import check_device, reserve
 from mindomni_rt.backends.fast.tune import choose_fused_rows, choose_one_row, choose_w8a8
+from mindomni_rt.devices.table import RESERVE
 from mindomni_rt.memory.footprint import Precision
 
 
@@ -115,6 +117,14 @@ def test_types_that_a_gpu_lacks() -> None:
         check_device(Precision(decoder="fp8"), (8, 6))
     with pytest.raises(mindomni_rt.UnsupportedDeviceError, match="float16"):
         check_device(Precision(), (7, 5))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_budget_leaves_the_system_its_memory(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """More where the GPU has the host's memory, as on a Jetson."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=shared))
+    assert reserve("cuda:0") == RESERVE[shared] and reserve("cpu") == 0
 
 
 def test_a_replay_without_a_graph_runs_the_step() -> None:

@@ -162,7 +162,8 @@ NVML = """
 calls = 0
 def nvmlInit(): pass
 def nvmlDeviceGetHandleByIndex(index): return index
-def nvmlDeviceGetPowerUsage(handle): return 60500
+def nvmlDeviceGetHandleByUUID(uuid): return uuid
+def nvmlDeviceGetPowerUsage(handle): return {{3: 70500, "GPU-8a56": 80500}}.get(handle, 60500)
 def nvmlDeviceGetTotalEnergyConsumption(handle):
     global calls
     if {old}: raise RuntimeError("Not Supported")
@@ -186,6 +187,26 @@ def test_energy_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: 
     else:  # the counter was read once before: 4 J, then 9 J
         assert energy.record() == {"method": "NVML energy counter", "joules": [5.0], "idle_watts": pytest.approx(60.5)}
     sys.modules.pop("pynvml")
+
+
+@pytest.mark.parametrize(("device", "watts"), [("cuda", 70.5), ("cuda:0", 70.5), ("cuda:1", 80.5), ("cuda:2", 60.5)])
+def test_energy_is_of_the_gpu_that_cuda_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, watts: float
+) -> None:
+    """NVML counts every GPU, CUDA those of CUDA_VISIBLE_DEVICES."""
+    (tmp_path / "pynvml.py").write_text(NVML.format(old=True))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a56,1")
+    assert Energy(device, every=0.01, idle=0.03).idle_watts == pytest.approx(watts)
+    sys.modules.pop("pynvml")
+
+
+def test_clocks_are_of_the_gpu_that_cuda_shows(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi counts as NVML does."""
+    tool("nvidia-smi", 'while [ "$1" != "-i" ]; do shift; done; echo "card $2, 580.65.06, 450.00 W"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a56")
+    assert [describe_machine(f"cuda:{index}")["gpu"] for index in (0, 1)] == ["card 3", "card GPU-8a56"]
 
 
 def test_nothing_to_read() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from mindomni_rt.benchmarks import cli
 from mindomni_rt.benchmarks.gpu import kernels, suite
 from mindomni_rt.benchmarks.gpu.kernels import Case, run_case
 from mindomni_rt.benchmarks.gpu.report import TARGETS, eager_request, markdown
-from mindomni_rt.benchmarks.measure import Meter, Record, judged
+from mindomni_rt.benchmarks.measure import Meter, Record
 from mindomni_rt.benchmarks.results import FOLDER, problems
+from mindomni_rt.judgement import judged
 
 TOY = ["--device", "cpu", "--preset", "toy"]
 
@@ -66,7 +69,9 @@ def test_a_budget_swaps_parts(report: tuple[dict, str]) -> None:
 def test_sweep(tmp_path: Path) -> None:
     assert main([*TOY, "--only", "sweep", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
-    found = json.loads(path.read_text())["sections"]["sweep"]
+    sections = json.loads(path.read_text())["sections"]
+    assert list(sections) == ["sweep"]  # and nothing else that was not asked for
+    found = sections["sweep"]
     for name in ("segment_attention", "linear8_int8", "gemv", "int4_gemv"):
         assert found[name]["best"][0]["seconds"] > 0 and found[name]["refused"] == 0
 
@@ -95,6 +100,116 @@ def test_a_time_is_kept_where_the_check_after_it_fails(monkeypatch: pytest.Monke
     monkeypatch.setattr(found, "step", lambda *_: {"step_s": 1.0})
     record = found.record.section(found.meter, "decoder=int8", 0, lambda: found.precision("decoder=int8"))
     assert record["step_s"] == 1.0 and record["failed"] == "RuntimeError: no memory"
+
+
+def toy(*parts: str, **more: Any) -> suite.Suite:
+    """A suite of one small picture, after it ran some parts."""
+    preset = dataclasses.replace(suite.presets("toy"), sides=(64,))
+    found = suite.Suite(preset, torch.device("cpu"), 30, more.get("store", lambda: None))
+    found.run(list(parts))
+    return found
+
+
+def test_a_velocity_that_is_too_far_is_marked_and_the_step_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headline figure does not depend on the judgement."""
+    monkeypatch.setattr(suite.Suite, "distance", lambda *_: 0.5)
+    sections = toy("ceilings", "correctness", "step").record.data
+    assert sections["velocity 64"]["right"] is False and sections["velocity 64"]["error"] == 0.5
+    assert sections["ours 64"]["step_s"] > 0 and sections["eager 64"]["step_s"] > 0
+    assert suite.missed(sections["velocity 64"]) and not suite.missed(sections["ours 64"])
+    machine = {"gpu": None, "cpu": "x", "versions": {}}
+    table = markdown({"machine": machine, "sections": sections, "preset": "toy", "date": "", "wall_s": 1})
+    assert "| velocity 64 | 0.5 | – | 1e-05 | NO |" in table and "| guided step 64² |" in table
+
+
+@pytest.mark.parametrize(("reserved", "under"), [(0.9, True), (1.1, False)])
+def test_a_budget_counts_what_is_reserved(monkeypatch: pytest.MonkeyPatch, reserved: float, under: bool) -> None:
+    """Pools of graphs are no tensors: `max_memory_allocated` leaves them out."""
+    budget = toy().budgets()[0]
+    peaks = {"peak_bytes": budget // 2, "reserved_bytes": int(reserved * budget)}
+    monkeypatch.setattr(suite.Meter, "peak", lambda self: dict(peaks))
+    found = toy().budget(budget)
+    assert found["under"] is under and found["reserved_bytes"] == peaks["reserved_bytes"]
+
+
+def test_parts_run_in_order_of_value_each_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = ["correctness", "step", "tokens", "request", "precisions", "baselines", "sweep"]
+    assert [name for name in suite.PARTS if name in value] == value
+    assert all(0 < needs < limit <= 600 for needs, limit, _ in suite.PARTS.values())
+    parts = {
+        "slow": (0.0, 0.2, lambda _: {"sleeps": lambda: time.sleep(30)}),
+        "long": (10_000.0, 20_000.0, lambda _: {"too long": dict}),
+        "last": (0.0, 9.0, lambda s: {"quick": lambda: {"left": s.meter.left()}}),
+    }
+    monkeypatch.setattr(suite, "PARTS", parts)
+    found, began = toy(), time.monotonic()
+    found.cuda = True  # limits are of a GPU
+    found.run(list(parts))
+    data = found.record.data
+    assert data["sleeps"]["failed"].startswith("TimeoutError") and time.monotonic() - began < 20
+    assert data["too long"]["skipped"].startswith("10000 s needed") and 0 < data["quick"]["left"] <= 9
+
+
+DAMAGE: list[tuple[str, Any, str]] = [
+    ("date", "yesterday", "date: expected text of the form"),
+    ("preset", "huge", "preset: expected text of the form full|toy, found 'huge'"),
+    ("command", None, "lacks command"),
+    ("wall_s", "long", "wall_s: expected int or float, found 'long'"),
+    ("machine.gpu", 7, "machine.gpu: expected str or null, found 7"),
+    ("machine.sm", "90", "machine.sm: expected int, found '90'"),
+    ("model.config.language", None, "model configuration is incomplete"),
+    ("sections", {}, "sections: expected an object that is not empty"),
+    ("sections.warp drive", {"step_s": 1.0}, "sections.warp drive: no part of such a result"),
+    ("sections.ours 1e9", {"step_s": 1.0}, "sections.ours 1e9: no part of such a result"),
+    ("sections.ours 96.step_s", None, "lacks sections.ours 96.step_s"),
+    ("sections.ours 96.step_s", float("nan"), "sections.ours 96.step_s: nan is no finite number"),
+    ("sections.ours 96.step_s", True, "sections.ours 96.step_s: expected int or float, found True"),
+    ("sections.ours 96.step_runs_s", [], "sections.ours 96.step_runs_s: expected a list that is not empty"),
+    ("sections.velocity 96.right", "yes", "sections.velocity 96.right: expected bool, found 'yes'"),
+    ("sections.request.stages_s.vae", "fast", "sections.request.stages_s.vae: expected int or float"),
+    ("sections.kernels.cases.0.right", None, "lacks sections.kernels.cases.0.right"),
+    ("sections.kernels.cases.0.seconds.ours", [], "sections.kernels.cases.0.seconds.ours: expected"),
+    ("sections.diffusers.pairs.guided step.ratio", float("inf"), "pairs.guided step.ratio: inf is no finite number"),
+    ("sections.decoding.failed", 3, "sections.decoding.failed: expected str, found 3"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "expected"), DAMAGE, ids=[f"{p}={v!r:.20}" for p, v, _ in DAMAGE])
+def test_damage_is_named(report: tuple[dict, str], path: str, value: Any, expected: str) -> None:
+    """None: the field is taken out."""
+    data = copy.deepcopy(report[0])
+    place: Any = data
+    *way, last = path.split(".")
+    for key in way:
+        place = place[int(key) if isinstance(place, list) else key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    found = problems(data)
+    assert any(line.startswith(expected) or expected in line for line in found) and len(found) <= 2, found
+
+
+def test_every_part_has_a_shape(report: tuple[dict, str]) -> None:
+    """An empty part is named, and so is one that is none, unless it says why it has nothing."""
+    for name in report[0]["sections"]:
+        for emptied in ({}, []):
+            data = copy.deepcopy(report[0])
+            data["sections"][name] = emptied
+            assert any(f"sections.{name}" in line for line in problems(data)), name
+        data["sections"][name] = {"failed": "RuntimeError: no kernel"}
+        assert not problems(data)
+
+
+def test_the_file_is_checked_by_the_command(
+    report: tuple[dict, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(report[0]))
+    assert cli.main(["check", str(path)]) == 0
+    path.write_text(json.dumps({**report[0], "sections": {**report[0]["sections"], "magic": {"step_s": 1e-9}}}))
+    assert cli.main(["check", str(path)]) == 1
+    assert "sections.magic: no part of such a result" in capsys.readouterr().out
 
 
 def test_eager_request_by_hand() -> None:
@@ -149,9 +264,11 @@ def test_a_kernel_that_cannot_be_made_leaves_the_others(tmp_path: Path, monkeypa
         raise ValueError("type fp8e4nv not supported in this architecture")
 
     monkeypatch.setattr(kernels, "quantize_rows", refused)
-    assert main([*TOY, "--only", "kernels", "--out", str(tmp_path)]) == 1
+    assert main([*TOY, "--only", "kernels,sweep", "--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("*.json")
-    cases = {c["name"]: c for c in json.loads(path.read_text())["sections"]["kernels"]["cases"]}
+    sections = json.loads(path.read_text())["sections"]
+    assert "fp8e4nv not supported" in sections["sweep"]["linear8_int8"]["failed"] and sections["sweep"]["gemv"]["best"]
+    cases = {c["name"]: c for c in sections["kernels"]["cases"]}
     assert len(cases) == 14 and [n for n, c in cases.items() if "failed" in c] == ["linear8_int8", "linear8_fp8"]
     assert "fp8e4nv not supported" in cases["linear8_fp8"]["failed"]
 

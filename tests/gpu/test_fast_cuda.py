@@ -11,7 +11,7 @@ from conftest import PARITY, relative
 
 import mindomni_rt
 from mindomni_rt import Pipeline
-from mindomni_rt.benchmarks.measure import judged
+from mindomni_rt.judgement import judged
 from mindomni_rt.model.tiny import write_random_checkpoint
 
 pytestmark = [

@@ -21,6 +21,11 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Relative error ‖a − b‖/‖b‖ against float64 on the same rounded inputs.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+FP8 = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+EIGHT_BIT = ["int8", pytest.param("fp8", marks=pytest.mark.skipif(not FP8, reason="fp8 needs SM 89"))]
+FP8_SUMS = 5e-4
+"""Relative error of float32 sums of fp8 products by tensor cores, which keep 13 bits of a sum's fraction."""
+PRODUCTS = {"int8": 1e-6, "fp8": 1e-6 if DEVICE == "cpu" else FP8_SUMS}
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DEVICE, FLOATS, TOLERANCE, convert, error
+from kernel_checks import DEVICE, EIGHT_BIT, FLOATS, TOLERANCE, convert, error
 
 from mindomni_rt.kernels.norms import add_norm
 from mindomni_rt.kernels.quantize import LARGEST, quantize_rows, quantize_rows_torch
@@ -31,7 +31,7 @@ def test_norm(shape, residual, dtype):
     assert residual or total is x
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", EIGHT_BIT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_eight_bit_rows(kind, dtype):
     x = draw(2, 5, 100, dtype=dtype)
@@ -49,7 +49,7 @@ def test_eight_bit_rows(kind, dtype):
         quantize_rows(x, "int4")
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", EIGHT_BIT)
 def test_norm_and_gate_into_eight_bits(kind):
     x, r, w = draw(7, 80), draw(7, 80, seed=1), draw(80, seed=2)
     for found, expected in (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mindomni_rt import UnsupportedDeviceError
+from mindomni_rt.devices.table import RESERVE
+from mindomni_rt.memory.fit import gpu_reserve
 from mindomni_rt.memory.gpus import Gpu, _of_driver, gpus, visible
 from mindomni_rt.memory.host import HostMemory, host_memory, parse_vm_stat
 from mindomni_rt.memory.machine import Machine, read_machine
@@ -196,6 +199,24 @@ def test_gpus_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cuda:2", "cuda:x", "mps"):
         with pytest.raises(UnsupportedDeviceError, match=device):
             host.free(device)
+
+
+def test_gpus_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shares the host's memory has none of its own: a part that waits there would take it twice."""
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        mem_get_info=lambda index: (5 << 30, 8 << 30),
+        get_device_properties=lambda index: SimpleNamespace(is_integrated=index == 1),
+        get_device_name=lambda index: ("NVIDIA GeForce RTX 4060", "Orin")[index],
+        get_device_capability=lambda index: ((8, 9), (8, 7))[index],
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    card, orin = gpus()
+    assert (card.total, card.free) == (8 << 30, 5 << 30) and (orin.total, orin.free) == (None, None)
+    machine = Machine(host=HostMemory(32 << 30, 20 << 30), gpus=(card, orin))
+    assert machine.free("cuda:1") == 20 << 30
+    assert [gpu_reserve(machine, f"cuda:{gpu.index}") for gpu in (card, orin)] == [RESERVE[False], RESERVE[True]]
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

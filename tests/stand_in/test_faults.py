@@ -15,12 +15,15 @@ from mindomni_rt.model.mindomni import load_model
 from mindomni_rt.sampling.denoise import denoise
 from mindomni_rt.sampling.schedule import timesteps
 
+from . import test_lengths as lengths
 from .runs import ROOT, Runs
 from .test_requests import job
 from .tf32 import Tf32
 
 pytestmark = pytest.mark.timeout(1800)
 SHORT: dict[str, Any] = dict(num_inference_steps=6, max_new_tokens=6, height=512, width=512)
+EDIT: dict[str, Any] = dict(SHORT, image=True, edit_features="vit+vae", draft_tokens=2, preview_every=3, end=4)
+"""Every stage and kind of step."""
 IN_FLIGHT = 2  # steps that a cancelled request may still run
 STREAMS = 2  # the default one and one for captures
 
@@ -79,6 +82,14 @@ def _latents(backend: TorchCudaBackend, config: ModelConfig) -> np.ndarray:
     return backend.numpy(last.latents)
 
 
+def test_prompts_do_not_unpack_weights(runs: Runs) -> None:
+    """Launches for a few rows have tiles of 16 rows."""
+    eight = {**lengths.job(runs), "requests": lengths.REQUESTS[:1]}
+    for asked, kernel in ((job("int4", "8GB"), "int4_linear"), (eight, "int8_linear")):
+        launches = [it for it in runs(**asked)["launches"] if it["kernel"] == f"{kernel}.product_kernel"]
+        assert max(dict(it["constants"])["BM"] for it in launches) >= 64, kernel
+
+
 def test_pinned_memory_is_what_the_weights_take(runs: Runs) -> None:
     found = runs(**job("int4", "8GB"))
     assert found["load"]["pinned"] <= 1.05 * found["load"]["pinned_wanted"]
@@ -104,7 +115,7 @@ def test_an_error_in_a_capture_ends_it(runs: Runs) -> None:
         requests=[["short", SHORT]],
         refuse={"gemv.gemv_kernel": "capture"},
     )
-    assert not found["stuck"]
+    assert not found["stuck"] and found["current"] == [0, 0]  # what follows runs on the default stream
     clean(found)
 
 
@@ -125,15 +136,10 @@ def test_work_runs_on_few_streams(runs: Runs) -> None:
 
 
 def test_the_second_device_from_a_worker_thread(runs: Runs) -> None:
-    clean(
-        runs(
-            folder=runs.thin,
-            stand={"devices": 2},
-            load={"device": "cuda:1"},
-            requests=[["short", SHORT]],
-            thread=True,
-        )
-    )
+    requests = [["short", SHORT], ["edit", EDIT], ["question", dict(understand="what is it", image=True, end=4)]]
+    found = runs(folder=runs.thin, stand={"devices": 2}, load={"device": "cuda:1"}, requests=requests, thread=True)
+    clean(found)
+    assert found["devices"] == [1] and found["current"] == [0, 0, 0]
 
 
 def test_two_pipelines_on_two_devices(runs: Runs) -> None:

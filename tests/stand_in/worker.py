@@ -48,6 +48,8 @@ class Worker:
                 alive.append(self._pipeline({"folder": job["folder"], **following}, place))
         found["faults"], found["stuck"] = runtime.stand.faults, bool(runtime.allocator.capturing)
         found["streams"] = sorted({stream for _, stream in runtime.stand.streams})
+        found["devices"] = sorted({device for device, _ in runtime.stand.streams})
+        found["current"] = [runtime.device, *(runtime.stream(index) for index in range(runtime.stand.devices))]
         found["captures"], found["timings"] = runtime.stand.captures, runtime.stand.timings
         found["plans"] = len(runtime.stand.plans)
         found["layouts"] = dict(self.stand_in.fake.operations.layouts.seen)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import re
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from toy import VAE, WORDS
 
 from mindomni_rt.errors import UnsupportedDeviceError
+from mindomni_rt.training import fullsize
+from mindomni_rt.training.cli import main
 from mindomni_rt.training.config import load_config
 from mindomni_rt.training.evaluation.ablate import CONFIGS
 from mindomni_rt.training.fresh import SPECIAL, fresh_config
@@ -75,15 +79,69 @@ def test_gpu_step_needs_a_gpu_and_says_so():
         gpu_step(config, config)
 
 
+SETTINGS = ["data.image_size=32", "optim.batch=2", "precision=bf16", "data.cache_latents=''"]
+SMALL = ["optim.batch=1", "rgpo.max_new_tokens=4", "rgpo.image_steps=2", "rgpo.group=2", "lora.rank=2"]
+
+
+def toy_step(store=lambda results: None):
+    """A toy's steps on the CPU, in bf16."""
+    pretrain = load_config(CONFIGS / "pretrain-full.toml", SETTINGS)
+    rgpo = load_config(CONFIGS / "rgpo-full.toml", [*SETTINGS, *SMALL])
+    return gpu_step(pretrain, rgpo, fresh_config(len(SPECIAL) + len(WORDS) + 20, VAE, width=32), "cpu", store)
+
+
 def test_gpu_step_runs_on_a_toy():
-    settings = ["data.image_size=32", "optim.batch=2", "precision=bf16", "data.cache_latents=''"]
-    pretrain = load_config(CONFIGS / "pretrain-full.toml", settings)
-    small = ["optim.batch=1", "rgpo.max_new_tokens=4", "rgpo.image_steps=2", "rgpo.group=2", "lora.rank=2"]
-    rgpo = load_config(CONFIGS / "rgpo-full.toml", [*settings, *small])
-    sizes = fresh_config(len(SPECIAL) + len(WORDS) + 20, VAE, width=32)
-    found = gpu_step(pretrain, rgpo, sizes, "cpu")
+    stored = []
+    found = toy_step(lambda results: stored.append(copy.deepcopy(results)))
     assert set(found) == {"pretrain", "rgpo"}
-    assert all(row["seconds"] > 0 and row["loss"] == row["loss"] for row in found.values())
+    for row in found.values():
+        assert row["seconds"] > 0 and row["loss"] == row["loss"]
+        assert row["right"] and 1e-4 < row["error"] < row["bound"], row
+    # After each part: the time before the reference in float32, which may not fit.
+    assert [{k: "right" in v for k, v in results.items()} for results in stored] == [
+        {"pretrain": False}, {"pretrain": True}, {"pretrain": True, "rgpo": False}, {"pretrain": True, "rgpo": True}
+    ]  # fmt: skip
+    assert all("seconds" in row for results in stored for row in results.values())
+
+
+def test_a_wrong_gradient_is_marked_and_timed(monkeypatch):
+    """Products that are wrong in 16 bits alone."""
+    real = torch.nn.functional.linear
+
+    def wrong(x, weight, bias=None):
+        rough = weight + weight.roll(1, 0) if torch.is_autocast_enabled("cpu") else weight
+        return real(x, rough, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", wrong)
+    found = toy_step()["pretrain"]
+    assert found["right"] is False and found["error"] > found["bound"] and found["seconds"] > 0
+
+
+@pytest.mark.parametrize("where", ["_step", "_judgement"])
+def test_a_stage_that_fails_leaves_the_other(where, monkeypatch):
+    real = getattr(fullsize, where)
+
+    def fails_once(stage, *rest):
+        if stage.name == "pretrain":
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return real(stage, *rest)
+
+    monkeypatch.setattr(fullsize, where, fails_once)
+    found = toy_step()
+    assert found["pretrain"]["failed"].startswith("out of memory: ") and found["rgpo"]["right"]
+    assert ("seconds" in found["pretrain"]) == (where == "_judgement")
+
+
+def test_the_command_stores_and_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    def broken(pretrain, rgpo, store):
+        store({"pretrain": {"seconds": 1.0}})
+        assert json.loads(out.read_text())["result"]["pretrain"]["seconds"] == 1.0
+        return {"pretrain": {"seconds": 1.0, "right": False}}
+
+    out = tmp_path / "step.json"
+    monkeypatch.setattr(fullsize, "gpu_step", broken)
+    assert main(["gpu-step", "--out", str(out)]) == 1
+    assert json.loads(capsys.readouterr().out) == {"pretrain": {"seconds": 1.0, "right": False}}
 
 
 @pytest.mark.gpu

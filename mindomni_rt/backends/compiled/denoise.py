@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,9 @@ class CompiledDenoiseSession:
         )
         self._latents, self._next_latents = self._next_latents, self._latents
         self._velocity, self._next_velocity = self._next_velocity, self._velocity
+
+    def mark(self) -> Callable[[], None]:
+        return self._graphs.runner.mark()
 
     def _evaluate(
         self, prefix: CompiledPrefix, tables: Mapping[str, DeviceArray], step: Step, velocity: DeviceArray

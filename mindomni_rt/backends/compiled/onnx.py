@@ -160,6 +160,9 @@ class OnnxRunner:
     def synchronize(self) -> None:
         """onnxruntime returns when the work is done."""
 
+    def mark(self) -> Callable[[], None]:
+        return self.synchronize
+
 
 def _read_ahead(path: Path) -> None:
     """Lets the system read a file into its cache, without waiting: mapped pages alone come in small pieces."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -98,6 +98,10 @@ class Runner(Protocol):
         ...
 
     def synchronize(self) -> None: ...
+
+    def mark(self) -> Callable[[], None]:
+        """A function that waits until what is queued so far has run."""
+        ...
 
 
 class PatchLatents:

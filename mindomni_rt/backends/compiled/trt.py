@@ -170,6 +170,10 @@ class TensorRTRunner:
     def synchronize(self) -> None:
         self._stream.sync()
 
+    def mark(self) -> Callable[[], None]:
+        wait: Callable[[], None] = self._stream.record().sync
+        return wait
+
     def _open(self, graph: str) -> _Engine:
         path = self._bundle.path(self._bundle.manifest.graphs[graph].file)
         self._errors.clear()

@@ -325,6 +325,10 @@ class TorchCudaBackend(TorchBackend):
         return super().vae_encode(pixels)
 
     @on_device
+    def numpy(self, array: Tensor) -> NDArray[np.float32]:
+        return super().numpy(array)
+
+    @on_device
     def finite(self, array: Tensor) -> bool:
         return super().finite(array)
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...sampling.schedule import Step, guide
-from ..torch.device import is_cuda, on_device, working_on
+from ..torch.device import mark, on_device, working_on
 from .buffers import StepBuffers
 from .graph import memory_of
 from .prefix import FastPrefix
 from .step_cache import StepCache
 
 logger = logging.getLogger(__name__)
-IN_FLIGHT = 2  # steps that the device has yet to finish when one is reported: no more, so that progress is true
 
 
 class FastDenoiseSession:
@@ -39,7 +37,6 @@ class FastDenoiseSession:
         self._times = [p.at_times(buffers.device) for p in prefixes]
         self._last = len(prefixes[0].modulation) - 1
         self._need, self._cache, self.device = need, cache, buffers.device
-        self._events: deque[torch.cuda.Event] = deque()
 
     @on_device
     @torch.inference_mode()
@@ -52,17 +49,9 @@ class FastDenoiseSession:
             move += step.previous_weight * self.velocity
         self.buffers.latents += move
         self.velocity = velocity
-        self._bound()
 
-    def _bound(self) -> None:
-        """Waits until at most `IN_FLIGHT` steps are not finished."""
-        if not is_cuda(self.device):
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._events.append(event)
-        if len(self._events) > IN_FLIGHT:
-            self._events.popleft().synchronize()
+    def mark(self) -> Callable[[], None]:
+        return mark(self.device)
 
     @on_device
     @torch.inference_mode()

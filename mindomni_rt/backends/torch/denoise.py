@@ -13,6 +13,7 @@ from torch import Tensor
 from ...model.attention import Workspace
 from ...model.decoder import DiffusionDecoder, PrefixKV
 from ...sampling.schedule import Step, guide
+from .device import mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,9 @@ class TorchDenoiseSession:
             if step.previous_weight:
                 move = move + step.previous_weight * self.velocity
             self.latents, self.velocity = self.latents + move, velocity
+
+    def mark(self) -> Callable[[], None]:
+        return mark(str(self.latents.device))
 
     def ahead(self, time: float) -> Tensor:
         with self._without_gradients():

@@ -70,6 +70,16 @@ def copy_stream(index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)
 
 
+def mark(device: str) -> Callable[[], None]:
+    """A function that waits until what is queued so far on a device has run; on a CPU it has."""
+    if not is_cuda(device):
+        return lambda: None
+    with working_on(device):
+        event = torch.cuda.Event()
+        event.record()
+    return event.synchronize
+
+
 def limit_memory(device: str, share: float) -> None:
     """Lets this process have `share` of a CUDA device's memory, all of it with 1."""
     torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), index_of(device))
