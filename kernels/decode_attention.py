@@ -32,6 +32,7 @@ LAUNCHES = {
 }
 SPLITS = 32
 MOST_TOKENS = 32  # new tokens at once; more belong in an ordinary attention
+TURING_ROWS = 64  # queries of a group beside keys and values in the 64 KiB that a block has before SM 80
 
 
 @triton.jit
@@ -191,6 +192,8 @@ def decode_attention(
         raise ValueError(f"length: expected int32 (1,), found {length.dtype} {tuple(length.shape)}")
     good = head_dim >= 16 and head_dim & (head_dim - 1) == 0 and tokens <= MOST_TOKENS
     need = f"head_dim {head_dim} is not a power of two of 16 or more, or {tokens} tokens exceed {MOST_TOKENS}"
+    if 0 < sm_of(q) < 80 and heads // kv_heads * tokens > TURING_ROWS:
+        good, need = False, f"{heads // kv_heads * tokens} queries of a group exceed the {TURING_ROWS} of SM {sm_of(q)}"
     if not use_triton(impl, q, good, need):
         return decode_attention_torch(q, keys, values, length)
     if any(t.stride(-1) != 1 or t.dtype != q.dtype for t in (q, keys, values)):

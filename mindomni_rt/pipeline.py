@@ -30,6 +30,7 @@ from .backends.base import (
     PROMPT_BATCHES,
     Array,
     Backend,
+    Buffered,
     DenoiseRequest,
     LanguageRequest,
     Prefix,
@@ -364,9 +365,14 @@ class Pipeline(Calls, AdapterCalls):
         return Thought(text, hidden, [t for r in rounds for t in r.token_ids], spans, tuple(rounds))
 
     def _check_memory(self, sizes: Workload) -> None:
-        """Raises OutOfMemoryError before the work of a request that, as much of it as is known, does not fit."""
-        if self._fit is not None:
-            self._fit.check(sizes)
+        """Raises OutOfMemoryError before the work of a request that, as much of it as is known, does not fit. Buffers
+        that earlier ones left go where it does not fit beside them."""
+        if self._fit is None:
+            return
+        self._fit.check(sizes)
+        if isinstance(self.backend, Buffered) and not self._fit.fits(sizes, self.backend.kept()):
+            logger.info("buffers of earlier requests make room for this one")
+            self.backend.release()
 
     def _picture(
         self, request: CompleteRequest, clock: Clock

@@ -12,13 +12,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.config import ModelConfig
 from ..inputs.images import ImagePatches
+from ..memory.layers import Workload
 from ..sampling.schedule import Step
 
 Array = Any
@@ -222,4 +223,17 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Waits for the device; what a clock needs."""
+        ...
+
+
+@runtime_checkable
+class Buffered(Protocol):
+    """A backend whose buffers stay for the next request. Those of a larger one take room that a plan does not count."""
+
+    def kept(self) -> dict[str, Workload]:
+        """By stage, sizes of a request for which the buffers that are there would be made."""
+        ...
+
+    def release(self) -> None:
+        """Frees them; between stages."""
         ...

@@ -48,7 +48,8 @@ class Fit:
     model on a GPU, that stay loaded (None: all); side: of the largest image that fits, in pixels. peak: bytes at most,
     a prediction, of which `mapped` are page cache; free: bytes found; why: the choice in words; lossy: it is not what
     the defaults ask for; needs: bytes at most of a request as loaded here, a prediction (None: unknown); moved_bytes:
-    of weights that a request uploads on a GPU, of which hidden_bytes while its text is written."""
+    of weights that a request uploads on a GPU, of which hidden_bytes while its text is written; left: bytes by which
+    buffers of earlier requests, sizes of which are given by stage, exceed a request's own (None: nothing is left)."""
 
     device: str
     dtype: str | None
@@ -64,14 +65,18 @@ class Fit:
     moved_bytes: int = 0
     hidden_bytes: int = 0
     needs: Callable[[Workload], int] | None = field(default=None, repr=False, compare=False)
+    left: Callable[[Workload, Mapping[str, Workload]], int] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "needs"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("needs", "left")}
 
-    def fits(self, work: Workload) -> bool:
-        """Whether a request fits; True where nothing is known."""
-        return self.needs is None or self.free is None or self.needs(work) <= self.free
+    def fits(self, work: Workload, kept: Mapping[str, Workload] | None = None) -> bool:
+        """Whether a request fits, beside buffers of other sizes that are kept; True where nothing is known."""
+        if self.needs is None or self.free is None:
+            return True
+        beside = self.left(work, kept) if self.left and kept else 0
+        return self.needs(work) + beside <= self.free
 
     def check(self, work: Workload) -> None:
         """Raises OutOfMemoryError for a request that would not fit, before any of its work."""
@@ -324,6 +329,7 @@ def _fit_gpu(
             moved_bytes=found.moved,
             hidden_bytes=found.hidden,
             needs=partial(_gpu_needs, config, found),
+            left=partial(_gpu_left, config, found.precision),
         )
     assert limit is not None
     try:
@@ -346,6 +352,16 @@ def _gpu_needs(config: ModelConfig, found: Plan, work: Workload) -> int:
     work = replace(work, joint=True)
     stages = stage_memory(config, work, found.precision)
     return max(move.peak for move in schedule_of(stages, work, found.resident, found.reserve))
+
+
+def _gpu_left(config: ModelConfig, precision: Precision, work: Workload, kept: Mapping[str, Workload]) -> int:
+    """Bytes of the fast path's buffers for the sizes in `kept`, by stage, beyond those that a request has itself."""
+
+    def held(sizes: Workload) -> dict[str, int]:
+        return {s.stage: s.held for s in stage_memory(config, replace(sizes, joint=True), precision)}
+
+    own = held(work)
+    return sum(max(held(sizes)[stage] - own[stage], 0) for stage, sizes in kept.items())
 
 
 def _on_cpu(checkpoint: Checkpoint, machine: Machine) -> str:

@@ -23,18 +23,33 @@ from .runs import ROOT, Runs
 TABLE = ROOT / "benchmarks" / "results" / "kernel-resources.json"
 REFUSED = {75: ("linear8.linear8_kernel", "int8_attention.attend_kernel")}
 """What an SM's compiler refuses. The choice of products tries it there, logs it and takes torch's own."""
-SHORT = dict(num_inference_steps=3, max_new_tokens=6)
+SHORT: dict[str, Any] = dict(num_inference_steps=3, max_new_tokens=6)
+DRAFTS: dict[str, Any] = dict(num_inference_steps=1, height=256, width=256, end=30)
+DEFAULT: list[Any] = ["default", dict(bare=True, end=6)]
+"""What a user launches who sets nothing."""
 REQUESTS: list[Any] = [
+    # Decode attention is compiled for a range of rooms for text (512 tokens, 640 to 1024, more) and of guesses.
     ["drafts", dict(draft_tokens=4, num_inference_steps=3, max_new_tokens=30)],
     ["text and step cache", dict(step_cache=0.1, temperature=1.0, **SHORT)],
     ["condition only", dict(first_step="condition_only", num_images=2, think=False, **SHORT)],
+    DEFAULT,
+    ["drafts in the default room", dict(draft_tokens=4, **DRAFTS)],
+    ["edit", dict(image=True, edit_features="vit+vae", cascade=True, draft_tokens=4, **DRAFTS)],
+    ["most drafts", dict(draft_tokens=16, **DRAFTS)],
+    ["several", dict(num_images=2, height=512, width=768, **SHORT)],
+    ["large", dict(height=1536, width=2048, think=False, **SHORT)],
+    # Whether counts of rows divide by 16 is part of a kernel's code.
+    ["one branch", dict(guidance_scale=1.0, first_step="condition_only", draft_tokens=2, **DRAFTS)],
+    ["odd sides", dict(height=448, width=560, think=False, **SHORT)],
 ]
 
 
 def loads(sm: int) -> list[dict[str, Any]]:
     """Options of `load` whose kernels an SM may run."""
     dtype = {"dtype": "float16"} if sm < 80 else {}
-    precisions = [None, "int8", "int4"] + (["fp8", "language=int4,decoder=fp8,attention=int8"] if sm >= 89 else [])
+    precisions = [None, "int8", "int4"] + (
+        ["fp8", "fp8fast", "language=int4,decoder=fp8,attention=int8"] if sm >= 89 else []
+    )
     if 80 <= sm < 89:
         precisions.append("int8,attention=int8")
     return [{"device": "cuda:0", **dtype, **({"precision": p} if p else {})} for p in precisions]
@@ -58,6 +73,13 @@ def launches(runs: Runs, sm: int) -> list[dict[str, Any]]:
     return found["launches"]
 
 
+def names(launched: Iterable[dict[str, Any]]) -> set[str]:
+    """Names of launches, as the table has them."""
+    from .launches import Launch
+
+    return {Launch.from_json(data).name for data in launched}
+
+
 def resources(launched: Iterable[dict[str, Any]], sm: int) -> dict[str, dict[str, int]]:
     """Name of a launch -> registers, bytes spilled, bytes of shared memory. In a process without the interpreter."""
     from importlib import import_module
@@ -69,7 +91,7 @@ def resources(launched: Iterable[dict[str, Any]], sm: int) -> dict[str, dict[str
 
     found = {}
     for data in launched:
-        launch = Launch.from_json({k: v for k, v in data.items() if k != "count"})
+        launch = Launch.from_json(data)
         if launch.kernel in REFUSED.get(sm, ()):
             continue
         module, function = launch.kernel.split(".")

@@ -35,8 +35,10 @@ class Launch:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Launch:
+        """Of what a worker answers; how often it was launched is left out."""
         pairs = {name: tuple(map(tuple, data[name])) for name in ("types", "constants")}
-        return cls(**{**data, **pairs, "aligned": tuple(data["aligned"])})
+        own = {name: value for name, value in data.items() if name != "count"}
+        return cls(**{**own, **pairs, "aligned": tuple(data["aligned"])})
 
     @property
     def name(self) -> str:

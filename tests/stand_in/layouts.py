@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+CONVOLUTION = aten.convolution.default
 COPIES = (aten.clone.default, aten._to_copy.default, aten.copy_.default)
 
 
@@ -29,7 +30,7 @@ class Layouts:
 
     def after(self, func: Any, args: Any, found: Any, phase: str) -> Any:
         """The operation's result, laid out as a GPU's would be."""
-        if func is aten.convolution.default and found.is_cuda and found.dim() == 4:
+        if func is CONVOLUTION and found.is_cuda and found.dim() == 4:
             return self._convolution(args[0], args[1], found, phase)
         if func in COPIES and isinstance(found, Tensor) and found.is_cuda and isinstance(args[0], Tensor):
             source = args[1] if func is aten.copy_.default else args[0]

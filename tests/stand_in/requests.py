@@ -235,7 +235,7 @@ def called(
 ) -> list[GenerationResult]:
     """The public call that options mean: `understand`, `edit`, `generate`, or `generate_batch` for several prompts.
 
-    image: True or the sides of one; latents: True.
+    image: True or the sides of one; latents: True; bare: nothing is set that options do not set.
     """
     image = options.get("image")
     if image is not None:
@@ -243,7 +243,8 @@ def called(
     if "understand" in options:
         rest = {"max_new_tokens": 20, **{k: v for k, v in options.items() if k not in ("understand", "image")}}
         return [pipeline.understand(options["understand"], options.get("image"), **rest, callback=watch)]
-    options = {**BASE, **options}
+    bare = options.get("bare", False)
+    options = {**({"prompt": BASE["prompt"]} if bare else BASE), **{k: v for k, v in options.items() if k != "bare"}}
     if options.get("latents"):
         options["latents"] = np.zeros((1, 4, options["height"] // 8, options["width"] // 8), np.float32)
     if options.pop("edit", False):

@@ -1,4 +1,4 @@
-"""Workers as the tests call them: each job once, two at a time where they are known before."""
+"""A worker as the tests call it: each job once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from typing import Any
 from . import checkpoint
 
 ROOT = Path(__file__).parents[2]
-WORKERS = min(2, len(os.sched_getaffinity(0)))
 SECONDS = 1800  # of a worker; pytest's own limit ends a test before
 
 
@@ -27,10 +24,9 @@ class Runs:
     run of the tests have seen already."""
 
     def __init__(self, folder: Path, shared: Path) -> None:
-        self._folder, self._shared, self._pool = folder, shared, ThreadPoolExecutor(WORKERS)
+        self._folder, self._shared = folder, shared
         shared.mkdir(parents=True, exist_ok=True)
-        self._here, self._servers = threading.local(), list[_Server]()
-        self._found: dict[str, Future[dict[str, Any]]] = {}
+        self._server: _Server | None = None
         self._full = self._thin = ""
 
     @property
@@ -53,51 +49,35 @@ class Runs:
             self._thin = str(checkpoint.write(self._folder / "thin", thin))
         return self._thin
 
-    def begin(self, job: dict[str, Any]) -> Future[dict[str, Any]]:
-        """Starts a job that is not yet known."""
-        text = json.dumps({"folder": job.get("folder") or self.full, **job}, sort_keys=True)
-        if text not in self._found:
-            self._found[text] = self._pool.submit(self._run, text)
-        return self._found[text]
-
     def __call__(self, **job: Any) -> dict[str, Any]:
-        """What a worker saw."""
-        return self.begin(job).result()
-
-    def _run(self, text: str) -> dict[str, Any]:
-        """In a thread of the pool, each of which has a server; once for all processes."""
+        """What a worker saw; once for all processes."""
+        text = json.dumps({"folder": job.get("folder") or self.full, **job}, sort_keys=True)
         key = hashlib.sha256(text.replace(str(self._folder), "").encode()).hexdigest()
         kept = self._shared / f"{key}.json"
         with (self._shared / f"{key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not kept.exists():
-                kept.write_text(json.dumps(self._work(text)))
+                self._server = self._server or _Server(self._folder, self.thin)
+                kept.write_text(json.dumps(self._server.run(text)))
         return dict(json.loads(kept.read_text()))
 
-    def _work(self, text: str) -> dict[str, Any]:
-        if not hasattr(self._here, "server"):
-            self._here.server = _Server(self._folder)
-            self._servers.append(self._here.server)
-        return self._here.server.run(text)  # type: ignore[no-any-return]
-
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        for server in self._servers:
-            server.close()
+        if self._server is not None:
+            self._server.close()
 
 
 class _Server:
     """A worker's process, and its errors in a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, thin: str) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
         path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
         environment |= {"PYTHONPATH": path, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
         environment["XDG_CACHE_HOME"] = str(folder / "cache")
-        self._errors = folder / f"errors-{threading.get_ident()}.txt"
+        self._errors = folder / "errors.txt"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stand_in.worker"], cwd=ROOT, env=environment, text=True,
+                [sys.executable, "-m", "stand_in.worker", thin], cwd=ROOT, env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             )  # fmt: skip
 

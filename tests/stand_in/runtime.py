@@ -99,21 +99,25 @@ class Runtime:
     def __init__(self, stand: Stand) -> None:
         self.stand = stand
         self.allocator = Allocator(stand.devices, stand.pinned_powers, lambda: stand.phase)
+        self._begin()
+
+    def _begin(self) -> None:
         self.issued = self.done = 0  # device work in order; what a host has waited for
         self.launched = 0  # by Triton, of which
         self.invalid = False  # the capture that runs has failed
         self._here = threading.local()
-        self._next_stream = [0] * stand.devices
+        self._next_stream = [0] * self.stand.devices
         self._next_pool = 0
 
     def become(self, chosen: dict[str, Any]) -> None:
-        """Takes fields of `Stand`, before the first call to the device."""
-        for name, value in chosen.items():
-            setattr(self.stand, name, tuple(value) if isinstance(value, list) else value)
-        self.allocator.__init__(  # type: ignore[misc]  # in place: functions of torch._C hold it
+        """Begins anew with these fields of `Stand`; nothing of before may still live on the devices."""
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+        # In place: functions of torch._C hold both.
+        self.stand.__init__(**fields)  # type: ignore[misc]
+        self.allocator.__init__(  # type: ignore[misc]
             self.stand.devices, self.stand.pinned_powers, lambda: self.stand.phase
         )
-        self._next_stream = [0] * self.stand.devices
+        self._begin()
 
     # Where a thread is
 

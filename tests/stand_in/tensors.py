@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,9 @@ from .layouts import Layouts
 from .runtime import CUDA, Runtime
 
 aten = torch.ops.aten
+DEVICE, READ, COPY = torch.ops.prim.device.default, aten._local_scalar_dense.default, aten.copy_.default
+TO_COPY, SCALED, EMPTY_LIKE = aten._to_copy.default, aten._scaled_mm.default, aten.empty_like.default
+PIN = (aten._pin_memory.default, aten.pin_memory.default)
 META = 14  # torch's number of the device type
 TOKENS = (40, 41, 42, 43, 44)  # repeat, so that drafts find something
 
@@ -48,15 +50,26 @@ class Values:
         return self._end_token if self.end and self._told >= self.end else next(self._tokens)
 
 
-@cache
+_COMPOSITES: dict[int, bool] = {}  # by id: hashing an operation takes longer than all else here
+
+
 def _composite(func: Any) -> bool:
     """Whether an operation is made of others, which must be seen one by one."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return func.namespace == "aten" and has(func.name(), "CompositeImplicitAutograd")
+    found = _COMPOSITES.get(id(func))
+    if found is None:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        found = func.namespace == "aten" and has(func.name(), "CompositeImplicitAutograd")
+        _COMPOSITES[id(func)] = found
+    return found
 
 
 class Operations(TorchDispatchMode):
     """Every operation on the way to FakeTensorMode."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and what keeps Dynamo out costs time in each operation."""
+        return False
 
     def __init__(self, runtime: Runtime, values: Values) -> None:
         super().__init__()
@@ -64,8 +77,10 @@ class Operations(TorchDispatchMode):
         self.layouts = Layouts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = dict(kwargs or {})
-        if func is aten._local_scalar_dense.default:
+        if func is READ:
             return self._read(args[0])
         if _composite(func):
             with self:
@@ -73,14 +88,27 @@ class Operations(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         pinned = kwargs.pop("pin_memory", None)
-        if func is aten._scaled_mm.default:
+        if func is SCALED:
             self._scaled_product(*args, **kwargs)
         self._copies(func, args, kwargs)
-        if func in (aten._pin_memory.default, aten.pin_memory.default):
+        if func in PIN:
             found, pinned = torch.empty_like(args[0]), True
         else:
-            found = self.layouts.after(func, args, func(*args, **kwargs), self._runtime.stand.phase)
+            done = self._moved(args[0], kwargs) if func is TO_COPY else None
+            found = func(*args, **kwargs) if done is None else done
+            found = self.layouts.after(func, args, found, self._runtime.stand.phase)
         self._account(found, bool(pinned))
+        return found
+
+    @staticmethod
+    def _moved(tensor: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """The result of `_to_copy`, which FakeTensor takes apart, as one empty tensor. None where that is not all."""
+        device = options.get("device")
+        if getattr(tensor, "constant", None) is not None or (
+            device is not None and torch.device(device).type == "meta"
+        ):
+            return None
+        found: Tensor = EMPTY_LIKE(tensor, **{name: value for name, value in options.items() if name != "non_blocking"})
         return found
 
     def _read(self, tensor: Tensor) -> Any:
@@ -101,11 +129,11 @@ class Operations(TorchDispatchMode):
 
     def _copies(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Copies between host and device, and whether the host waits for them."""
-        if func is aten.copy_.default:
+        if func is COPY:
             to, source = args[0], args[1]
             if isinstance(source, Tensor) and source.is_cuda != to.is_cuda:
                 self._crossing(source, to.is_cuda, args[2] if len(args) > 2 else kwargs.get("non_blocking", False), to)
-        elif func is aten._to_copy.default and kwargs.get("device") is not None:
+        elif func is TO_COPY and kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
             if device.type == "cuda" and device.index is None:
                 device = torch.device("cuda", self._runtime.device)
@@ -126,7 +154,7 @@ class Operations(TorchDispatchMode):
             self._runtime.work()
 
     def _account(self, found: Any, pinned: bool) -> None:
-        for tensor in tree_leaves(found):
+        for tensor in (found,) if isinstance(found, Tensor) else tree_leaves(found):
             if not isinstance(tensor, Tensor):
                 continue
             device = getattr(tensor, "fake_device", tensor.device)
@@ -217,6 +245,13 @@ class Functions(TorchFunctionMode):
 class _Mode(FakeTensorMode):
     """Without guards of a real device, though `torch.cuda` says that there is one."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.dispatch(func, types, args, kwargs or {})
+
     @property
     def avoid_device_init(self) -> bool:
         return True
@@ -263,6 +298,15 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Parameters that wait for a checkpoint's tensors are not drawn first."""
+    with ExitStack() as stack:
+        for name in ("kaiming_uniform_", "uniform_", "normal_", "ones_", "zeros_"):
+            stack.enter_context(patched(torch.nn.init, name, lambda tensor, *_, **__: tensor))
+        yield
+
+
 def _no_guard() -> None:
     """C++ asks for the device's guard (to switch devices) that a CPU build lacks: it gets that of "meta", a no-op."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
@@ -285,6 +329,7 @@ class Fake:
         with (
             patched(torch.nn.Module, "_apply", _apply),
             patched(torch, "Generator", _generator),
+            without_numbers(),
             patched(Tensor, "record_stream", _record_stream),
             self.entered(),
         ):

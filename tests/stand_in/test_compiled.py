@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mindomni_rt import Request
 from mindomni_rt.kernels.launch import SHARED_LIMIT, SMS
 
-from .compiled import TABLE, launches, rises
+from .compiled import DEFAULT, TABLE, launches, names, rises
 from .runs import ROOT, Runs
 
 MOST_REGISTERS = 255
@@ -34,9 +35,22 @@ def test_launches_compile_and_do_not_grow(runs: Runs, sm: int, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text(encoding="utf-8"))[f"sm_{sm}"]
-    for name, sizes in found.items():
-        assert sizes["shared"] <= SHARED_LIMIT[sm] and sizes["registers"] <= MOST_REGISTERS, (name, sizes)
     assert not rises(json.loads(TABLE.read_text(encoding="utf-8")).get(f"sm_{sm}", {}), found)
+
+
+def test_the_table_has_what_a_default_request_launches(runs: Runs) -> None:
+    found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=[DEFAULT])
+    assert not found["load"]["error"] and not found["requests"][0]["error"], found
+    work, launched = found["requests"][0]["work"], names(found["launches"])
+    assert (work["height"], work["width"], work["max_new_tokens"]) == (1024, 1024, Request.max_new_tokens)
+    assert any("SPLITS=16" in name for name in launched)  # of a cache with room for 640 tokens, in blocks of 64
+    assert launched <= set(json.loads(TABLE.read_text(encoding="utf-8"))["sm_90"])
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_the_table_has_what_a_block_may_take(sm: int) -> None:
+    for name, sizes in json.loads(TABLE.read_text(encoding="utf-8"))[f"sm_{sm}"].items():
+        assert sizes["shared"] <= SHARED_LIMIT[sm] and sizes["registers"] <= MOST_REGISTERS, (name, sizes)
 
 
 def test_a_rise_is_found() -> None:

@@ -21,14 +21,16 @@ BUDGETS = (None, "8GB", "12GB", "16GB", "24GB")
 QUICK: dict[Any, tuple[str, ...]] = {
     ("int4", "8GB"): ("step cache", "understand", "silent", "drafts", "last"),
 }
-"""Run always, with these requests beside the plain ones; the others are slow. `test_options` has every option."""
+"""Run always, with these requests beside the plain ones, all but the first through two blocks of each stack; the others
+are slow. `test_options` has every option."""
 pytestmark = pytest.mark.timeout(1800)
 
 
 def job(precision: str | None, budget: str | None) -> dict[str, Any]:
     options = {k: v for k, v in (("precision", precision), ("memory_budget", budget)) if v}
     some = QUICK.get((precision, budget), OPTIONS if budget is None else SEVERAL_GRAPHS)
-    return {"load": {"device": "cuda:0", **options}, "requests": [*PLAIN, *some]}
+    few = {"blocks": 2} if (precision, budget) in QUICK else {}
+    return {"load": {"device": "cuda:0", **options}, "requests": [*PLAIN, *some], **few}
 
 
 def cases() -> list[Any]:
@@ -38,16 +40,6 @@ def cases() -> list[Any]:
         marks = [] if case in QUICK else [pytest.mark.slow]
         found.append(pytest.param(*case, id="-".join(map(str, case)), marks=marks))
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _begun(runs: Runs, request: pytest.FixtureRequest) -> None:
-    """Starts the quick jobs together, where they are to run."""
-    here = [item for item in request.session.items if item.path == request.path]
-    if all(item.get_closest_marker("slow") for item in here):
-        return
-    for precision, budget in QUICK:
-        runs.begin(job(precision, budget))
 
 
 def seen(runs: Runs, precision: str | None, budget: str | None) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""One process, one stand-in: `python -m stand_in.worker` reads jobs, a line of JSON each, and answers "0" for each that
-was done: it loaded, ran requests, and wrote what was seen into a file. Importing torch takes longer than most jobs, so
-it is done once, and each job has a fork of that process.
+"""One process, one stand-in: `python -m stand_in.worker THIN` reads jobs, a line of JSON each, and answers "0" for each
+that was done: it loaded, ran requests, and wrote what was seen into a file.
+
+Importing torch takes longer than most jobs, and FakeTensor is slow with a shape that it has not met. So each job has a
+fork of a process that has run a request of the checkpoint in the folder THIN.
 
 A job: out (the file), stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names
 of those in `requests`, or pairs of a name and options), cache (folder of timings), refuse (kernel -> "always" or
 "capture"), thread (requests run in one of their own), again (more such jobs in the same process; with `keep` in the
-first the pipelines stay alive), seconds (the most that it may take).
+first the pipelines stay alive), blocks (of a stack that run in requests after the first, all unless given), seconds
+(the most that it may take).
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import _lru_cache_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +117,35 @@ class Worker:
         from mindomni_rt.benchmarks.measure import Meter
 
         from .plans import peak
+        from .quick import few_blocks
         from .requests import OPTIONS, PLAIN
 
         for item in job.get("requests", list(PLAIN)):
             name, options = (item, {**PLAIN, **OPTIONS}[item]) if isinstance(item, str) else item
-            one = asdict(self.stand_in.request(pipeline, name, **options))
+            with few_blocks(job["blocks"]) if seen and "blocks" in job else nullcontext():
+                one = asdict(self.stand_in.request(pipeline, name, **options))
             one["planned"] = peak(*self.plan, one["work"]) if one["work"] else 0
             one["measured"] = Meter(torch.device("cuda", self._index(job))).peak()["reserved_bytes"]
             seen.append(one)
 
 
-def _imported() -> None:
-    """What every job needs, before the first one."""
+WARM: dict[str, Any] = {
+    "load": {"device": "cuda:0"},
+    "requests": [["warm", dict(num_inference_steps=2, max_new_tokens=3, height=512, width=512)]],
+}
 
-    from . import plans, quick, requests  # noqa: F401
 
+def warm(runtime: Runtime, thin: str) -> None:
+    """Imports what every job needs and runs a request. What the package and torch keep of the device is forgotten."""
+    import torch
+
+    Worker(runtime, {"folder": thin, **WARM}).run()
+    gc.collect()
+    for found in gc.get_objects():
+        if type(found) is _lru_cache_wrapper and found.__module__.partition(".")[0] == "mindomni_rt":
+            found.cache_clear()
+    torch.cuda._cached_device_count = None
+    assert not runtime.allocator.used(0), "the first request left something on the device"
     gc.freeze()
 
 
@@ -140,7 +159,7 @@ def _job(runtime: Runtime, job: dict[str, Any]) -> None:
 
 def main() -> None:
     runtime = prepare(Stand())
-    _imported()
+    warm(runtime, sys.argv[1])
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

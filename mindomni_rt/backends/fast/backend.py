@@ -135,6 +135,24 @@ class TorchCudaBackend(TorchBackend):
             self._state.drop_graphs()
         self._state = None
 
+    def kept(self) -> dict[str, Workload]:
+        """By stage, sizes of a request for which the buffers that are there would be made."""
+        found = {}
+        if self._state is not None:
+            found["language"] = Workload(prompt_tokens=self._state.capacity - 1, new_tokens=0, max_new_tokens=1)
+        for shape, buffers in self._buffers.items():
+            scale = self.config.vae.downscale
+            found["denoiser"] = Workload(
+                prompt_tokens=buffers.capacity, new_tokens=0, height=scale * shape.height, width=scale * shape.width,
+                images=shape.images, guidance=shape.branches > 1,
+            )  # fmt: skip
+        return found
+
+    def release(self) -> None:
+        """Frees the buffers of earlier requests, and their graphs."""
+        self._drop_buffers()
+        self._drop_state()
+
     def _between(self) -> None:
         """A request begins: prefixes that are kept for later ones make room."""
         for prefix in self._prefixes:
