@@ -133,6 +133,7 @@ def test_the_measured_peak_counts_pools(runs: Runs) -> None:
 def test_work_runs_on_few_streams(runs: Runs) -> None:
     found = two_requests(runs)
     assert len(found["streams"]) <= STREAMS
+    assert len(runs(**job("int4", "8GB"))["streams"]) <= STREAMS + 1  # and one for what is uploaded
 
 
 def test_tokens_and_steps_have_pools_of_their_own(runs: Runs) -> None:
