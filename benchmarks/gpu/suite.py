@@ -154,9 +154,10 @@ class Suite:
         """Hidden states of the prompt by the reference modules: in float32 the reference, in 16 bits the baseline."""
         model = self.model()
         model.language.float()
-        self._exact[0] = self.stages(backend=TorchBackend(model)).hidden().float().clone()
+        self._exact[0] = self.stages(backend=TorchBackend(model, str(self.device))).hidden().float().clone()
         model.language.to(self.preset.torch_dtype)
-        return {"error": relative_error(self.stages(backend=TorchBackend(model)).hidden(), self._exact[0])}
+        plain = self.stages(backend=TorchBackend(model, str(self.device))).hidden()
+        return {"error": relative_error(plain, self._exact[0])}
 
     def velocity(self, side: int) -> dict[str, Any]:
         """Our first velocity, judged."""
