@@ -64,7 +64,8 @@ class Meter:
         if not self.cuda:
             return median(self.once(run)[0] for _ in range(self.runs))
         if self._flush is None:
-            self._flush = torch.empty(FLUSH, dtype=torch.int8, device=self.device)
+            with torch.inference_mode(False):  # else it could not be written outside of that mode again
+                self._flush = torch.empty(FLUSH, dtype=torch.int8, device=self.device)
         times = []
         for _ in range(self.runs):
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

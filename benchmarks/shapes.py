@@ -38,7 +38,7 @@ _PAIR = {"n": int, "ratio": NUMBER, "low": NUMBER, "high": NUMBER, "ours_s": [NU
 _CASE = {"name": str, "right": bool, "failed?": str, "seconds?": {str: (int, float, str)}, **_MAYBE_JUDGED}
 _BUDGET = {"precision": str, "resident": list, "room_bytes": int, "loads": int, "under": bool}
 _LOSSY = {str: {"denoiser_s": NUMBER, "latent_distance": NUMBER}}
-_SECTIONS = {
+_SECTIONS: dict[str, dict[Any, Shape]] = {
     "ceilings": {"matmul": NUMBER, "copy": NUMBER, "fp8": OPTIONAL_NUMBER, "int8": OPTIONAL_NUMBER},
     r"eager \d+": {"error": NUMBER, "step_s": NUMBER, **_PEAKS},
     "plain hidden states": {"error": NUMBER},

@@ -29,7 +29,7 @@ import torch
 
 from mindomni_rt.backends.fast.load import choose, reserve
 from mindomni_rt.backends.torch.backend import TorchBackend
-from mindomni_rt.backends.torch.device import limit_memory
+from mindomni_rt.backends.torch.device import limit_memory, working_on
 from mindomni_rt.clock import Clock
 from mindomni_rt.errors import BadRequestError
 from mindomni_rt.judgement import judged
@@ -154,9 +154,10 @@ class Suite:
         """Hidden states of the prompt by the reference modules: in float32 the reference, in 16 bits the baseline."""
         model = self.model()
         model.language.float()
-        self._exact[0] = self.stages(backend=TorchBackend(model)).hidden().float().clone()
+        self._exact[0] = self.stages(backend=TorchBackend(model, str(self.device))).hidden().float().clone()
         model.language.to(self.preset.torch_dtype)
-        return {"error": relative_error(self.stages(backend=TorchBackend(model)).hidden(), self._exact[0])}
+        plain = self.stages(backend=TorchBackend(model, str(self.device))).hidden()
+        return {"error": relative_error(plain, self._exact[0])}
 
     def velocity(self, side: int) -> dict[str, Any]:
         """Our first velocity, judged."""
@@ -377,7 +378,8 @@ def run(options: argparse.Namespace) -> int:
     suite = Suite(preset, device, options.minutes, store)
     data["sections"] = suite.record.data
     store()  # a folder that cannot be written is known before minutes are spent
-    suite.run(parts)
+    with working_on(str(device)):  # Triton launches on the thread's current device, whatever its tensors are on
+        suite.run(parts)
     store()
     sys.stdout.write(markdown(data))
     return int(any(missed(section) for section in suite.record.data.values()))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mindomni_rt.backends.torch.device import working_on
 from mindomni_rt.checkpoint.layout import open_checkpoint
 from mindomni_rt.checks import shown
 from mindomni_rt.demo import DEMO_MODELS
@@ -111,7 +112,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
     def run_one(make: Callable[[], Group]) -> dict[str, Any]:
-        return run_group(make(), meter, options.runs, options.warmup)
+        with working_on(str(device)):
+            return run_group(make(), meter, options.runs, options.warmup)
 
     for peer, (name, make) in zip(PEERS, groups.items(), strict=True):
         record.data[name] = {"peer": peer}

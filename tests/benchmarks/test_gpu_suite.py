@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,22 @@ def test_parts_run_in_order_of_value_each_for_a_while(monkeypatch: pytest.Monkey
     data = found.record.data
     assert data["sleeps"]["failed"].startswith("TimeoutError") and time.monotonic() - began < 20
     assert data["too long"]["skipped"].startswith("10000 s needed") and 0 < data["quick"]["left"] <= 9
+
+
+def test_everything_runs_on_the_device_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels without a backend too: Triton launches on the thread's current device."""
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def current(device: str) -> Iterator[None]:
+        log.append(device)
+        yield
+        log.append("left")
+
+    monkeypatch.setattr(suite, "working_on", current)
+    monkeypatch.setattr(suite.Suite, "run", lambda self, parts: log.append("ran"))
+    main([*TOY, "--only", "kernels"])
+    assert log == ["cpu", "ran", "left"]
 
 
 DAMAGE: list[tuple[str, Any, str]] = [

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mindomni_rt.benchmarks.cli import main
 from mindomni_rt.benchmarks.measure import Meter, Record, relative_error
+from mindomni_rt.benchmarks.peers import command
 from mindomni_rt.benchmarks.peers import torch as peer_torch
 from mindomni_rt.benchmarks.peers.baselines import omnigen_decoder, omnigen_inputs, omnigen_step
 from mindomni_rt.benchmarks.peers.pairs import Group, Match, Pair, after_first, run_group, timed
@@ -226,6 +227,21 @@ def test_the_fast_path_against_the_same_peers(monkeypatch: pytest.MonkeyPatch) -
     for make in (peer_torch.language_group, peer_torch.decoder_group):
         found = run_group(make(PRESET, random_model(PRESET.config, torch.float32, CPU), CPU), Meter(CPU), 1, 0)
         assert found["agrees"] and found["error"] < 1e-5 and len(found["pairs"]) == 2
+
+
+def test_each_peer_is_stored_when_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed run leaves behind: all peers before."""
+    out, stored = tmp_path / "p.json", list[list[str]]()
+
+    def group(*_: Any) -> Group:
+        stored.append(list(json.loads(out.read_text())["groups"]) if out.exists() else [])
+        raise RuntimeError("no kernel")
+
+    for name in ("language_group", "decoder_group", "onnx_group"):
+        monkeypatch.setattr(command, name, group)
+    assert main(["peers", *QUICK, "--out", str(out)]) == 1
+    assert stored == [[], ["language"], ["language", "decoder"]]
+    assert len(json.loads(out.read_text())["groups"]) == 3
 
 
 def test_no_memory_for_one_pair_is_recorded() -> None:

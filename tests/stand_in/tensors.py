@@ -278,7 +278,7 @@ def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
         if parameter is None:
             continue
         moved = fn(parameter.detach())
-        if moved.is_meta:
+        if moved.is_meta or parameter.is_meta:
             self._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
         else:
             parameter.data = moved

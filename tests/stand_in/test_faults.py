@@ -113,7 +113,7 @@ def test_an_error_in_a_capture_ends_it(runs: Runs) -> None:
         folder=runs.thin,
         load={"device": "cuda:0"},
         requests=[["short", SHORT]],
-        refuse={"gemv.gemv_kernel": "capture"},
+        refuse={"gemv.gemv_kernel": "capture", "segment_attention.segment_kernel": "capture"},
     )
     assert not found["stuck"] and found["current"] == [0, 0]  # what follows runs on the default stream
     clean(found)
@@ -133,6 +133,13 @@ def test_the_measured_peak_counts_pools(runs: Runs) -> None:
 def test_work_runs_on_few_streams(runs: Runs) -> None:
     found = two_requests(runs)
     assert len(found["streams"]) <= STREAMS
+    assert len(runs(**job("int4", "8GB"))["streams"]) <= STREAMS + 1  # and one for what is uploaded
+
+
+def test_tokens_and_steps_have_pools_of_their_own(runs: Runs) -> None:
+    """A token's graph does not hold what the graphs of a large image took."""
+    second = two_requests(runs)["requests"][1]
+    assert sum(pool["graphs"] > 0 for pool in second["pools"]) == 2
 
 
 def test_the_second_device_from_a_worker_thread(runs: Runs) -> None:

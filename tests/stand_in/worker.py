@@ -7,8 +7,8 @@ fork of a process that has run a request of the checkpoint in the folder THIN.
 A job: out (the file), stand (fields of `runtime.Stand`), folder, load (options of `mindomni_rt.load`), requests (names
 of those in `requests`, or pairs of a name and options), cache (folder of timings), refuse (kernel -> "always" or
 "capture"), thread (requests run in one of their own), again (more such jobs in the same process; with `keep` in the
-first the pipelines stay alive), blocks (of a stack that run in requests after the first, all unless given), seconds
-(the most that it may take).
+first the pipelines stay alive), blocks (of a stack that run in requests after the first, all unless given), suite
+(parts of `bench gpu` instead of all that), seconds (the most that it may take).
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class Worker:
         runtime, job = self.runtime, self.job
         found: dict[str, Any] = {}
         with self.stand_in.running():
+            if "suite" in job:
+                from .suite import sections
+
+                return {"sections": sections(job["suite"]), **self._watched()}
             alive = [self._pipeline(job, found)]
             found["again"] = [{} for _ in job.get("again", [])]
             for following, place in zip(job.get("again", []), found["again"], strict=True):
@@ -51,7 +55,7 @@ class Worker:
                     alive.clear()
                     gc.collect()
                 alive.append(self._pipeline({"folder": job["folder"], **following}, place))
-        found["faults"], found["stuck"] = runtime.stand.faults, bool(runtime.allocator.capturing)
+        found |= self._watched()
         found["streams"] = sorted({stream for _, stream in runtime.stand.streams})
         found["devices"] = sorted({device for device, _ in runtime.stand.streams})
         found["current"] = [runtime.device, *(runtime.stream(index) for index in range(runtime.stand.devices))]
@@ -61,6 +65,9 @@ class Worker:
         found["seconds"] = time.process_time()
         found["launches"] = [{**it.to_json(), "count": n} for it, n in self.stand_in.recorder.seen.items()]
         return found
+
+    def _watched(self) -> dict[str, Any]:
+        return {"faults": self.runtime.stand.faults, "stuck": bool(self.runtime.allocator.capturing)}
 
     def _pipeline(self, job: dict[str, Any], found: dict[str, Any]) -> Any:
         from .quick import remembered

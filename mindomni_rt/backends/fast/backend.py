@@ -99,7 +99,9 @@ class TorchCudaBackend(TorchBackend):
         if self.options.precision.vae == "bfloat16":
             lay_channels_last(model.vae.to(torch.bfloat16), impl)
         # Apart, so that a token's graph does not hold what the graphs of a large image took.
-        self.language_pool, self.step_pool = GraphPool(), GraphPool()
+        self.language_pool, self.step_pool = (GraphPool(impl != "torch") for _ in range(2))
+        # The reference implementations are what is asked for: nothing to choose.
+        self._tunes = is_cuda(device) and impl != "torch"
         self._buffers: dict[Shape, StepBuffers] = {}
         self._prefixes: WeakSet[FastPrefix] = WeakSet()
         self._state: DecodeState | None = None
@@ -209,7 +211,7 @@ class TorchCudaBackend(TorchBackend):
             self._drop_state()  # freed before the larger one is made
             room = capacity(needed)
             self._state = DecodeState(self.model.language, self.language_stack, room, self.device, self.language_pool)
-        if "language" not in self._tuned and is_cuda(self.device):
+        if "language" not in self._tuned and self._tunes:
             self._tuned.add("language")
             choose_one_row(p for p in (*_linears(self.language_stack), self.head) if isinstance(p, LinearDense))
             choose_fused_rows(self.language_stack)
@@ -278,11 +280,11 @@ class TorchCudaBackend(TorchBackend):
             )
         buffers = self._buffers[shape]
         buffers.load(prefixes, latents)
-        if "decoder" not in self._tuned and is_cuda(self.device):
+        if "decoder" not in self._tuned and self._tunes:
             self._tuned.add("decoder")
             rows = shape.branches * shape.images * buffers.tokens
             choose_w8a8((p for p in _linears(self.decoder_stack) if isinstance(p, LinearW8A8)), rows)
-        if self.options.attention == "auto" and is_cuda(self.device):
+        if self.options.attention == "auto" and self._tunes:
             if shape not in self._attention:
                 self._attention[shape] = self._measured_attention(buffers)
             buffers.use_attention(self._attention[shape])

@@ -19,9 +19,11 @@ class GraphPool:
     """Memory that the graphs of one backend share.
 
     Without a live graph the next capture begins a new pool: torch refuses a capture into one that no graph uses.
+    capture: False where steps ask the device for values, as reference implementations of kernels do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capture: bool = True) -> None:
+        self.capture = capture
         self._handle: Any = None
         self._users: WeakSet[Replay] = WeakSet()
 
@@ -53,7 +55,7 @@ class Replay:
         warm: bool = False,
     ) -> None:
         self.step, self._pool = step, pool or GraphPool()
-        self._capture, self._warm = capture and is_cuda(device), warm
+        self._capture, self._warm = capture and self._pool.capture and is_cuda(device), warm
         self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
 
