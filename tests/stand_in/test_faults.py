@@ -22,7 +22,9 @@ from .tf32 import Tf32
 
 pytestmark = pytest.mark.timeout(1800)
 SHORT: dict[str, Any] = dict(num_inference_steps=6, max_new_tokens=6, height=512, width=512)
-EDIT: dict[str, Any] = dict(SHORT, image=True, edit_features="vit+vae", draft_tokens=2, preview_every=3, max_new_tokens=20, end=14)
+EDIT: dict[str, Any] = dict(
+    SHORT, image=True, edit_features="vit+vae", draft_tokens=2, preview_every=3, max_new_tokens=20, end=14
+)
 """Every stage and kind of step."""
 IN_FLIGHT = 2  # steps that a cancelled request may still run
 STREAMS = 2  # the default one and one for captures
