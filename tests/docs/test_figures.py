@@ -166,7 +166,7 @@ def test_registers_of_the_attention() -> None:
     """Of the launch with a time token and one prefix an image; SM 75 compiles to other products and is not recorded."""
     sheet = stored("benchmarks/results/kernel-resources.json")
     kernel = re.compile(
-        r"segment_attention\.segment_kernel\(share=1,.*HAS_TIME=True,.*BM=(\d+),BN=(\d+),.* w(\d+) s(\d+)$"
+        r"segment_attention\.segment_kernel\(share=1,.*HAS_TIME=True,.*BM=(\d+),BN=(\d+),[^]]*\] w(\d+) s(\d+)$"
     )
     before: Row = {}
     for row in Page("docs/kernels.md").table("SM", "tile"):
