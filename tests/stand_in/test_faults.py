@@ -103,6 +103,7 @@ def test_a_guest_goes_when_a_resident_part_works(runs: Runs) -> None:
     second = found["requests"][1]
     # What the loop holds besides its weights, pools of graphs among it, is less than the language model's 1.8 GB.
     assert second["stages"]["denoiser"] < second["stages"]["language"]
+    assert second["peak"] <= second["planned"]
 
 
 def test_float32_with_fp8_off_hopper(runs: Runs) -> None:
