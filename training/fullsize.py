@@ -249,15 +249,19 @@ def _judgement(stage: Stage, config: Config) -> dict[str, Any]:
     stage.config = dataclasses.replace(stage.config, precision="fp32")
     stage.model.float()
     exact = _gradient(stage, prepared)
-    return judged(float((ours - exact).norm() / exact.norm()), GRADIENT)
+    # One tensor at a time: billions of numbers would not fit in float64.
+    squares = [
+        ((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in zip(ours, exact, strict=True)
+    ]
+    lost, whole = (math.fsum(float(part) for part in parts) for parts in zip(*squares, strict=True))
+    return judged(math.sqrt(lost / whole), GRADIENT)
 
 
-def _gradient(stage: Stage, prepared: Any) -> torch.Tensor:
-    """Of what trains, flat, in float64 on the host."""
+def _gradient(stage: Stage, prepared: Any) -> list[torch.Tensor]:
+    """Of each tensor that trains, on the host."""
     stage.zero_grad(set_to_none=True)
     stage("terms", prepared).total.backward()
-    found = [p.grad for p in stage.parameters() if p.grad is not None]
-    return torch.cat([grad.flatten().cpu().double() for grad in found])
+    return [p.grad.cpu() for p in stage.parameters() if p.grad is not None]
 
 
 def _random_stage(config: Config, model_config: ModelConfig, device: torch.device, folder: Path) -> Stage:
