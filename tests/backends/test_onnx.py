@@ -123,6 +123,7 @@ def test_parts_are_opened_side_by_side_and_the_first_work_at_once(
     work.join(60)
     whole = mindomni_rt.load(BUNDLE, device="cpu").generate("three red circles", **REQUEST)
     assert results[0].text == whole.text and np.array_equal(results[0].images, whole.images)
+    assert pipe.backend.runner.waited["language"] > 0
 
 
 def test_a_part_that_cannot_be_opened_is_tried_again(divided: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,8 +191,7 @@ def test_cold_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (start,) = cold_starts(str(BUNDLE), {"device": "cpu"}, {"prompt": "x", **TINY}, times=1)
     assert 0 < start["load"] < start["first_token"] < start["first_image"]
-    # What the first request did not have to wait for, a second one does in less time.
-    assert 0 < start["first_token_begun"] < start["first_token"]
+    assert start["load"] <= start["first_token_begun"] < start["first_token"]
     assert f"(begun after {start['first_token_begun']:.2f} s)" in describe_cold(start)
     (plain,) = cold_starts(str(BUNDLE), {"device": "cpu"}, {"prompt": "x", "think": False, **TINY}, times=1)
     assert plain.keys() == {"load", "first_image"}

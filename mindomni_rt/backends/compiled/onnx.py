@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -71,6 +72,8 @@ class OnnxRunner:
         self._bundle, self._kind, self._index = bundle, kind, index
         self._threads = threads or cpu_threads()
         self._graphs: dict[str, _Graph] = {}
+        self.waited: dict[str, float] = {}
+        """Seconds that runs of a graph have waited for its weights."""
 
     def open_ahead(self, graph: str) -> None:
         """Begins to open a graph in threads, while the tokenizer is read or a user types. What goes wrong is raised by
@@ -121,7 +124,8 @@ class OnnxRunner:
         if graph not in self._graphs or self._graphs[graph].lost:
             self.open_ahead(graph)
         try:
-            self._graphs[graph].run(inputs, outputs, self.empty)
+            waited = self._graphs[graph].run(inputs, outputs, self.empty)
+            self.waited[graph] = self.waited.get(graph, 0.0) + waited
         except BadBundleError:  # it could not be opened
             self.release(graph)
             raise
@@ -193,14 +197,18 @@ class _Graph:
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
         empty: Callable[[tuple[int, ...], str], DeviceArray],
-    ) -> None:
-        """empty: makes memory for what one part passes to the next."""
+    ) -> float:
+        """empty: makes memory for what one part passes to the next. Returns the seconds of waiting for sessions."""
+        waited = 0.0
         for part in self._parts:
+            began = time.perf_counter()
             session = part.result()
+            waited += time.perf_counter() - began
             for name, (shape, dtype) in session.further(inputs, outputs).items():
                 if name not in self._passed or self._passed[name].shape != shape:
                     self._passed[name] = empty(shape, dtype)
             session.run({**inputs, **self._passed}, {**outputs, **self._passed})
+        return waited
 
 
 class _Session:
