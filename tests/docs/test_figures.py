@@ -101,7 +101,8 @@ def _full_size_latency() -> Iterator[tuple[str, str]]:
     )
     yield page, f"first token comes after {start['first_token']:.0f} s, because a prompt of 254"
     _, second, disk = stored("benchmarks/results/2026-11-28-cpu-cold-int4.json")["cold_start"]
-    yield page, f"takes {disk['read']:.1f} s; from the disk work on the first token begins after {disk['first_token_begun']:.1f} s"
+    begun = f"{disk['first_token_begun']:.1f}"
+    yield page, f"takes {disk['read']:.1f} s; from the disk work on the first token begins after {begun} s"
     yield page, f"from memory after {second['first_token_begun']:.1f} s"
     yield page, f"first token comes {disk['first_token'] - disk['first_token_begun']:.0f} s later"
     assert max(second["first_token_begun"], disk["first_token_begun"]) <= 1.5 * disk["read"]
