@@ -38,6 +38,7 @@ def test_launches_compile_and_do_not_grow(runs: Runs, sm: int, tmp_path: Path) -
     assert not rises(json.loads(TABLE.read_text(encoding="utf-8")).get(f"sm_{sm}", {}), found)
 
 
+@pytest.mark.slow
 def test_the_table_has_what_a_default_request_launches(runs: Runs) -> None:
     found = runs(folder=runs.thin, load={"device": "cuda:0"}, requests=[DEFAULT])
     assert not found["load"]["error"] and not found["requests"][0]["error"], found

@@ -28,6 +28,7 @@ def lengths(found: dict[str, Any]) -> set[int]:
     return {r["work"]["prompt_tokens"] + r["work"]["new_tokens"] for r in found["requests"]}
 
 
+@pytest.mark.slow
 def test_lengths_cost_nothing(runs: Runs, tmp_path: Path) -> None:
     first = runs(**job(runs, cache=str(tmp_path)))
     for request in first["requests"]:
