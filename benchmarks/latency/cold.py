@@ -24,8 +24,7 @@ import mindomni_rt
 request = json.loads(sys.argv[2])
 pipe = mindomni_rt.load(request.pop("model"), **request.pop("load"))
 loaded = time.time()
-prompt = request.pop("prompt")
-result = pipe.generate(prompt, seed=0, **request)
+result = pipe.generate(request.pop("prompt"), seed=0, **request)
 done = time.time()
 found = {"load": loaded - began, "first_image": done - began}
 if first := result.timings.get("first_token"):

@@ -149,3 +149,12 @@ def test_a_draft_through_parts(divided: Path) -> None:
         for folder in (BUNDLE, divided)
     ]
     assert texts[0] == texts[1]
+
+
+def test_only_a_divided_graph_is_read_ahead(divided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`choose` names the language model's data file too, and needs a few bytes of it."""
+    read: list[str] = []
+    monkeypatch.setattr(backend, "_read_ahead", lambda path: read.append(path.name))
+    for folder in (BUNDLE, divided):
+        mindomni_rt.load(folder, device="cpu").generate("three red circles", **REQUEST)
+    assert read == ["language.data"]

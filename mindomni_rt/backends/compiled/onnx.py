@@ -85,7 +85,8 @@ class OnnxRunner:
         entry = self._bundle.manifest.graphs[graph]
         # A GPU's runtime packs nothing, and would wait for the end of each part.
         files = (entry.parts if self._kind == "cpu" else ()) or (entry.file,)
-        for name in entry.data:
+        # Small graphs name the same data file and need little of it.
+        for name in entry.data if len(files) > 1 else ():
             _read_ahead(self._bundle.path(name))
         pool = ThreadPoolExecutor(min(len(files), self._threads), thread_name_prefix=f"open-{graph}")
         self._graphs[graph] = _Graph([pool.submit(self._open, graph, file) for file in files])
